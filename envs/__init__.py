@@ -1,0 +1,138 @@
+"""Environments by name. Importing this module imports no simulator: `make` does, when it is asked for one."""
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jaxrl.errors import UserError, unknown
+from jaxrl.types import Env
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    target: str  # "module:attribute" of what builds the environment
+    about: str
+    named: bool = False  # the builder takes the environment's name as its first argument
+
+
+_SHIPPED = {
+    "point": _Entry("envs.point:Point", "a disc in an empty box, no simulator; best values in closed form, for tests"),
+    "bandit": _Entry("envs.point:Bandit", "one step, two good actions of unequal worth, for tests"),
+    "push": _Entry("envs.push:Push", "a round pusher moves a disc on a table to a goal (MJX)"),
+} | {
+    f"{kind}-{size}": _Entry("envs.maze:make_maze", f"{about} in OGBench's {size} maze (MJX)", named=True)
+    for kind, sizes, about in (
+        ("maze", ("umaze", "medium", "large", "giant"), "a ball rolls to one far goal"),
+        ("pointmaze", ("medium", "large", "giant"), "a ball rolls to the goal that it is shown"),
+    )
+    for size in sizes
+}
+_ALIASES = {"maze": "maze-medium", "pointmaze": "pointmaze-medium"}
+_FAMILIES = {
+    "brax": _Entry("envs.adapters:brax_env", "any environment of Brax, such as brax/ant?backend=mjx", named=True),
+    "playground": _Entry(
+        "envs.adapters:playground_env", "any task of MuJoCo Playground, such as playground/CartpoleBalance", named=True
+    ),
+}
+_EXTRAS = {"mujoco_playground": "playground"}
+
+
+def names() -> list[tuple[str, str]]:
+    """Returns (name, one line about it) of everything that `make` builds, the user's own environments last."""
+    aliases = [(alias, f"short for {name}") for alias, name in _ALIASES.items()]
+    shipped = [(name, entry.about) for name, entry in _SHIPPED.items()]
+    families = [(f"{family}/NAME", entry.about) for family, entry in _FAMILIES.items()]
+    return [*shipped, *aliases, *families, ("package.module:make", "your own: what the function `make` returns")]
+
+
+def make(name: str) -> Env:
+    """Returns the environment called `name`, with options after a question mark: `push?reward=dense&horizon=50`.
+
+    Names are those of `names()`, `brax/NAME`, `playground/NAME`, or `package.module:make` for the user's own.
+    Raises UserError for a name, an option or a package that does not exist.
+    """
+    base, _, query = name.partition("?")
+    options = _options(query)
+    family, _, member = base.partition("/")
+    if ":" in base:
+        return _own(base, options)
+    if family in _FAMILIES and member:
+        return _build(name, _FAMILIES[family], member, options)
+    base = _ALIASES.get(base, base)
+    if base not in _SHIPPED:
+        raise unknown("environment", base, [shown for shown, _ in names()])
+    return _build(name, _SHIPPED[base], base, options)
+
+
+def _options(query: str) -> dict[str, Any]:
+    """Returns the options in `key=value&key=value`, values read as int, float, bool or else str."""
+    options = {}
+    for part in filter(None, query.split("&")):
+        key, equals, text = part.partition("=")
+        if not (key and equals and text):
+            raise UserError(f"environment option {part!r}: write options as key=value&key=value")
+        options[key] = _value(text)
+    return options
+
+
+def _value(text: str) -> int | float | bool | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, (int, float, str)) else text
+
+
+def _build(name: str, entry: _Entry, member: str, options: dict[str, Any]) -> Env:
+    module, attribute = entry.target.split(":")
+    try:
+        builder = getattr(importlib.import_module(module), attribute)
+        return _call(name, builder, (member,) if entry.named else (), options)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = f"jaxrl[{_EXTRAS[package]}]" if package in _EXTRAS else package
+        raise UserError(f"environment {name!r} needs the package {package!r}: pip install '{extra}'") from error
+
+
+def _own(target: str, options: dict[str, Any]) -> Env:
+    """Returns the environment that the user's own function builds. The working directory is on the import path."""
+    module_name, _, attribute = target.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"environment {target!r}: cannot import {module_name!r} ({error})") from error
+    builder = getattr(module, attribute, None)
+    if not callable(builder):
+        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise unknown(f"function of module {module_name!r}", attribute, callables)
+    env = _call(target, builder, (), options)
+    missing = [part for part in ("spec", "horizon", "reset", "step") if not hasattr(env, part)]
+    if missing:
+        raise UserError(
+            f"environment {target!r}: {attribute} returned {type(env).__name__}, which lacks {', '.join(missing)}; "
+            "an environment has spec, horizon, reset(key) and step(state, action)"
+        )
+    return env
+
+
+def _call(name: str, builder: Callable[..., Env], args: tuple, options: dict[str, Any]) -> Env:
+    """Returns `builder(*args, **options)`, having checked the option names against its signature."""
+    parameters = list(inspect.signature(builder).parameters.values())[len(args) :]
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        allowed = [parameter.name for parameter in parameters]
+        for option in options:
+            if option not in allowed:
+                near = difflib.get_close_matches(option, allowed, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                known = f"known are {', '.join(allowed)}" if allowed else "it takes none"
+                raise UserError(f"environment {name!r}: unknown option {option!r}: {hint}{known}")
+    return builder(*args, **options)

@@ -1,0 +1,1 @@
+"""Datasets and replay: readers of file formats, one ring in device memory, sampling."""

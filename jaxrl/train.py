@@ -1,0 +1,214 @@
+"""Training as three nested functions: `iteration` (collect, store, update), `epoch` (a scan of iterations), `run`
+(a scan of epochs, phase after phase). Everything that changes is in one carry.
+
+Two drivers use them. A sweep vmaps `run` or `epoch`. A logged run calls `jitted_epoch` from Python, with its carry
+donated, so that progress, checkpoints and signals happen between compiled calls and nothing calls back from inside.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl import rollout as ro
+from jaxrl.data import ring as rings
+from jaxrl.data.ring import Ring
+from jaxrl.errors import UserError
+from jaxrl.types import Env, Metrics, PyTree, pytree
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long a run is, and how it is cut into compiled epochs."""
+
+    offline_updates: int = 1_000_000
+    """Gradient steps on the dataset alone."""
+    online_steps: int = 1_000_000
+    """Environment steps after that, in all environments together."""
+    utd: float = 1.0
+    """Gradient steps per online environment step."""
+    warmup_steps: int = 5_000
+    """Online environment steps before the first online gradient step."""
+    envs: int = 64
+    """Environments that run side by side."""
+    replay: int = 1_000_000
+    """Online transitions kept, in all environments together."""
+    updates_per_epoch: int = 5_000
+    """Offline gradient steps per compiled call."""
+    steps_per_epoch: int = 20_000
+    """Online environment steps per compiled call."""
+    eval_every: int = 1
+    """Epochs between evaluations; the end of each phase is always evaluated."""
+    eval_episodes: int = 100
+    """Episodes per evaluation."""
+    eval_seed: int = 12345
+    """Seed of the evaluation's episodes, shared by all runs that are to be compared."""
+
+    def check(self) -> None:
+        """Raises UserError where a value is out of range."""
+        for field in dataclasses.fields(self):
+            low = 0 if field.name in ("offline_updates", "online_steps", "utd", "warmup_steps", "eval_seed") else 1
+            if getattr(self, field.name) < low:
+                raise UserError(f"schedule.{field.name} = {getattr(self, field.name)}: must be at least {low}")
+        if self.offline_updates == 0 and self.online_steps == 0:
+            raise UserError("schedule.offline_updates = 0 and schedule.online_steps = 0: there is nothing to do")
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of equal epochs: what each of their iterations does."""
+
+    name: Literal["offline", "warmup", "online"]
+    epochs: int
+    iterations: int  # per epoch
+    decisions: int  # chunks executed per iteration and environment
+    updates: int  # gradient steps per iteration
+
+
+@pytree
+class Carry:
+    """All that changes in a run. A checkpoint is this tree; resuming is loading it."""
+
+    agent: PyTree
+    key: jax.Array
+    replay: Ring | None  # None in a run without online phase
+    rollout: ro.Rollout | None
+    updates: jax.Array  # [] int32
+    steps: jax.Array  # [] int32, environment steps
+    epoch: jax.Array  # [] int32
+
+
+def phases(schedule: Schedule, chunk: int) -> tuple[Phase, ...]:
+    """Returns the phases of a schedule, each with at least one epoch; sizes are rounded up to whole iterations."""
+    result = []
+    if schedule.offline_updates:
+        per_epoch = min(schedule.updates_per_epoch, schedule.offline_updates)
+        result.append(Phase("offline", -(-schedule.offline_updates // per_epoch), per_epoch, 0, 1))
+    if schedule.online_steps:
+        per_iteration = schedule.envs * chunk
+        if schedule.warmup_steps:
+            result.append(Phase("warmup", 1, -(-schedule.warmup_steps // per_iteration), 1, 0))
+        iterations = max(min(schedule.steps_per_epoch, schedule.online_steps) // per_iteration, 1)
+        updates = max(round(schedule.utd * per_iteration), 1) if schedule.utd else 0
+        epochs = -(-schedule.online_steps // (per_iteration * iterations))
+        result.append(Phase("online", epochs, iterations, 1, updates))
+    return tuple(result)
+
+
+def begin(agent: Any, env: Env, schedule: Schedule, key: jax.Array) -> Carry:
+    """Returns the carry before the first epoch."""
+    key, key_agent, key_envs = jax.random.split(key, 3)
+    state = agent.init(key_agent, env.spec)
+    replay = rollout = None
+    if schedule.online_steps:
+        lane_rows = min(schedule.replay, 2 * schedule.online_steps) // schedule.envs + agent.chunk + 2
+        replay = rings.empty(schedule.envs, lane_rows, env.spec.observation, env.spec.action)
+        rollout = ro.start(env, ro.policy_of(agent, state), key_envs, schedule.envs)
+    zero = jnp.zeros((), jnp.int32)
+    return Carry(state, key, replay, rollout, zero, zero, zero)
+
+
+def enter(agent: Any, phase: Phase, carry: Carry) -> Carry:
+    """Returns the carry at the start of a phase: an agent that has an online phase enters it before going online."""
+    if phase.name == "offline" or not hasattr(agent, "start_online") or getattr(carry.agent, "anchor", ()) is not None:
+        return carry
+    return dataclasses.replace(carry, agent=agent.start_online(carry.agent))
+
+
+def iteration(
+    agent: Any, env: Env, phase: Phase, carry: Carry, dataset: Ring | None, bank: PyTree, key: jax.Array
+) -> tuple[Carry, Metrics, Metrics]:
+    """Returns the carry after one iteration, the updates' mean metrics and the collection's sums."""
+    key_collect, key_update = jax.random.split(key)
+    replay, rollout, sums = carry.replay, carry.rollout, {}
+    for key_decision in jax.random.split(key_collect, phase.decisions):
+        policy = ro.policy_of(agent, carry.agent)
+        rollout, steps, sums = ro.advance(env, policy, rollout, bank, key_decision)
+        replay = rings.add(replay, steps)
+    data = tuple(ring for ring in (dataset, replay if phase.decisions else None) if ring is not None)
+
+    def update(state: PyTree, key: jax.Array) -> tuple[PyTree, Metrics]:
+        key_batch, key_step = jax.random.split(key)
+        return agent.update(state, agent.sample(data, key_batch), key_step)
+
+    state, metrics = jax.lax.scan(update, carry.agent, jax.random.split(key_update, phase.updates))
+    carry = dataclasses.replace(
+        carry,
+        agent=state,
+        replay=replay,
+        rollout=rollout,
+        updates=carry.updates + phase.updates,
+        steps=carry.steps + sums.get("steps", 0),
+    )
+    return carry, jax.tree.map(lambda x: x.mean(axis=0), metrics) if phase.updates else {}, sums
+
+
+def epoch(agent: Any, env: Env, phase: Phase, carry: Carry, dataset: Ring | None) -> tuple[Carry, Metrics]:
+    """Returns the carry after one epoch and its metrics: means over updates, episode statistics, a digest."""
+    key, key_bank, key_iterations = jax.random.split(carry.key, 3)
+    carry = dataclasses.replace(carry, key=key)
+    bank = ro.resets(env, key_bank, len(carry.rollout.returns)) if phase.decisions else None
+
+    def body(carry: Carry, key: jax.Array) -> tuple[Carry, tuple[Metrics, Metrics]]:
+        carry, metrics, sums = iteration(agent, env, phase, carry, dataset, bank, key)
+        return carry, (metrics, sums)
+
+    carry, (metrics, sums) = jax.lax.scan(body, carry, jax.random.split(key_iterations, phase.iterations))
+    metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics) | episode_metrics(jax.tree.map(jnp.sum, sums))
+    carry = dataclasses.replace(carry, epoch=carry.epoch + 1)
+    return carry, metrics | {"digest": digest(carry)}
+
+
+def episode_metrics(sums: Metrics) -> Metrics:
+    """Returns the means over the episodes that ended in an epoch (NaN when none did), and what went wrong."""
+    if not sums:
+        return {}
+    ended = jnp.where(sums["episodes"] > 0, sums["episodes"], jnp.nan)
+    return {
+        "collect/success": sums["successes"] / ended,
+        "collect/return": sums["returns"] / ended,
+        "collect/episodes": sums["episodes"],
+        "collect/broken": sums["broken"],
+    }
+
+
+def run(agent: Any, env: Env, schedule: Schedule, key: jax.Array, dataset: Ring | None) -> tuple[Carry, list[Metrics]]:
+    """Returns the carry at the end of a whole run and each phase's metrics [epochs, ...]; pure, to be vmapped."""
+    carry, history = begin(agent, env, schedule, key), []
+    for phase in phases(schedule, agent.chunk):
+        step = functools.partial(epoch, agent, env, phase)
+        carry = enter(agent, phase, carry)
+        carry, metrics = jax.lax.scan(lambda c, _, step=step: step(c, dataset), carry, None, length=phase.epochs)
+        history.append(metrics)
+    return carry, history
+
+
+def evaluate(agent: Any, env: Env, episodes: int, state: PyTree, key: jax.Array) -> ro.Episodes:
+    """Returns the agent's first episodes in fresh environments, acting as in evaluation."""
+    return ro.evaluate(env, ro.policy_of(agent, state, greedy=True), key, episodes)
+
+
+def digest(tree: PyTree) -> jax.Array:
+    """Returns a uint32 that depends on every bit of every leaf: a position-weighted sum modulo 2^32."""
+    total = jnp.zeros((), jnp.uint32)
+    for i, leaf in enumerate(jax.tree.leaves(tree)):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        bits = leaf if leaf.dtype == jnp.bool_ or leaf.dtype.itemsize != 4 else leaf.view(jnp.uint32)
+        bits = bits.astype(jnp.uint32).ravel()
+        weights = jnp.arange(1, bits.size + 1, dtype=jnp.uint32) * jnp.uint32(2654435761) | jnp.uint32(1)
+        total = total * jnp.uint32(31) + jnp.sum(bits * weights, dtype=jnp.uint32) + jnp.uint32(i)
+    return total
+
+
+def on_device(agent: Any) -> Any:
+    """Returns the agent with its Scalars as float32 arrays, so that changing one is not another program."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), agent)
+
+
+jitted_begin = jax.jit(begin, static_argnames=("env", "schedule"))
+jitted_enter = jax.jit(enter, static_argnames=("phase",))
+jitted_epoch = jax.jit(epoch, static_argnames=("env", "phase"), donate_argnames=("carry",))
+jitted_evaluate = jax.jit(evaluate, static_argnames=("env", "episodes"))

@@ -1,0 +1,163 @@
+"""The vocabulary shared by every part of jaxrl: sizes, states, batches, and the two protocols.
+
+Nothing here computes. An agent or an environment belongs to jaxrl by having the right shape, never by
+inheriting from a class of ours.
+"""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    runtime_checkable,
+)
+
+import jax
+
+if TYPE_CHECKING:
+    Scalar: TypeAlias = float | jax.Array
+else:
+    Scalar = Annotated[float, "a pytree leaf: sweeping or changing it never recompiles"]
+"""A hyper-parameter that may be swept. A float to the command line, a float or an array to the program."""
+
+PyTree: TypeAlias = Any
+Metrics: TypeAlias = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The sizes that an agent is built for."""
+
+    observation: int
+    action: int
+    goal: int = 0
+    """How many trailing entries of the observation are the goal (0: a single-task environment)."""
+
+
+def _shapes_the_program(hint: Any) -> bool:
+    """True for annotations whose values select code: int, bool, str, None, Literal, Spec, and compounds of these."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) is Literal:
+        return True
+    if get_origin(hint) in (tuple, Union, types.UnionType):
+        return all(_shapes_the_program(part) for part in get_args(hint) if part is not Ellipsis)
+    return hint in (int, bool, str, type(None), Spec)
+
+
+T = TypeVar("T")
+State = TypeVar("State")
+
+
+@dataclass_transform(frozen_default=True)
+def pytree(cls: type[T]) -> type[T]:
+    """Returns `cls` as a frozen dataclass registered with JAX.
+
+    Fields annotated `int`, `bool`, `str`, `Spec`, `Literal` (or tuples and unions of these) are static: they shape the
+    program. Every other field, `Scalar` included, is a leaf or a subtree.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)  # ty: ignore[invalid-argument-type]
+    static = [field.name for field in fields if _shapes_the_program(field.type)]
+    leaves = [field.name for field in fields if field.name not in static]
+    return jax.tree_util.register_dataclass(cls, data_fields=leaves, meta_fields=static)
+
+
+@pytree
+class EnvState:
+    """One environment at one time. `reset` and `step` return the same tree, so it can be scanned and vmapped."""
+
+    physics: PyTree  # whatever the simulator carries
+    obs: jax.Array  # [O]
+    reward: jax.Array  # [], of the step that led here
+    terminated: jax.Array  # [] bool: the task ended here, the future is worth nothing
+    truncated: jax.Array  # [] bool: the clock ran out here, the future would have gone on
+    success: jax.Array  # [] bool: the task is solved, now or earlier in this episode
+    steps: jax.Array  # [] int32, since the reset
+    info: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+@pytree
+class Batch:
+    """B windows of H steps. A window stops where its episode stops; k = valid.sum(-1) steps of it are real."""
+
+    obs: jax.Array  # [B, O] at the first step
+    actions: jax.Array  # [B, H, A]; after the k-th step the last real action is repeated
+    rewards: jax.Array  # [B, H], 0 after the k-th step
+    valid: jax.Array  # [B, H] float, 1 for the k real steps
+    terminated: jax.Array  # [B] bool: the k-th step ended the task
+    next_obs: jax.Array  # [B, O] after the k-th step, never from another episode
+
+
+@runtime_checkable
+class Agent(Protocol[State]):
+    """A method: a frozen dataclass of hyper-parameters with pure methods."""
+
+    @property
+    def chunk(self) -> int:
+        """How many actions one decision holds (H)."""
+        ...
+
+    def init(self, key: jax.Array, spec: Spec) -> State:
+        """Returns the initial state: parameters, optimiser, counters."""
+        ...
+
+    def sample(self, data: Any, key: jax.Array) -> Batch:
+        """Returns the batch that one update learns from."""
+        ...
+
+    def update(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+        """Returns the state after one gradient step, and its scalar metrics."""
+        ...
+
+    def act(self, state: State, obs: jax.Array, key: jax.Array, *, greedy: bool = False) -> jax.Array:
+        """Returns action chunks [B, H, A] in [-1, 1] for observations [B, O]; `greedy` acts as in evaluation."""
+        ...
+
+
+@runtime_checkable
+class Env(Protocol):
+    """A simulator as two pure functions of one environment; `vmap` makes it many.
+
+    `step` never resets and may be called with actions in [-1, 1] only.
+    """
+
+    @property
+    def spec(self) -> Spec:
+        """Sizes of observation, action and goal."""
+        ...
+
+    @property
+    def horizon(self) -> int:
+        """Steps after which an episode is truncated."""
+        ...
+
+    def reset(self, key: jax.Array) -> EnvState:
+        """Returns a fresh episode."""
+        ...
+
+    def step(self, state: EnvState, action: jax.Array) -> EnvState:
+        """Returns the environment after one action [A]."""
+        ...
+
+
+class Behaviour(Protocol):
+    """A scripted policy that acts inside the program; what it must remember is its `memory`."""
+
+    def start(self, state: EnvState, key: jax.Array) -> PyTree:
+        """Returns the memory at the start of an episode."""
+        ...
+
+    def act(self, memory: PyTree, state: EnvState, key: jax.Array) -> tuple[PyTree, jax.Array]:
+        """Returns the new memory and one action [A]."""
+        ...

@@ -1,0 +1,20 @@
+"""Settings of every test: JAX on the CPU, nothing cached on disk, implicit rank promotion an error, shapes checked."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A program found on disk is not compiled, so a test that counts compilations would count too few.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+import jax
+import jaxtyping
+import pytest
+
+jaxtyping.install_import_hook(["jaxrl.flow", "jaxrl.guidance", "jaxrl.losses"], "beartype.beartype")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Sets the rule before any fixture runs; only tests marked `simulator` may broadcast across ranks."""
+    rule = "allow" if item.get_closest_marker("simulator") else "raise"
+    jax.config.update("jax_numpy_rank_promotion", rule)
