@@ -1,13 +1,16 @@
 """Environments by name. Importing this module imports no simulator: `make` does, when it is asked for one."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import inspect
+import io
 import sys
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
 from jaxrl.errors import UserError, unknown
 from jaxrl.types import Env
@@ -59,14 +62,18 @@ def make(name: str) -> Env:
     base, _, query = name.partition("?")
     options = _options(query)
     family, _, member = base.partition("/")
-    if ":" in base:
-        return _own(base, options)
-    if family in _FAMILIES and member:
-        return _build(name, _FAMILIES[family], member, options)
     base = _ALIASES.get(base, base)
-    if base not in _SHIPPED:
+    if ":" in base:
+        env = _own(base, options)
+    elif family in _FAMILIES and member:
+        env = _build(name, _FAMILIES[family], member, options)
+    elif base in _SHIPPED:
+        env = _build(name, _SHIPPED[base], base, options)
+    else:
         raise unknown("environment", base, [shown for shown, _ in names()])
-    return _build(name, _SHIPPED[base], base, options)
+    if env.horizon < 1:
+        raise UserError(f"environment {name!r}: horizon is {env.horizon}, must be 1 or more")
+    return env
 
 
 def _options(query: str) -> dict[str, Any]:
@@ -93,8 +100,10 @@ def _value(text: str) -> int | float | bool | str:
 def _build(name: str, entry: _Entry, member: str, options: dict[str, Any]) -> Env:
     module, attribute = entry.target.split(":")
     try:
-        builder = getattr(importlib.import_module(module), attribute)
-        return _call(name, builder, (member,) if entry.named else (), options)
+        # MJX announces on import that an optional back end is absent
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder = getattr(importlib.import_module(module), attribute)
+            return _call(name, builder, (member,) if entry.named else (), options)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         extra = f"jaxrl[{_EXTRAS[package]}]" if package in _EXTRAS else package
@@ -125,14 +134,38 @@ def _own(target: str, options: dict[str, Any]) -> Env:
 
 
 def _call(name: str, builder: Callable[..., Env], args: tuple, options: dict[str, Any]) -> Env:
-    """Returns `builder(*args, **options)`, having checked the option names against its signature."""
-    parameters = list(inspect.signature(builder).parameters.values())[len(args) :]
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        allowed = [parameter.name for parameter in parameters]
-        for option in options:
-            if option not in allowed:
-                near = difflib.get_close_matches(option, allowed, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                known = f"known are {', '.join(allowed)}" if allowed else "it takes none"
-                raise UserError(f"environment {name!r}: unknown option {option!r}: {hint}{known}")
+    """Returns `builder(*args, **options)`, having checked names and types of the options against its signature."""
+    signature = inspect.signature(builder)
+    parameters = {parameter.name: parameter for parameter in list(signature.parameters.values())[len(args) :]}
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if anything and dataclasses.is_dataclass(signature.return_annotation):
+        # `**options` of a builder are the fields of what it builds
+        parameters, anything = dict(inspect.signature(signature.return_annotation).parameters), False
+    for option, value in options.items():
+        if option not in parameters:
+            if anything:
+                continue
+            near = difflib.get_close_matches(option, parameters, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            known = f"known are {', '.join(parameters)}" if parameters else "it takes none"
+            raise UserError(f"environment {name!r}: unknown option {option!r}: {hint}{known}")
+        hint = parameters[option].annotation
+        if not _fits(value, hint):
+            wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise UserError(f"environment {name!r}: option {option} is {value!r}, must be {wanted}")
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        raise UserError(f"environment {name!r}: {error}, give it as an option: {name}?key=value") from error
     return builder(*args, **options)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Returns whether the value is one that the annotation allows; annotations not understood allow anything."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str, type(None)) else True

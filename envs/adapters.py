@@ -7,9 +7,8 @@ and the horizon here is what truncates. Nothing of `brax.training` is imported.
 
 import contextlib
 import dataclasses
-import difflib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Literal
 
 import jax
@@ -39,14 +38,15 @@ class Adapted:
     def reset(self, key: jax.Array) -> EnvState:
         """Returns a fresh episode."""
         with _quiet():
-            return self._state(self.simulator.reset(key), jnp.zeros((), jnp.int32))
+            return self._state(self.simulator.reset(key), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
 
     def step(self, state: EnvState, action: jax.Array) -> EnvState:
         """Returns the environment after one action [A] in [-1, 1]."""
         with _quiet():
-            return self._state(self.simulator.step(state.physics, action), state.steps + 1)
+            return self._state(self.simulator.step(state.physics, action), state.steps + 1, state.success)
 
-    def _state(self, physics: Any, steps: jax.Array) -> EnvState:
+    def _state(self, physics: Any, steps: jax.Array, succeeded: jax.Array) -> EnvState:
+        physics = jax.tree.map(_strong, physics)
         terminated = physics.done.astype(bool)
         success = physics.metrics.get("success", jnp.zeros(()))
         return EnvState(
@@ -55,7 +55,7 @@ class Adapted:
             reward=physics.reward.astype(jnp.float32),
             terminated=terminated,
             truncated=(steps >= self.horizon) & ~terminated,
-            success=success > 0,
+            success=succeeded | (success > 0),
             steps=steps,
         )
 
@@ -82,13 +82,14 @@ def playground_env(name: str, horizon: int | None = None) -> Adapted:
     The tasks of its dm_control suite need nothing else; locomotion and manipulation tasks clone a repository of
     robot models when the first of them is built.
     """
-    from mujoco_playground import registry
+    with _quiet():
+        from mujoco_playground import registry  # ty: ignore[import-not-found]
 
-    if name not in registry.ALL_ENVS:
-        raise unknown("Playground task", name, difflib.get_close_matches(name, registry.ALL_ENVS, n=8, cutoff=0.3))
-    config = registry.get_default_config(name)
-    config.impl = "jax"  # the default, warp, is slow on a CPU and not deterministic
-    return Adapted(registry.load(name, config=config), horizon or config.episode_length)
+        if name not in registry.ALL_ENVS:
+            raise unknown("Playground task", name, registry.ALL_ENVS)
+        config = registry.get_default_config(name)
+        config.impl = "jax"  # the default, warp, is slow on a CPU and not deterministic
+        return Adapted(registry.load(name, config=config), config.episode_length if horizon is None else horizon)
 
 
 def _flat(obs: Any) -> jax.Array:
@@ -96,8 +97,13 @@ def _flat(obs: Any) -> jax.Array:
     return jnp.concatenate([jnp.ravel(part).astype(jnp.float32) for part in jax.tree.leaves(obs)])
 
 
+def _strong(leaf: Any) -> jax.Array:
+    """Returns the leaf as an array of fixed type; both simulators leave Python floats and weak types in theirs."""
+    return leaf if isinstance(leaf, jax.Array) and not leaf.weak_type else jnp.asarray(leaf, jnp.result_type(leaf))
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Silences what Brax says on every build, import and trace, and only that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)

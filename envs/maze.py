@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import mujoco
 import numpy as np
-from mujoco import mjx
+from PIL import Image, ImageDraw
 from scipy.sparse import csgraph
 
+from envs.quiet import mjx
 from jaxrl.errors import UserError, unknown
 from jaxrl.types import EnvState, PyTree, Spec
 
@@ -190,7 +191,8 @@ class Maze:
     def model(self) -> tuple[Any, Any]:
         """The simulator's model, and data to fill in."""
         with jax.ensure_compile_time_eval():
-            model = mjx.put_model(mujoco.MjModel.from_xml_string(mjcf(self.dynamics)), impl="jax")
+            mjcf_model = mujoco.MjModel.from_xml_string(mjcf(self.dynamics))  # ty: ignore[missing-attribute]
+            model = mjx.put_model(mjcf_model, impl="jax")
             return model, mjx.make_data(model)
 
     @property
@@ -303,6 +305,27 @@ class Maze:
         solved = np.linalg.norm(self.unscaled(judged[:, :2]) - goal, axis=-1) <= TOLERANCE
         return solved - np.float32(1), solved
 
+    def draw(self, obs: np.ndarray, size: int) -> Image.Image:
+        """Returns the maze from above, `size` pixels high, with the goal as a ring and the ball."""
+        rows, columns = self.grid.shape
+        scale = size / rows
+        image = Image.new("RGB", (round(columns * scale), size), "white")
+        pen = ImageDraw.Draw(image)
+        for row, column in np.argwhere(self.grid):
+            x, y = column * scale, size - (row + 1) * scale
+            pen.rectangle((x, y, x + scale, y + scale), fill="dimgray")
+
+        def disc(position: np.ndarray, radius: float, **style: Any) -> None:
+            x, y = (position / UNIT + 1.5) * scale
+            reach = radius / UNIT * scale
+            pen.ellipse((x - reach, size - y - reach, x + reach, size - y + reach), **style)
+
+        goal = obs[-2:] if self.goal_conditioned else None
+        at = self.centre(TASKS[self.layout][self.task - 1][1]) if goal is None else self.unscaled(goal)
+        disc(at, TOLERANCE, outline="crimson", width=max(1, size // 100))
+        disc(self.unscaled(np.asarray(obs[:2])), RADIUS, fill="steelblue")
+        return image
+
 
 LEVELS = {  # probability that a goal is the task's rather than any cell, noise of the actions
     "good": (1.0, 0.3),
@@ -350,4 +373,5 @@ def make_maze(name: str, **options: Any) -> Maze:
         raise unknown("environment", name, [f"{family}-{known}" for known in LAYOUTS])
     body = "ball" if family == "maze" else "point"
     horizon = HORIZONS[layout] if body == "ball" else 1000
-    return Maze(**({"layout": layout, "body": body, "horizon": horizon} | options))
+    settings: dict[str, Any] = {"layout": layout, "body": body, "horizon": horizon}
+    return Maze(**(settings | options))

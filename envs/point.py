@@ -11,6 +11,9 @@ from envs.picture import Disc, discs
 from envs.scripted import Scripted, scripted
 from jaxrl.types import EnvState, Spec
 
+GOAL = 0.8  # in every coordinate, where it is not random
+BUMPS = (-0.6, 0.6)  # of the bandit: the lesser, the higher
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Point:
@@ -64,7 +67,7 @@ class Point:
             reward=reward[0],
             terminated=terminated,
             truncated=(steps >= self.horizon) & ~terminated,
-            success=ended[0],
+            success=state.success | ended[0],
             steps=steps,
         )
 
@@ -115,7 +118,7 @@ class Point:
     def _anywhere(self, key: jax.Array) -> jax.Array:
         if self.goal_conditioned:
             return jax.random.uniform(key, (self.dimensions,), minval=-1.0, maxval=1.0)
-        return jnp.full((self.dimensions,), 0.8, jnp.float32)
+        return jnp.full((self.dimensions,), GOAL, jnp.float32)
 
     def _observe(self, position: jax.Array, goal: jax.Array) -> jax.Array:
         return jnp.concatenate([position, goal]) if self.goal_conditioned else position
@@ -123,7 +126,7 @@ class Point:
     def _goal(self, obs: jax.Array) -> jax.Array:
         if self.goal_conditioned:
             return obs[..., self.dimensions :]
-        return jnp.full_like(obs, 0.8)
+        return jnp.full_like(obs, GOAL)
 
     def _distance(self, obs: jax.Array) -> jax.Array:
         return jnp.abs(obs[..., : self.dimensions] - self._goal(obs)).max(-1)
@@ -148,16 +151,14 @@ class Bandit:
         """Returns the one state there is."""
         del key
         never = jnp.zeros((), bool)
-        zero = jnp.zeros((), jnp.float32)
-        steps = jnp.zeros((), jnp.int32)
         return EnvState(
             physics=(),
             obs=jnp.ones((1,), jnp.float32),
-            reward=zero,
+            reward=jnp.zeros((), jnp.float32),
             terminated=never,
             truncated=never,
             success=never,
-            steps=steps,
+            steps=jnp.zeros((), jnp.int32),
         )
 
     def step(self, state: EnvState, action: jax.Array) -> EnvState:
@@ -167,14 +168,14 @@ class Bandit:
             state,
             reward=reward[0],
             terminated=terminated[0],
-            success=jnp.abs(action[0] - 0.6) < 0.2,
+            success=jnp.abs(action[0] - BUMPS[1]) < 0.2,
             steps=state.steps + 1,
         )
 
     def relabel(self, obs: jax.Array, actions: jax.Array, next_obs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns reward [N] and termination [N], always true, of actions [N, 1]."""
         del obs, next_obs
-        left, right = (jnp.exp(-0.5 * ((jnp.asarray(actions)[:, 0] - at) / 0.1) ** 2) for at in (-0.6, 0.6))
+        left, right = (jnp.exp(-0.5 * ((jnp.asarray(actions)[:, 0] - at) / 0.1) ** 2) for at in BUMPS)
         return right + self.lesser * left, jnp.ones(left.shape, bool)
 
     def explore(self) -> "Bandit":
@@ -188,7 +189,7 @@ class Bandit:
     def aim(self, obs: jax.Array, key: jax.Array) -> jax.Array:
         """Returns one of the two bumps [1] at random."""
         del obs
-        return jnp.where(jax.random.bernoulli(key, shape=(1,)), 0.6, -0.6)
+        return jnp.where(jax.random.bernoulli(key, shape=(1,)), BUMPS[1], BUMPS[0])
 
     def reached(self, obs: jax.Array, goal: jax.Array) -> jax.Array:
         """Returns False: an episode keeps the bump that it drew."""
@@ -203,4 +204,8 @@ class Bandit:
     def draw(self, state_obs: np.ndarray, size: int) -> Image.Image:
         """Returns the picture of the two bumps on the action axis, each as large as its reward."""
         del state_obs
-        return discs(size, 1.1, [Disc(0.6, 0.0, 0.2, "seagreen"), Disc(-0.6, 0.0, 0.2 * self.lesser, "goldenrod")])
+        return discs(
+            size,
+            1.1,
+            [Disc(BUMPS[1], 0.0, 0.2, "seagreen"), Disc(BUMPS[0], 0.0, 0.2 * self.lesser, "goldenrod")],
+        )

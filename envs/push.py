@@ -78,7 +78,7 @@ class Push:
         """Builds the model once; it must not happen inside a trace."""
         if self.reward not in ("sparse", "dense"):
             raise UserError(f"push: reward is {self.reward!r}, allowed are 'sparse' and 'dense'")
-        model = mujoco.MjModel.from_xml_string(MJCF)
+        model = mujoco.MjModel.from_xml_string(MJCF)  # ty: ignore[missing-attribute]
         object.__setattr__(self, "model", mjx.put_model(model, impl="jax"))
         object.__setattr__(self, "data", mjx.make_data(model, impl="jax"))
 
@@ -127,7 +127,7 @@ class Push:
             reward=reward[0],
             terminated=terminated,
             truncated=(steps >= self.horizon) & ~terminated,
-            success=ended[0],
+            success=state.success | ended[0],
             steps=steps,
         )
 
@@ -172,11 +172,12 @@ class Push:
 
     def draw(self, state_obs: np.ndarray, size: int) -> Image.Image:
         """Returns the picture of one observation [O] from above."""
-        goal = np.asarray(self._goal(jnp.asarray(state_obs)))
+        goal_x, goal_y = np.asarray(self._goal(jnp.asarray(state_obs)))
+        pusher_x, pusher_y, disc_x, disc_y = state_obs[:4]
         shapes = [
-            Disc(*goal, TOLERANCE, "seagreen", hollow=True),
-            Disc(*state_obs[2:4], DISC, "goldenrod"),
-            Disc(*state_obs[:2], PUSHER, "royalblue"),
+            Disc(goal_x, goal_y, TOLERANCE, "seagreen", hollow=True),
+            Disc(disc_x, disc_y, DISC, "goldenrod"),
+            Disc(pusher_x, pusher_y, PUSHER, "royalblue"),
         ]
         return discs(size, 1.1, shapes)
 

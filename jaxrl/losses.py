@@ -69,4 +69,4 @@ def polyak(online: PyTree, target: PyTree, tau: Scalar) -> PyTree:
     Callers pass the online parameters from BEFORE the gradient step: the official code of QC, FQL and FMQ mixes
     them with that lag of one step.
     """
-    return optax.incremental_update(online, target, tau)  # ty: ignore[invalid-argument-type]
+    return optax.incremental_update(online, target, tau)

@@ -1,5 +1,5 @@
-"""The networks. flax.linen lives in this file and nowhere else: agents see `init(key, *example) -> params`
-and `apply(params, *inputs) -> output`.
+"""The networks. flax.linen lives in this file and nowhere else: agents see `network.init(key, *example)`,
+which returns parameters, and `apply(network, params, *inputs)`.
 
 Initialisation, the place of LayerNorm (after the activation) and the time features are those of the official
 code of Q-chunking, FQL and FMQ, so that recorded values can be replayed.
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from jaxrl.types import PyTree
 
 TIME_FEATURES = 64
 
@@ -69,12 +71,17 @@ class Critic(nn.Module):
             MLP,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=None,  # ty: ignore[invalid-argument-type]
+            in_axes=None,
             out_axes=0,
             axis_size=self.heads,
         )
         values = ensemble((*self.hidden, 1), self.layer_norm)(jnp.concatenate([obs, action], axis=-1))
         return values[..., 0]
+
+
+def apply(network: nn.Module, params: PyTree, *inputs: jax.Array) -> jax.Array:
+    """Returns the output of a network with parameters from its `init(key, *example)`."""
+    return network.apply(params, *inputs)  # ty: ignore[invalid-explicit-return]
 
 
 def repeat_for(candidates: jax.Array, obs: jax.Array) -> jax.Array:

@@ -64,6 +64,7 @@ class Episodes:
     returns: jax.Array  # [N], undiscounted
     lengths: jax.Array  # [N] int32
     broken: jax.Array  # [N] bool: the simulator's state became non-finite
+    track: jax.Array  # [T + 1, O], what the first environment observed; constant once its episode is over
 
 
 def start(env: Env, policy: Policy, key: jax.Array, count: int) -> Rollout:
@@ -144,9 +145,9 @@ def evaluate(env: Env, policy: Policy, key: jax.Array, episodes: int) -> Episode
     key_start, key_act = jax.random.split(key)
     first = start(env, policy, key_start, episodes)
     no = jnp.zeros(episodes, bool)
-    fresh = Episodes(no, jnp.zeros(episodes), jnp.zeros(episodes, jnp.int32), no)
+    fresh = Episodes(no, jnp.zeros(episodes), jnp.zeros(episodes, jnp.int32), no, first.states.obs[:1])
 
-    def decide(carry: tuple, key: jax.Array) -> tuple[tuple, None]:
+    def decide(carry: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
         states, memory, over, so_far = carry
         memory, actions = policy.act(memory, states, key)
         after, steps = execute(env, states, actions)
@@ -156,9 +157,13 @@ def evaluate(env: Env, policy: Policy, key: jax.Array, episodes: int) -> Episode
             returns=so_far.returns + jnp.sum(steps.rewards * happened, axis=1),
             lengths=so_far.lengths + happened.sum(axis=1),
             broken=so_far.broken | (happened & ~steps.valid).any(axis=1),
+            track=so_far.track,
         )
-        return (where(over, states, after), memory, over | steps.ended, so_far), None
+        after = where(over, states, after)
+        seen = jnp.where(over[0], states.obs[0][None], steps.obs[0, 1:])
+        return (after, memory, over | steps.ended, so_far), seen
 
     keys = jax.random.split(key_act, math.ceil(env.horizon / policy.chunk))
-    (*_, result), _ = jax.lax.scan(decide, (first.states, first.memory, no, fresh), keys)
-    return result
+    (*_, result), seen = jax.lax.scan(decide, (first.states, first.memory, no, fresh), keys)
+    track = jnp.concatenate([first.states.obs[:1], seen.reshape(-1, seen.shape[-1])])
+    return dataclasses.replace(result, track=track)

@@ -63,8 +63,16 @@ class Phase:
     name: Literal["offline", "warmup", "online"]
     epochs: int
     iterations: int  # per epoch
-    decisions: int  # chunks executed per iteration and environment
+    collects: bool  # whether an iteration executes one chunk in every environment
     updates: int  # gradient steps per iteration
+
+
+@pytree
+class World:
+    """What going online adds: the environments in flight, and what was seen in them."""
+
+    rollout: ro.Rollout
+    replay: Ring
 
 
 @pytree
@@ -73,8 +81,7 @@ class Carry:
 
     agent: PyTree
     key: jax.Array
-    replay: Ring | None  # None in a run without online phase
-    rollout: ro.Rollout | None
+    world: World | None  # None in a run without online phase
     updates: jax.Array  # [] int32
     steps: jax.Array  # [] int32, environment steps
     epoch: jax.Array  # [] int32
@@ -85,29 +92,28 @@ def phases(schedule: Schedule, chunk: int) -> tuple[Phase, ...]:
     result = []
     if schedule.offline_updates:
         per_epoch = min(schedule.updates_per_epoch, schedule.offline_updates)
-        result.append(Phase("offline", -(-schedule.offline_updates // per_epoch), per_epoch, 0, 1))
+        result.append(Phase("offline", -(-schedule.offline_updates // per_epoch), per_epoch, False, 1))
     if schedule.online_steps:
         per_iteration = schedule.envs * chunk
         if schedule.warmup_steps:
-            result.append(Phase("warmup", 1, -(-schedule.warmup_steps // per_iteration), 1, 0))
+            result.append(Phase("warmup", 1, -(-schedule.warmup_steps // per_iteration), True, 0))
         iterations = max(min(schedule.steps_per_epoch, schedule.online_steps) // per_iteration, 1)
         updates = max(round(schedule.utd * per_iteration), 1) if schedule.utd else 0
         epochs = -(-schedule.online_steps // (per_iteration * iterations))
-        result.append(Phase("online", epochs, iterations, 1, updates))
+        result.append(Phase("online", epochs, iterations, True, updates))
     return tuple(result)
 
 
 def begin(agent: Any, env: Env, schedule: Schedule, key: jax.Array) -> Carry:
     """Returns the carry before the first epoch."""
     key, key_agent, key_envs = jax.random.split(key, 3)
-    state = agent.init(key_agent, env.spec)
-    replay = rollout = None
+    state, world = agent.init(key_agent, env.spec), None
     if schedule.online_steps:
-        lane_rows = min(schedule.replay, 2 * schedule.online_steps) // schedule.envs + agent.chunk + 2
-        replay = rings.empty(schedule.envs, lane_rows, env.spec.observation, env.spec.action)
-        rollout = ro.start(env, ro.policy_of(agent, state), key_envs, schedule.envs)
+        rows = min(schedule.replay, 2 * schedule.online_steps) // schedule.envs + agent.chunk + 2
+        replay = rings.empty(schedule.envs, rows, env.spec.observation, env.spec.action)
+        world = World(ro.start(env, ro.policy_of(agent, state), key_envs, schedule.envs), replay)
     zero = jnp.zeros((), jnp.int32)
-    return Carry(state, key, replay, rollout, zero, zero, zero)
+    return Carry(state, key, world, zero, zero, zero)
 
 
 def enter(agent: Any, phase: Phase, carry: Carry) -> Carry:
@@ -122,12 +128,12 @@ def iteration(
 ) -> tuple[Carry, Metrics, Metrics]:
     """Returns the carry after one iteration, the updates' mean metrics and the collection's sums."""
     key_collect, key_update = jax.random.split(key)
-    replay, rollout, sums = carry.replay, carry.rollout, {}
-    for key_decision in jax.random.split(key_collect, phase.decisions):
+    world, sums, data = carry.world, {}, () if dataset is None else (dataset,)
+    if world is not None and phase.collects:
         policy = ro.policy_of(agent, carry.agent)
-        rollout, steps, sums = ro.advance(env, policy, rollout, bank, key_decision)
-        replay = rings.add(replay, steps)
-    data = tuple(ring for ring in (dataset, replay if phase.decisions else None) if ring is not None)
+        rollout, steps, sums = ro.advance(env, policy, world.rollout, bank, key_collect)
+        world = World(rollout, rings.add(world.replay, steps))
+        data = (*data, world.replay)
 
     def update(state: PyTree, key: jax.Array) -> tuple[PyTree, Metrics]:
         key_batch, key_step = jax.random.split(key)
@@ -137,8 +143,7 @@ def iteration(
     carry = dataclasses.replace(
         carry,
         agent=state,
-        replay=replay,
-        rollout=rollout,
+        world=world,
         updates=carry.updates + phase.updates,
         steps=carry.steps + sums.get("steps", 0),
     )
@@ -149,7 +154,8 @@ def epoch(agent: Any, env: Env, phase: Phase, carry: Carry, dataset: Ring | None
     """Returns the carry after one epoch and its metrics: means over updates, episode statistics, a digest."""
     key, key_bank, key_iterations = jax.random.split(carry.key, 3)
     carry = dataclasses.replace(carry, key=key)
-    bank = ro.resets(env, key_bank, len(carry.rollout.returns)) if phase.decisions else None
+    collects = carry.world is not None and phase.collects
+    bank = ro.resets(env, key_bank, len(carry.world.rollout.returns)) if collects else None
 
     def body(carry: Carry, key: jax.Array) -> tuple[Carry, tuple[Metrics, Metrics]]:
         carry, metrics, sums = iteration(agent, env, phase, carry, dataset, bank, key)

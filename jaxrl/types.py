@@ -67,7 +67,7 @@ def pytree(cls: type[T]) -> type[T]:
     program. Every other field, `Scalar` included, is a leaf or a subtree.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)  # ty: ignore[invalid-argument-type]
+    fields = dataclasses.fields(cls)
     static = [field.name for field in fields if _shapes_the_program(field.type)]
     leaves = [field.name for field in fields if field.name not in static]
     return jax.tree_util.register_dataclass(cls, data_fields=leaves, meta_fields=static)

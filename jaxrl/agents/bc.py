@@ -12,7 +12,7 @@ import optax
 from jaxrl import flow, losses
 from jaxrl.agents.common import check_range, flat_actions, step_mask, unflatten
 from jaxrl.data.ring import Rings, windows
-from jaxrl.networks import Velocity
+from jaxrl.networks import Velocity, apply
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 
@@ -63,7 +63,7 @@ class BC:
 
         def loss(params: PyTree) -> jax.Array:
             def velocity(x: jax.Array, _: jax.Array, t: jax.Array) -> jax.Array:
-                return self.network(x.shape[-1]).apply(params, batch.obs, x, t)
+                return apply(self.network(x.shape[-1]), params, batch.obs, x, t)
 
             return losses.masked_mean(flow.matching_error(velocity, x0, x1, t), step_mask(batch))
 
@@ -76,7 +76,7 @@ class BC:
         """Returns chunks [B, H, A] for observations [B, O]; `greedy` changes nothing."""
 
         def velocity(x: jax.Array, t: jax.Array, _: jax.Array) -> jax.Array:
-            return self.network(x.shape[-1]).apply(state.params, obs, x, t)
+            return apply(self.network(x.shape[-1]), state.params, obs, x, t)
 
         noise = jax.random.normal(key, (len(obs), self.chunk * state.spec.action))
         return unflatten(jnp.clip(flow.euler(velocity, noise, self.flow_steps), -1, 1), state.spec.action)

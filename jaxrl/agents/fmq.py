@@ -34,7 +34,7 @@ from jaxrl.agents.common import check_range, flat_actions, step_mask, unflatten
 from jaxrl.data.ring import Rings, windows
 from jaxrl.errors import UserError
 from jaxrl.flow import AverageVelocity
-from jaxrl.networks import Critic, Velocity, repeat_for
+from jaxrl.networks import Critic, Velocity, apply, repeat_for
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 
@@ -112,11 +112,11 @@ class FMQ:
 
     def u(self, spec: Spec, params: PyTree, obs: jax.Array) -> AverageVelocity:
         """Returns the actor as a function u(x, r, t) of flat chunks, its observations closed over."""
-        return lambda x, r, t: self.actor(spec).apply(params, obs, x, r, t)
+        return lambda x, r, t: apply(self.actor(spec), params, obs, x, r, t)
 
     def heads(self, params: PyTree, obs: jax.Array) -> guidance.Heads:
         """Returns the critic as a function of flat chunks, its observations closed over."""
-        return lambda action: self.critic().apply(params, obs, action)
+        return lambda action: apply(self.critic(), params, obs, action)
 
     def agg(self, state: FMQState) -> losses.Aggregate:
         """Returns how the heads are combined in the state's phase."""

@@ -179,12 +179,12 @@ def from_dataset(dataset: Dataset, rewards: np.ndarray, terminated: np.ndarray, 
         raise UserError("dataset: the last row must close an episode (terminals[-1] is False)")
     episodes = np.split(np.arange(len(dataset.terminals)), last[:-1] + 1)
     piles: list[list[np.ndarray]] = [[] for _ in range(lanes)]
-    filled = np.zeros(lanes, int)
+    filled = np.zeros(lanes, np.int64)
     for episode in sorted(episodes, key=len, reverse=True) if lanes > 1 else episodes:
-        shortest = int(filled.argmin())
+        shortest = int(np.argmin(filled))
         piles[shortest].append(episode)
         filled[shortest] += len(episode)
-    rows = int(filled.max()) + 1  # the head's row stays free
+    rows = int(np.max(filled)) + 1  # the head's row stays free
     valid = ~dataset.terminals
     truncated = np.roll(dataset.terminals, -1) & valid & ~terminated
     columns = {

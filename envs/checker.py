@@ -1,0 +1,237 @@
+"""Does an environment keep the contract? One finding per rule, each failure with what would mend it."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl.types import Env, EnvState, Spec
+
+STEPS, COPIES = 64, 8  # of the rollout that is looked at
+SHOWN = 3  # places named in one finding, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One rule, and what breaks it and how to mend that; empty if nothing does."""
+
+    rule: str
+    problem: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Returns whether the rule is kept."""
+        return not self.problem
+
+    def __str__(self) -> str:
+        """Returns the line that a report prints."""
+        return f"FAIL  {self.rule}: {self.problem}" if self.problem else f"ok    {self.rule}"
+
+
+def check(env: Env) -> list[Finding]:
+    """Returns a finding per rule, in the order of checking. It ends early where the next rules cannot be looked at."""
+    findings = []
+    for stage in (_sizes, _states, _rollouts):
+        findings += stage(env)
+        if not all(finding.ok for finding in findings):
+            break
+    return findings
+
+
+def _sizes(env: Env) -> Iterator[Finding]:
+    missing = [part for part in ("spec", "horizon", "reset", "step") if not hasattr(env, part)]
+    yield Finding("has spec, horizon, reset and step", f"add {', '.join(missing)}" if missing else "")
+    if missing:
+        return
+    spec = env.spec
+    sizes_fit = (
+        isinstance(spec, Spec) and spec.observation > 0 and spec.action > 0 and 0 <= spec.goal < spec.observation
+    )
+    yield Finding(
+        "spec holds sizes",
+        "" if sizes_fit else f"{spec!r} must be a jaxrl.types.Spec with positive sizes and goal < observation",
+    )
+    whole = isinstance(env.horizon, int) and env.horizon > 0
+    yield Finding("horizon is a positive int", "" if whole else f"it is {env.horizon!r}")
+    yield Finding(
+        "can be a static argument of jit",
+        "" if _hashable(env) else "it has no hash: make it a dataclass with frozen=True, eq=False",
+    )
+
+
+def _states(env: Env) -> Iterator[Finding]:
+    """Looks at the states as abstract values: nothing is compiled or run."""
+    key, action = jax.random.key(0), jax.ShapeDtypeStruct((env.spec.action,), jnp.float32)
+    try:
+        # a fresh function each time, or the second trace would be the first one from the cache
+        first, again = (jax.make_jaxpr(lambda key: env.reset(key))(key) for _ in range(2))
+        reset = jax.eval_shape(env.reset, key)
+    except Exception as error:
+        yield Finding("reset(key) can be traced", _because(error))
+        return
+    yield Finding("reset(key) can be traced")
+    yield Finding(
+        "reset draws from its key alone",
+        ""
+        if _same_program(first, again)
+        else "tracing it twice gives two programs: replace numpy's or Python's random",
+    )
+    if not isinstance(reset, EnvState):
+        yield Finding("reset returns an EnvState", f"it returns {type(reset).__name__}: build a jaxrl.types.EnvState")
+        return
+    try:
+        step = jax.eval_shape(env.step, reset, action)
+    except Exception as error:
+        yield Finding("step(state, action) can be traced", _because(error))
+        return
+    yield Finding("step(state, action) can be traced")
+    yield Finding("shapes and dtypes are those of the contract", _misshapen(env.spec, reset))
+    yield Finding("step returns the tree that reset returns", _differences(reset, step))
+    yield Finding("no weak types", _weak({"reset": reset, "step": step}))
+
+
+def _rollouts(env: Env) -> Iterator[Finding]:
+    """Looks at one vmapped rollout, past the end of episodes. The first two copies act at the bounds throughout."""
+    key_reset, key_action = jax.random.split(jax.random.key(0))
+    actions = jax.random.uniform(key_action, (STEPS, COPIES, env.spec.action), minval=-1.0, maxval=1.0)
+    actions = actions.at[:, 0].set(1.0).at[:, 1].set(-1.0)
+    program = jax.jit(lambda keys, actions: _rollout(env, keys, actions))
+    try:
+        start, seen = jax.device_get(program(jax.random.split(key_reset, COPIES), actions))
+        _, again = jax.device_get(program(jax.random.split(key_reset, COPIES), actions))
+    except Exception as error:
+        yield Finding("vmap and scan work", _because(error))
+        return
+    yield Finding("vmap and scan work")
+
+    finite = np.isfinite(seen.obs).all(-1) & np.isfinite(seen.reward) & np.isfinite(start.obs).all(-1)[None]
+    advice = "guard divisions and square roots by a small number, or shorten the simulator's time step"
+    yield Finding("finite under random actions", _first(~finite[:, 2:], advice))
+    yield Finding("finite under actions at the bounds", _first(~finite[:, :2], advice))
+    same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*map(jax.tree.leaves, (seen, again)), strict=True))
+    yield Finding(
+        "the same key and actions give the same episode", "" if same else "take all randomness from the key of reset"
+    )
+    late = env.horizon + np.arange(-1, 1)[:, None]  # the clock that the rollout's last two steps were started with
+    clock = np.concatenate(
+        [np.broadcast_to(np.arange(STEPS - 2)[:, None], (STEPS - 2, COPIES)), late + 0 * start.steps]
+    )
+    yield Finding(
+        "steps starts at 0 and counts every step",
+        _first((seen.steps != clock + 1) | (start.steps != 0)[None], "return state.steps + 1 and do not reset in step"),
+    )
+    yield Finding(
+        "truncates at the horizon and not before, unless terminated",
+        _first(
+            seen.truncated != ((clock + 1 >= env.horizon) & ~seen.terminated),
+            "use truncated = (steps >= horizon) & ~terminated, with steps of the new state",
+        ),
+    )
+    yield from _extras(env, start, seen, actions)
+
+
+def _rollout(env: Env, keys: jax.Array, actions: jax.Array) -> tuple[EnvState, EnvState]:
+    """Returns the first states [COPIES] and all later ones [STEPS, COPIES], without physics.
+
+    The clock is put forward to the horizon before the last two steps, so that truncation is seen in long tasks too.
+    """
+    late = jnp.arange(STEPS) == STEPS - 2
+
+    def step(states: EnvState, now: tuple[jax.Array, jax.Array]) -> tuple[EnvState, EnvState]:
+        actions, late = now
+        clock = jnp.where(late, jnp.int32(env.horizon - 1), states.steps)
+        states = jax.vmap(env.step)(dataclasses.replace(states, steps=clock), actions)
+        return states, dataclasses.replace(states, physics=())
+
+    start = jax.vmap(env.reset)(keys)
+    return dataclasses.replace(start, physics=()), jax.lax.scan(step, start, (actions, late))[1]
+
+
+def _extras(env: Any, start: EnvState, seen: EnvState, actions: jax.Array) -> Iterator[Finding]:
+    """Looks at the optional methods that are there."""
+    if hasattr(env, "behaviour"):
+        key = jax.random.key(0)
+        behaviour, state = env.behaviour("good"), jax.jit(env.reset)(key)
+        _, action = behaviour.act(behaviour.start(state, key), state, key)
+        fits = action.shape == (env.spec.action,) and bool(jnp.all(jnp.abs(action) <= 1.0))
+        yield Finding("behaviour acts within the bounds", "" if fits else f"it returns {action}: clip to [-1, 1]")
+    if hasattr(env, "relabel"):
+        reward, _ = env.relabel(start.obs, np.asarray(actions[0]), seen.obs[0])
+        fits = np.shape(reward) == (COPIES,) and np.allclose(reward, seen.reward[0], atol=1e-5)
+        yield Finding(
+            "relabel gives the reward of step", "" if fits else f"it gives {reward} where step gave {seen.reward[0]}"
+        )
+    if hasattr(env, "draw"):
+        size = env.draw(start.obs[0], 32).size
+        yield Finding("draw returns a picture of the size asked for", "" if size == (32, 32) else f"it is {size}")
+
+
+def _hashable(env: Env) -> bool:
+    try:
+        hash(env)
+    except TypeError:
+        return False
+    return True
+
+
+def _because(error: Exception) -> str:
+    line = str(error).strip().partition("\n")[0]
+    traced = isinstance(error, jax.errors.ConcretizationTypeError)
+    advice = "; write jnp.where or jax.lax.cond for `if` on arrays" if traced else ""
+    return f"{type(error).__name__}: {line}{advice}"
+
+
+def _same_program(first: Any, again: Any) -> bool:
+    same_constants = all(map(np.array_equal, first.consts, again.consts))
+    return str(first) == str(again) and len(first.consts) == len(again.consts) and same_constants
+
+
+def _misshapen(spec: Spec, state: EnvState) -> str:
+    flag = ((), jnp.dtype(bool))
+    wanted = {
+        "obs": ((spec.observation,), jnp.dtype("float32")),
+        "reward": ((), jnp.dtype("float32")),
+        "terminated": flag,
+        "truncated": flag,
+        "success": flag,
+        "steps": ((), jnp.dtype("int32")),
+    }
+    found = {name: (getattr(state, name).shape, getattr(state, name).dtype) for name in wanted}
+    wrong = [f"{n} is {d}{list(s)}, must be {wanted[n][1]}{list(wanted[n][0])}" for n, (s, d) in found.items()]
+    return "; ".join(line for line, name in zip(wrong, found, strict=True) if found[name] != wanted[name])
+
+
+def _differences(reset: EnvState, step: EnvState) -> str:
+    if not isinstance(step, EnvState):
+        return f"step returns {type(step).__name__}: build a jaxrl.types.EnvState"
+    before, after = (
+        {
+            jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        }
+        for tree in (reset, step)
+    )
+    places = [place for place in before | after if before.get(place) != after.get(place)]
+    lines = [f"{place} is {before.get(place, 'absent')}, then {after.get(place, 'absent')}" for place in places]
+    if not lines and jax.tree.structure(reset) != jax.tree.structure(step):
+        lines = ["containers differ (a tuple against a list, say)"]
+    return "; ".join(lines[:SHOWN])
+
+
+def _weak(states: dict[str, EnvState]) -> str:
+    places = [
+        f"{name}(...){jax.tree_util.keystr(path)}"
+        for name, state in states.items()
+        for path, leaf in jax.tree.leaves_with_path(state)
+        if leaf.weak_type
+    ]
+    advice = "give the dtype, as in jnp.where(done, 0.0, -1.0).astype(jnp.float32), or the program compiles twice"
+    return f"{', '.join(places[:SHOWN])}: {advice}" if places else ""
+
+
+def _first(wrong: np.ndarray, advice: str) -> str:
+    """Returns where `wrong` [STEPS, COPIES] is first true, with the advice; empty if nowhere."""
+    return f"not so at step {int(np.argmax(wrong.any(1))) + 1}: {advice}" if wrong.any() else ""

@@ -1,0 +1,341 @@
+"""The command line, `jaxrl COMMAND ...`. Flags are fields of dataclasses; a mistake is one line and exit code 2."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Generic
+
+import jax
+import tyro
+
+from jaxrl import doctor, plan, rundir, session
+from jaxrl.agents import AGENTS
+from jaxrl.config import PRESETS, A, Config, Preset, preset
+from jaxrl.data import files, record
+from jaxrl.errors import UserError, unknown
+from jaxrl.signals import SAVED, StopRequests
+
+Flat = tyro.conf.arg(name="")  # a dataclass whose fields are flags of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(Generic[A]):
+    """Train an agent: jaxrl train [AGENT] [ENVIRONMENT] [flags]."""
+
+    config: Annotated[Config[A], Flat]
+    preset: Preset = "quick"
+    """Where the defaults come from: minutes on two CPU cores, or the published sizes."""
+    out: Path | None = None
+    """Run directory; by default a new one under runs/."""
+    resume: Path | None = None
+    """Go on with the run in this directory; no other flag but --wandb applies."""
+    plan: bool = False
+    """Print what the run would take in memory, and stop."""
+    wandb: bool = False
+    """Log to Weights & Biases as well."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions(Generic[A]):
+    """Evaluate a run's newest checkpoint: jaxrl eval RUN [flags]."""
+
+    agent: A
+    env: str
+    episodes: int = 100
+    """How many episodes."""
+    seed: int = 12345
+    """Seed of the episodes; runs are comparable at equal seeds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectOptions:
+    """Record a scripted behaviour as a dataset: jaxrl collect ENVIRONMENT [flags]."""
+
+    behaviour: str = "medium"
+    """Level of the behaviour, see `jaxrl list`."""
+    steps: int = 1_000_000
+    """Steps to record, at least."""
+    seed: int = 0
+    """Seed."""
+    out: Path | None = None
+    """File to write (.npz); by default datasets/ENVIRONMENT-BEHAVIOUR-STEPS.npz."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderOptions:
+    """Draw an episode of a run's newest checkpoint: jaxrl render RUN [flags]."""
+
+    out: Path | None = None
+    """File to write (.gif); by default RUN/rollout.gif."""
+    seed: int = 12345
+    """Seed of the episode."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayOptions:
+    """Repeat a run's first epochs and compare them bit for bit: jaxrl replay RUN [flags]."""
+
+    epochs: int = 3
+    """How many epochs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Describe a dataset file: jaxrl data describe FILE [flags]."""
+
+    env: str | None = None
+    """Environment whose task gives the rewards."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorOptions:
+    """Check this installation, or an environment of yours: jaxrl doctor [flags]."""
+
+    env: str | None = None
+    """Environment to check, for example my_package.my_module:make."""
+
+
+def train(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl train`."""
+    names, flags = _positionals(args, 2)
+    agent = names[0] if names else "fmq"
+    defaults = preset(_peek(flags, "--preset", "quick"), agent)
+    if len(names) == 2:
+        defaults = dataclasses.replace(defaults, env=names[1])
+    options = _parse(_of_agent(TrainOptions, AGENTS[agent]), TrainOptions(defaults), flags)
+    if options.resume is not None:
+        if len(flags) > 2 + options.wandb or names:
+            raise UserError(f"--resume {options.resume}: a run goes on as it began, no other flag applies")
+        config, path, drive = rundir.read_config(options.resume), options.resume, session.resume
+    else:
+        config = options.config
+        path = options.out or rundir.default_path(agent, config.env, config.seed)
+        drive = session.start
+    config.check()
+    environment = _make(config.env)
+    if options.plan:
+        print(plan.plan(config, environment))
+        return 0
+    with StopRequests() as stop:
+        try:
+            result = drive(config, environment, path, stop, options.wandb)
+        except session.StopRequested:
+            print(f"stopped and saved; go on with: jaxrl train --resume {path}", file=sys.stderr)
+            return SAVED
+    print(session.table(result))
+    print(f"result: {json.dumps(result)}")
+    return 0
+
+
+def evaluate(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl eval`."""
+    path, flags = _run_directory("eval", args)
+    config = rundir.read_config(path)
+    defaults = EvalOptions(config.agent, config.env, seed=config.schedule.eval_seed)
+    options = _parse(_of_agent(EvalOptions, type(config.agent)), defaults, flags)
+    schedule = dataclasses.replace(config.schedule, eval_episodes=options.episodes, eval_seed=options.seed)
+    config = dataclasses.replace(config, agent=options.agent, env=options.env, schedule=schedule)
+    config.check()
+    row = session.evaluate(config, _make(config.env), path)
+    print(f"result: {json.dumps({'run': str(path), 'episodes': options.episodes, 'seed': options.seed} | row)}")
+    return 0
+
+
+def collect(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl collect`."""
+    names, flags = _positionals(args, 1)
+    options = _parse(CollectOptions, CollectOptions(), flags)
+    if not names:
+        raise UserError("collect: name an environment, for example `jaxrl collect maze-medium`")
+    if options.steps < 1:
+        raise UserError(f"steps = {options.steps}: must be at least 1")
+    environment = _make(names[0])
+    path = options.out or session.data_path(names[0], options.behaviour, options.steps)
+    if path.exists():
+        raise UserError(f"{path} exists: name another file with --out")
+    dataset = record.record(environment, options.behaviour, options.steps, options.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.save(path, dataset)
+    print(files.format_report(files.describe(files.load(path), getattr(environment, "relabel", None))))
+    return 0
+
+
+def render(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl render`."""
+    path, flags = _run_directory("render", args)
+    options = _parse(RenderOptions, RenderOptions(), flags)
+    config = rundir.read_config(path)
+    environment = _make(config.env)
+    if not hasattr(environment, "draw"):
+        raise UserError(f"environment {config.env!r} has no draw(obs, size), so there is nothing to see")
+    out = options.out or path / "rollout.gif"
+    schedule = dataclasses.replace(config.schedule, eval_seed=options.seed, eval_episodes=1)
+    session.render(dataclasses.replace(config, schedule=schedule), environment, path, out)
+    print(out)
+    return 0
+
+
+def replay(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl replay`: 0 where the repetition is identical, 1 where it is not."""
+    path, flags = _run_directory("replay", args)
+    options = _parse(ReplayOptions, ReplayOptions(), flags)
+    config = rundir.read_config(path)
+    difference = session.replay(config, _make(config.env), path, options.epochs)
+    print("identical" if difference is None else f"different: {difference}")
+    return 0 if difference is None else 1
+
+
+def data(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl data describe`."""
+    names, flags = _positionals(args, 2)
+    options = _parse(DataOptions, DataOptions(), flags)
+    if len(names) < 2 or names[0] != "describe":
+        raise UserError("data: say what to do with which file, `jaxrl data describe FILE`")
+    relabel = None if options.env is None else getattr(_make(options.env), "relabel", None)
+    print(files.format_report(files.describe(files.load(names[1]), relabel)))
+    return 0
+
+
+def examine(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl doctor`: 1 where something is wrong."""
+    options = _parse(DoctorOptions, DoctorOptions(), args)
+    if options.env is None:
+        lines = doctor.installation()
+    else:
+        from envs.checker import check
+
+        lines = [str(finding) for finding in check(_make(options.env))]
+    print("\n".join(lines))
+    return int(any(line.startswith("FAIL") for line in lines))
+
+
+def catalogue(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl list`."""
+    import envs
+
+    _positionals(args, 0)
+    print("agents")
+    for name, kind in AGENTS.items():
+        print(f"  {name:<20} {(kind.__doc__ or '').splitlines()[0]}")
+    print("environments")
+    for name, line in envs.names():
+        print(f"  {name:<20} {line}")
+    print(f"behaviours            good, medium, bad, random, mixed\npresets               {', '.join(PRESETS)}")
+    return 0
+
+
+COMMANDS = {
+    "train": (train, "train an agent, or go on with a run"),
+    "eval": (evaluate, "evaluate a run's newest checkpoint"),
+    "collect": (collect, "record a scripted behaviour as a dataset"),
+    "render": (render, "draw an episode of a run"),
+    "replay": (replay, "repeat a run's first epochs and compare bit for bit"),
+    "data": (data, "describe a dataset file"),
+    "doctor": (examine, "check the installation, or an environment of yours"),
+    "list": (catalogue, "name agents, environments, behaviours and presets"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 for a check that failed, 2 for a mistake, 75 for saved and stopped."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
+        print(
+            "jaxrl: reinforcement learning with generative policies, as one XLA program\n\nusage: jaxrl COMMAND ...\n"
+        )
+        for name, (_, line) in COMMANDS.items():
+            print(f"  {name:<10} {line}")
+        print("\n`jaxrl COMMAND --help` explains a command. Start with: jaxrl train")
+        return 0 if args else 2
+    try:
+        if args[0] not in COMMANDS:
+            raise unknown("command", args[0], COMMANDS)
+        use_compilation_cache()
+        return COMMANDS[args[0]][0](args[1:])
+    except UserError as error:
+        print(f"jaxrl: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read our output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk between processes, unless JAX was already told where or not to."""
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxrl" / "xla"))
+
+
+def _make(name: str) -> Any:
+    import envs
+
+    return envs.make(name)
+
+
+def _positionals(args: list[str], most: int) -> tuple[list[str], list[str]]:
+    """Returns the leading arguments that are no flags, at most so many, and the rest."""
+    count = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
+    if count > most:
+        raise UserError(f"unexpected argument {args[most]!r}")
+    return args[:count], args[count:]
+
+
+def _of_agent(options: Any, agent: type) -> Any:
+    """Returns the options of a command with the fields of one kind of agent among them."""
+    return options[agent]
+
+
+def _run_directory(command: str, args: list[str]) -> tuple[Path, list[str]]:
+    names, flags = _positionals(args, 1)
+    if not names and not {"-h", "--help"} & set(flags):
+        raise UserError(f"{command}: name a run directory, for example `jaxrl {command} runs/NAME`")
+    return Path(names[0] if names else "."), flags
+
+
+def _peek(args: list[str], flag: str, otherwise: str) -> str:
+    """Returns a flag's value before the rest can be parsed, which it decides about."""
+    for i, arg in enumerate(args):
+        if arg == flag and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(f"{flag}="):
+            return arg.split("=", 1)[1]
+    return otherwise
+
+
+def _parse(kind: Any, default: Any, args: list[str]) -> Any:
+    """Returns the options that flags ask for. Raises UserError, one line, for a flag or a value that does not exist."""
+    if {"-h", "--help"} & set(args):
+        tyro.cli(kind, default=default, args=["--help"], prog=f"jaxrl {sys.argv[1] if len(sys.argv) > 1 else ''}")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
+            options, left = tyro.cli(kind, default=default, args=args, return_unknown_args=True)
+    except SystemExit as error:
+        lines = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
+        raise UserError(next((line for line in lines[1:] if line), "cannot read the flags")) from error
+    if left:
+        flag = left[0].split("=")[0]
+        near = difflib.get_close_matches(flag, _flags(default), n=1, cutoff=0.5)
+        raise UserError(f"unknown flag {flag}: " + (f"did you mean {near[0]}? " if near else "") + "--help lists all")
+    return options
+
+
+def _flags(options: Any, prefix: str = "--") -> list[str]:
+    """Returns the flags of a dataclass's fields."""
+    result = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        name = "" if field.name == "config" else field.name.replace("_", "-")
+        nested = prefix + (f"{name}." if name else "")
+        result += _flags(value, nested) if dataclasses.is_dataclass(value) else [prefix + name]
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""A run's folder: what it was asked to do, what it ran on, and what it measured.
+
+config.json       everything needed to repeat the run
+manifest.json     versions, device, precision, git commit, digest of the data, command line
+metrics.jsonl     one row per epoch; deterministic, so that a repetition can be compared byte by byte
+timings.jsonl     seconds per epoch and rates: what a repetition may change
+result.json       the last line that the run printed
+checkpoints/      the newest carries
+tensorboard/      the metrics again
+curves.png, rollout.gif
+"""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrl.config import Config, from_dict, to_dict
+from jaxrl.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mujoco", "mujoco-mjx", "brax", "numpy", "jaxrl")
+
+
+def default_path(name: str, env: str, seed: int) -> Path:
+    """Returns a folder name that says what runs, and when it began."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{name}-{plain(env)}-s{seed}-{stamp}"
+
+
+def plain(env: str) -> str:
+    """Returns an environment's name as part of a file name."""
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in env)
+
+
+def create(path: Path, config: Config, digest: str | None) -> None:
+    """Writes a new run's folder. Raises UserError where it exists already or cannot be written."""
+    if path.exists():
+        raise exists(path)
+    try:
+        path.mkdir(parents=True)
+        write_json(path / "config.json", to_dict(config))
+        write_json(path / "manifest.json", manifest(digest))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def exists(path: Path) -> UserError:
+    """Returns the error for a run directory that is there already."""
+    return UserError(f"run directory {path} exists: continue it with --resume {path}, or name another with --out")
+
+
+def manifest(digest: str | None) -> dict[str, Any]:
+    """Returns what a run's numbers depend on besides its configuration."""
+    device = jax.devices()[0]
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "device": device.device_kind,
+        "platform": device.platform,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "x64": jax.config.jax_enable_x64,
+        "git_commit": _commit(),
+        "dataset_digest": digest,
+        "argv": sys.argv[1:],
+    }
+
+
+def read_config(path: Path) -> Config:
+    """Returns the configuration of the run in a folder. Raises UserError where there is none."""
+    return from_dict(read_json(path / "config.json", f"{path} is not a run directory"))
+
+
+def read_json(path: Path, otherwise: str) -> Any:
+    """Returns the JSON in a file, or raises UserError: `otherwise`, and why."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{otherwise}: {path.name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{otherwise}: {path.name} cannot be read ({error})") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON that a reader either finds whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Appends one line of JSON and flushes it to disk; a number that is not finite is written as null."""
+    with path.open("a") as file:
+        file.write(json.dumps(as_json(row)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def as_json(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the row as JSON can hold it, and as reading it back gives it."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a metrics file; a last line that a killed run left unfinished is passed over."""
+    if not path.exists():
+        return []
+    result = []
+    for line in path.read_text().splitlines():
+        try:
+            result.append(json.loads(line))
+        except ValueError:
+            break
+    return result
+
+
+def rewind(path: Path, epoch: int) -> None:
+    """Drops what a run wrote after an epoch, from its metrics and its timings."""
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        file = path / name
+        kept = [line for line in rows(file) if line["epoch"] <= epoch]
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(file)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Returns the git commit of the source that runs, with a mark where files were changed; None outside git."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        status = ["git", "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(status, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changed else "")

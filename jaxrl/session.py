@@ -1,0 +1,311 @@
+"""The host's side of a run: data in, epochs driven one by one, everything recorded, stopped and resumed.
+
+Each compiled epoch is one call; evaluation, logging, checkpoint and the question whether to stop lie between two.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl import checkpoint, pictures, rundir, stats, train
+from jaxrl import rollout as ro
+from jaxrl.config import Config
+from jaxrl.data import files, record
+from jaxrl.data.files import Dataset
+from jaxrl.data.ring import Ring, from_dataset
+from jaxrl.errors import UserError
+from jaxrl.log import Log, evaluation_line
+from jaxrl.signals import StopRequests
+from jaxrl.train import Carry, Phase, Schedule
+from jaxrl.types import Env
+
+
+class StopRequested(Exception):  # noqa: N818  (not an error)
+    """The run saved its carry and stopped because it was asked to."""
+
+
+def load_data(config: Config, env: Any) -> Dataset:
+    """Returns the run's dataset: the file that it names, or the recorded behaviour, which is kept under datasets/."""
+    path = data_path(config.env, config.behaviour, config.data_steps) if config.data is None else Path(config.data)
+    if config.data is None and not path.exists():
+        dataset = record.record(env, config.behaviour, config.data_steps, seed=0)
+        path.parent.mkdir(exist_ok=True)
+        files.save(path, dataset)
+    dataset = files.load(path)
+    check_fits(dataset, env)
+    return dataset
+
+
+def data_path(env: str, behaviour: str, steps: int) -> Path:
+    """Returns where a recorded behaviour is kept."""
+    return Path("datasets") / f"{rundir.plain(env)}-{behaviour}-{steps}.npz"
+
+
+def check_fits(dataset: Dataset, env: Env) -> None:
+    """Raises UserError where a dataset's sizes are not the environment's, or it lacks rewards that nothing supplies."""
+    for name, array, size in (
+        ("observations", dataset.observations, env.spec.observation),
+        ("actions", dataset.actions, env.spec.action),
+    ):
+        if array.shape[1] != size:
+            raise UserError(f"dataset {dataset.path}: {name} have {array.shape[1]} entries, the environment has {size}")
+    if dataset.rewards is None and not hasattr(env, "relabel"):
+        raise UserError(f"dataset {dataset.path}: has no rewards, and the environment cannot relabel it")
+
+
+def to_ring(dataset: Dataset, env: Any) -> Ring:
+    """Returns the dataset in device memory, with the environment's own rewards where it can relabel."""
+    if hasattr(env, "relabel"):
+        dataset = files.relabelled(dataset, env.relabel)
+    assert dataset.rewards is not None
+    ended = np.zeros(len(dataset.rewards), bool) if dataset.masks is None else dataset.masks == 0
+    return from_dataset(dataset, dataset.rewards, ended)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """The epochs of a run in a row."""
+
+    phases: tuple[Phase, ...]
+
+    @property
+    def epochs(self) -> int:
+        """How many there are."""
+        return sum(phase.epochs for phase in self.phases)
+
+    def at(self, epoch: int) -> tuple[Phase, int]:
+        """Returns the phase of an epoch (counted from 0), and how many epochs of that phase lie before it."""
+        for phase in self.phases:
+            if epoch < phase.epochs:
+                return phase, epoch
+            epoch -= phase.epochs
+        raise IndexError(epoch)
+
+    def closes_phase(self, epoch: int) -> bool:
+        """Whether an epoch is the last of its phase."""
+        phase, before = self.at(epoch)
+        return before + 1 == phase.epochs
+
+
+def abstract_carry(agent: Any, env: Env, schedule: Schedule, timeline: Timeline, epochs_done: int) -> Carry:
+    """Returns the shapes of the carry after some epochs, without computing anything."""
+    carry = jax.eval_shape(lambda a, k: train.begin(a, env, schedule, k), agent, jax.random.key(0))
+    phase, _ = timeline.at(max(epochs_done - 1, 0))
+    return jax.eval_shape(lambda a, c: train.enter(a, phase, c), agent, carry)
+
+
+def evaluation(episodes: ro.Episodes) -> dict[str, float]:
+    """Returns success with its interval, mean return and length of evaluated episodes."""
+    successes, count = int(episodes.success.sum()), len(episodes.success)
+    low, high = stats.success_interval(successes, count)
+    return {
+        "eval/success": successes / count,
+        "eval/success_low": low,
+        "eval/success_high": high,
+        "eval/return": float(episodes.returns.mean()),
+        "eval/length": float(episodes.lengths.mean()),
+        "eval/broken": float(episodes.broken.sum()),
+    }
+
+
+def evaluate_behaviour(config: Config, env: Any) -> dict[str, Any]:
+    """Returns the row of the scripted behaviour, judged on the same episodes as the agent."""
+    policy = ro.scripted(record.behaviour_of(env, config.behaviour))
+    program = jax.jit(ro.evaluate, static_argnames=("env", "policy", "episodes"))
+    key = jax.random.key(config.schedule.eval_seed)
+    row = {"epoch": 0, "phase": "behaviour", "updates": 0, "steps": 0}
+    return row | evaluation(jax.device_get(program(env, policy, key, config.schedule.eval_episodes)))
+
+
+def one_epoch(
+    agent: Any, env: Env, config: Config, timeline: Timeline, carry: Carry, data: Ring, index: int
+) -> tuple[Carry, dict[str, Any]]:
+    """Returns the carry after the epoch with this index, and the epoch's row of metrics."""
+    phase, before = timeline.at(index)
+    if before == 0:
+        carry = train.jitted_enter(agent, phase, carry)
+    carry, metrics = train.jitted_epoch(agent, env, phase, carry, data)
+    row: dict[str, Any] = {"epoch": index + 1, "phase": phase.name}
+    row |= {"updates": int(jax.device_get(carry.updates)), "steps": int(jax.device_get(carry.steps))}
+    row |= {name: value.item() for name, value in sorted(jax.device_get(metrics).items())}
+    due = (index + 1) % config.schedule.eval_every == 0 or timeline.closes_phase(index)
+    if due and phase.name != "warmup":
+        row |= evaluation(episodes_of(config, agent, env, carry.agent))
+    return carry, row
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run, ready to be driven: its agent on the device, its environment, its epochs and its data."""
+
+    config: Config
+    env: Any
+    agent: Any
+    timeline: Timeline
+    data: Ring
+
+    def first(self) -> Carry:
+        """Returns the carry before the first epoch."""
+        return train.jitted_begin(self.agent, self.env, self.config.schedule, jax.random.key(self.config.seed))
+
+    def restore(self, folder: Any) -> tuple[Carry, int]:
+        """Returns the carry to go on from and how many epochs it has seen: the newest checkpoint's, or the first."""
+        loaded = checkpoint.load(folder, self.abstract)
+        return (self.first(), 0) if loaded is None else (loaded[1], loaded[0])
+
+    def abstract(self, done: int) -> Carry:
+        """Returns the shapes of the carry after `done` epochs, without computing anything."""
+        return abstract_carry(self.agent, self.env, self.config.schedule, self.timeline, done)
+
+    def epoch(self, carry: Carry, index: int) -> tuple[Carry, dict[str, Any]]:
+        """Returns the carry after the epoch with this index (from 0), and its row of metrics."""
+        return one_epoch(self.agent, self.env, self.config, self.timeline, carry, self.data, index)
+
+
+def prepare(config: Config, env: Any, dataset: Dataset) -> Run:
+    """Returns the run of a configuration."""
+    agent = train.on_device(config.agent)
+    timeline = Timeline(train.phases(config.schedule, agent.chunk))
+    return Run(config, env, agent, timeline, to_ring(dataset, env))
+
+
+def start(config: Config, env: Any, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
+    """Returns the result of a new run, driven to its end in a new folder. Raises StopRequested where asked to stop."""
+    if path.exists():
+        raise rundir.exists(path)
+    dataset = load_data(config, env)
+    rundir.create(path, config, dataset.digest)
+    if config.data is None:
+        rundir.append(path / "metrics.jsonl", evaluate_behaviour(config, env))
+    return drive(prepare(config, env, dataset), path, stop, wandb)
+
+
+def resume(config: Config, env: Any, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
+    """Returns the result of a run that goes on from its newest checkpoint, bit for bit as if it had never stopped."""
+    dataset = load_data(config, env)
+    check_same_data(path, dataset)
+    return drive(prepare(config, env, dataset), path, stop, wandb)
+
+
+def check_same_data(path: Path, dataset: Dataset) -> None:
+    """Raises UserError where the dataset is not the one that the run began with."""
+    known = rundir.read_json(path / "manifest.json", f"{path} is not a run directory")["dataset_digest"]
+    if dataset.digest != known:
+        raise UserError(f"dataset {dataset.path} has changed since {path} began: its digest was {known[:12]}")
+
+
+def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, Any]:
+    """Returns the run's result, after the epochs still before it. Raises StopRequested where asked to stop."""
+    with checkpoint.open_folder(path / "checkpoints") as folder:
+        carry, done = run.restore(folder)
+        rundir.rewind(path, done)
+        log = Log(path, wandb, done)
+        try:
+            for row in rundir.rows(path / "metrics.jsonl")[:1]:
+                log.say(evaluation_line(row)) if row["phase"] == "behaviour" else None
+            for index in range(done, run.timeline.epochs):
+                phase, before = run.timeline.at(index)
+                if index == done or before == 0:
+                    log.start(phase, before, run.agent.chunk, run.config.schedule.envs)
+                began = time.perf_counter()
+                carry, row = run.epoch(carry, index)
+                log.row(row, time.perf_counter() - began)
+                last = index + 1 == run.timeline.epochs
+                if stop.requested or last or (index + 1) % run.config.checkpoint_every == 0:
+                    checkpoint.save(folder, index + 1, carry)
+                if stop.requested and not last:
+                    raise StopRequested
+        finally:
+            log.close()
+    return finish(run, carry, path)
+
+
+def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
+    """Returns the result of a finished run, having written it, the learning curve and an episode."""
+    rows = rundir.rows(path / "metrics.jsonl")
+    result: dict[str, Any] = {
+        "agent": rundir.read_json(path / "config.json", str(path))["agent_name"],
+        "env": run.config.env,
+        "seed": run.config.seed,
+        "run": str(path),
+        "seconds": round(sum(row["seconds"] for row in rundir.rows(path / "timings.jsonl")), 1),
+    }
+    for phase in ("behaviour", "offline", "online"):
+        evaluated = [row for row in rows if row["phase"] == phase and "eval/success" in row]
+        if evaluated:
+            result[f"{phase}_success"] = evaluated[-1]["eval/success"]
+            result[f"{phase}_interval"] = [evaluated[-1]["eval/success_low"], evaluated[-1]["eval/success_high"]]
+    rundir.write_json(path / "result.json", result)
+    pictures.curves(rows, path / "curves.png")
+    if hasattr(run.env, "draw"):
+        pictures.gif(run.env, episode(run.config, run.agent, run.env, carry.agent), path / "rollout.gif")
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the result's success rates as people read them."""
+    lines = [f"{'':<12}{'success':>8}   95 % interval"]
+    for phase in ("behaviour", "offline", "online"):
+        if f"{phase}_success" in result:
+            low, high = result[f"{phase}_interval"]
+            lines.append(f"{phase:<12}{result[f'{phase}_success']:>8.2f}   [{low:.2f}, {high:.2f}]")
+    return "\n".join([*lines, f"pictures, metrics and checkpoints are in {result['run']}"])
+
+
+# What is done with a run afterwards
+
+
+def newest_state(config: Config, agent: Any, env: Any, path: Path) -> Any:
+    """Returns the agent's state in a run's newest checkpoint. Raises UserError where there is none that fits."""
+    timeline = Timeline(train.phases(config.schedule, agent.chunk))
+    with checkpoint.open_folder(path / "checkpoints") as folder:
+        loaded = checkpoint.load(folder, lambda done: abstract_carry(agent, env, config.schedule, timeline, done))
+    if loaded is None:
+        raise UserError(f"{path} has no checkpoint that can be read")
+    return loaded[1].agent
+
+
+def evaluate(config: Config, env: Any, path: Path) -> dict[str, Any]:
+    """Returns the evaluation of a run's newest checkpoint, on the episodes that the configuration names."""
+    agent = train.on_device(config.agent)
+    return evaluation(episodes_of(config, agent, env, newest_state(config, agent, env, path)))
+
+
+def render(config: Config, env: Any, path: Path, out: Path) -> None:
+    """Writes an episode of a run's newest checkpoint, the first that the configuration's evaluation begins."""
+    agent = train.on_device(config.agent)
+    pictures.gif(env, episode(config, agent, env, newest_state(config, agent, env, path)), out)
+
+
+def episode(config: Config, agent: Any, env: Any, state: Any) -> np.ndarray:
+    """Returns the observations [T + 1, O] of the first evaluation episode."""
+    episodes = episodes_of(config, agent, env, state)
+    return np.asarray(episodes.track[: episodes.lengths[0] + 1])
+
+
+def episodes_of(config: Config, agent: Any, env: Any, state: Any) -> ro.Episodes:
+    """Returns the evaluation episodes of an agent's state, on the host."""
+    key = jax.random.key(config.schedule.eval_seed)
+    return jax.device_get(train.jitted_evaluate(agent, env, config.schedule.eval_episodes, state, key))
+
+
+def replay(config: Config, env: Any, path: Path, epochs: int, say: Any = print) -> str | None:
+    """Returns None where the first epochs, repeated, give the recorded metrics bit for bit, else what differs first."""
+    dataset = load_data(config, env)
+    check_same_data(path, dataset)
+    run = prepare(config, env, dataset)
+    recorded = {row["epoch"]: row for row in rundir.rows(path / "metrics.jsonl") if row["phase"] != "behaviour"}
+    carry = run.first()
+    for index in range(min(epochs, run.timeline.epochs)):
+        carry, row = run.epoch(carry, index)
+        repeated = rundir.as_json(row)
+        for name in sorted(repeated.keys() | recorded.get(index + 1, {}).keys()):
+            was, now = recorded.get(index + 1, {}).get(name), repeated.get(name)
+            if was != now:
+                return f"epoch {index + 1}, {name}: {was} is recorded, {now} is repeated"
+        say(f"epoch {index + 1}: identical, digest {row['digest']:08x}")
+    return None
