@@ -30,8 +30,8 @@ _SHIPPED = {
 } | {
     f"{kind}-{size}": _Entry("envs.maze:make_maze", f"{about} in OGBench's {size} maze (MJX)", named=True)
     for kind, sizes, about in (
-        ("maze", ("umaze", "medium", "large", "giant"), "a ball rolls to one far goal"),
-        ("pointmaze", ("medium", "large", "giant"), "a ball rolls to the goal that it is shown"),
+        ("maze", ("umaze", "medium", "large", "giant"), "a ball with momentum rolls to a far goal"),
+        ("pointmaze", ("medium", "large", "giant"), "OGBench's point, which its data files fit, moves to a far goal"),
     )
     for size in sizes
 }

@@ -87,10 +87,11 @@ class Body:
     damping: float
     force: float  # N at action 1
     shift: float  # displacement at action 1, before the simulator runs
+    integrator: str
 
 
-BALL = Body(step=0.05, substeps=2, damping=2.0, force=10.0, shift=0.0)  # at most 5 units/s, 0.5 a step
-POINT = Body(step=0.02, substeps=5, damping=0.0, force=0.0, shift=0.2)
+BALL = Body(step=0.05, substeps=2, damping=2.0, force=10.0, shift=0.0, integrator="Euler")  # at most 5 units/s
+POINT = Body(step=0.02, substeps=5, damping=0.0, force=0.0, shift=0.2, integrator="RK4")  # OGBench's
 SPEED = 5.0
 
 
@@ -104,7 +105,7 @@ def mjcf(body: Body, boxes: np.ndarray | None = None) -> str:
         walls = "".join(f'{wall} pos="{x} {y} {half}"/>' for x, y in boxes)
     return f"""
     <mujoco>
-      <option timestep="{body.step}" integrator="Euler" iterations="1" ls_iterations="4">
+      <option timestep="{body.step}" integrator="{body.integrator}" iterations="1" ls_iterations="4">
         <flag eulerdamp="disable"/>
       </option>
       <worldbody>
@@ -236,7 +237,7 @@ class Maze:
         return EnvState(
             physics=physics,
             obs=self.observe(physics, goal),
-            reward=solved - 1.0,
+            reward=solved.astype(jnp.float32) - 1.0,
             terminated=terminated,
             truncated=(steps >= self.horizon) & ~terminated,
             success=state.success | solved,

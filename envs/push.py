@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import mujoco
 import numpy as np
-from mujoco import mjx
 from PIL import Image
 
 from envs.picture import Disc, discs
+from envs.quiet import mjx
 from envs.scripted import Scripted, scripted
 from jaxrl.errors import UserError
 from jaxrl.types import EnvState, Spec

@@ -258,7 +258,7 @@ def test_push_is_solved_by_the_script_and_not_by_chance(pushed):
     _, states, _, memory = pushed
     solved = {level: states.terminated.any(1)[memory["weight"][:, 0] == SKILLS[level][0]] for level in SKILLS}
     assert min(len(episodes) for episodes in solved.values()) > 30
-    assert solved["good"].mean() > 0.9 > solved["medium"].mean() - 0.05 > solved["bad"].mean()
+    assert solved["good"].mean() > 0.9 and solved["medium"].mean() > solved["bad"].mean() + 0.2
     assert solved["random"].mean() < 0.05
 
 
@@ -289,8 +289,8 @@ def test_push_keeps_its_bodies_where_they_can_be_reached(pushed):
     gap = np.linalg.norm(states.obs[..., :2] - states.obs[..., 2:4], axis=-1)
     assert gap.min() > 0.15, "pusher and disc, which touch at 0.2, overlap little"
     assert np.abs(states.obs[..., 2:4]).max() < 0.72 and np.abs(states.obs[..., :2]).max() < 1.05
-    # nothing but the contact can make the pusher faster than force over damping, 6.4 / 8
-    assert 0.79 < np.abs(states.obs[..., 4:6]).max() < 0.85
+    # away from the disc, whose recoil adds to it, the pusher's top speed is force over damping: 6.4 / 8
+    assert np.isclose(np.abs(states.obs[gap > 0.35][:, 4:6]).max(), 0.8, atol=5e-3)
     assert np.linalg.norm(first.obs[:, 2:4] - np.array([[0.5, 0.0]]), axis=-1).min() >= 0.3
     assert np.linalg.norm(first.obs[:, :2] - first.obs[:, 2:4], axis=-1).min() >= 0.24
 

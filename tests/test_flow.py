@@ -13,7 +13,6 @@ from jaxrl import flow
 from jaxrl.networks import Velocity
 
 MU, S = 0.7, 0.4
-NAMES = ("esd", "lsd", "psd")
 
 
 def variance(t):
@@ -29,10 +28,6 @@ def exact(x, r, t):
 def exact_map(x, r, t):
     """Returns X_{r,t}(x) of the Gaussian flow."""
     return t * MU + jnp.sqrt(variance(t) / variance(r)) * (x - r * MU)
-
-
-def times(key, count):
-    return flow.uniform_times(key, count)
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +283,7 @@ def test_samplers_ask_for_the_times_of_a_regular_grid():
 
 # Learning
 
-RADIUS, WIDTH, MODES = 1.0, 0.1, 8
+RADIUS, WIDTH, MODES = 1.0, 0.15, 8
 NETWORK = Velocity(2, (64, 64, 64))
 
 
@@ -331,3 +326,22 @@ def one_step_share(params) -> tuple[float, float]:
     centre = RADIUS * jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
     near = jnp.linalg.norm(sample[:, None] - centre[None], axis=-1) < 3 * WIDTH
     return float(near.any(axis=1).mean()), float(near.mean(axis=0).min())
+
+
+ERRORS = {
+    "esd": lambda u, x0, x1, r, t, split: flow.esd_error(u, x0, x1, r, t),
+    "lsd": lambda u, x0, x1, r, t, split: flow.lsd_error(u, x0, x1, r, t),
+    "psd": flow.psd_error,
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_one_step_samples_of_a_learned_map_find_all_eight_modes(name):
+    # measured: 0.95 and 0.11; wrong tangents or signs in the loss reach 0.71 and 0.05 at most, no such loss 0 and 0
+    share, rarest = one_step_share(jax.jit(lambda: learned(ERRORS[name], 2000))())
+    assert share > 0.9 and rarest > 0.08
+
+
+def test_the_diagonal_loss_alone_teaches_no_one_step_map():
+    share, rarest = one_step_share(jax.jit(lambda: learned(lambda u, x0, x1, r, t, split: 0 * x0, 500))())
+    assert share < 0.5 and rarest < 0.05
