@@ -1,89 +1,137 @@
-"""Saving and loading the carry (orbax), so that a run that was stopped anywhere goes on bit for bit."""
+"""Saving and loading the carry (orbax), so that a run that was stopped anywhere goes on bit for bit.
 
-import warnings
-from collections.abc import Callable
+    checkpoints/EPOCH/        the carry after that epoch, as orbax writes it
+    checkpoints/EPOCH.json    the sha256 of each file in it, written last: a checkpoint that does not agree is not used
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxrl.errors import UserError
+from jaxrl.rundir import write_json
 from jaxrl.types import PyTree
 
-KEEP = 2  # the newest, and one to fall back on should its file be damaged
+KEEP = 2  # the newest, and one to fall back on should a file of it be damaged
 
 
-def open_folder(folder: Path) -> ocp.training.Checkpointer:
-    """Returns a folder's checkpointer. Saves are atomic; what a killed process left half written is removed."""
-    policy = ocp.training.preservation_policies.LatestN(KEEP)
-    return ocp.training.Checkpointer(
-        str(folder.absolute()),
-        preservation_policy=policy,  # ty: ignore[invalid-argument-type]
-        cleanup_tmp_directories=True,
-    )
+def save(folder: Path, epoch: int, carry: PyTree) -> None:
+    """Writes the carry after an epoch and removes all but the newest two; on return it is whole on disk.
 
-
-def save(folder: ocp.training.Checkpointer, epoch: int, carry: PyTree) -> None:
-    """Writes the carry after an epoch; on return it is whole on disk. Raises UserError when the disk is full."""
+    Raises UserError when the disk is full. The checkpoints from before are as they were, then.
+    """
+    (folder / f"{epoch}.json").unlink(missing_ok=True)
     try:
-        folder.save(epoch, carry, overwrite=True)
-    except Exception as error:
-        if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
-            raise UserError(f"no space left on the device for the checkpoint of epoch {epoch}") from error
+        with _quiet():
+            ocp.save((folder / str(epoch)).absolute(), carry, overwrite=True)
+        write_json(folder / f"{epoch}.json", checksums(folder / str(epoch)))
+    except Exception as error:  # orbax raises whatever its threads do
+        keep(folder, [old for old in epochs(folder) if old != epoch])
+        if any(reason in str(error) for reason in ("No space left", "Disk quota")):
+            raise UserError(f"no space left for the checkpoint of epoch {epoch} in {folder}") from error
         raise
+    keep(folder, epochs(folder)[-KEEP:])
 
 
-def epochs(folder: ocp.training.Checkpointer) -> list[int]:
-    """Returns the epochs of which there is a checkpoint, ascending."""
-    return sorted(int(checkpoint.step) for checkpoint in folder.checkpoints)
+def epochs(folder: Path) -> list[int]:
+    """Returns the epochs of which there is a checkpoint, whole or not, ascending."""
+    return sorted({int(p.stem) for p in folder.glob("*") if p.stem.isdigit() and p.suffix in ("", ".json")})
 
 
-def load(
-    folder: ocp.training.Checkpointer, abstract: Callable[[int], PyTree], say: Callable[[str], Any] = print
-) -> tuple[int, PyTree] | None:
-    """Returns (epoch, carry) of the newest checkpoint that can be read, or None where there is none.
+def keep(folder: Path, wanted: Iterable[int]) -> None:
+    """Removes the checkpoints of other epochs, and what a killed process left half written."""
+    names = {name for epoch in wanted for name in (f"{epoch}", f"{epoch}.json")}
+    for entry in folder.glob("*"):
+        if entry.name not in names:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
-    `abstract(epoch)` gives the shapes that the carry has after that epoch. A checkpoint that cannot be read is named,
-    and the one before it is used. One of other shapes is a UserError: it belongs to another agent or environment.
+
+def load(folder: Path, abstract: Callable[[int], PyTree]) -> tuple[int, PyTree] | None:
+    """Returns (epoch, carry) of the newest whole checkpoint, or None where there is none.
+
+    `abstract(epoch)` gives the shapes that the carry has after that epoch, or a dict of some of its fields, to load
+    these alone. A damaged checkpoint is named on stderr and the one before it is used. A whole one of other shapes is
+    a UserError: it belongs to another agent or environment.
     """
     for epoch in reversed(epochs(folder)):
-        expected = abstract(epoch)
-        check_same_shapes(folder, epoch, expected)
-        try:
-            return epoch, folder.load(epoch, _placed(expected))
-        except Exception as error:  # whatever a damaged file makes the readers underneath raise
-            say(f"checkpoint of epoch {epoch} is damaged ({type(error).__name__}), using the one before it")
+        if wrong := damage(folder, epoch):
+            print(f"checkpoint of epoch {epoch} is damaged ({wrong}): using the one before it", file=sys.stderr)
+            continue
+        path, expected = folder / str(epoch), abstract(epoch)
+        check_same_shapes(path, expected)
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context, _quiet():
+            return epoch, ocp.load(path.absolute(), _placed(expected))
     return None
 
 
-def check_same_shapes(folder: ocp.training.Checkpointer, epoch: int, expected: PyTree) -> None:
-    """Raises UserError where a checkpoint holds other leaves than expected, naming the first that differs."""
+def damage(folder: Path, epoch: int) -> str | None:
+    """Returns what is wrong with the files of a checkpoint, or None if nothing is."""
     try:
-        with warnings.catch_warnings(action="ignore"):
-            stored = folder.checkpointables_metadata(epoch).metadata["state"]
-    except Exception:
-        return  # unreadable: loading will say so
-    found, wanted = _shapes(stored), _shapes(expected)
+        recorded = json.loads((folder / f"{epoch}.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return f"{epoch}.json cannot be read"
+    found = checksums(folder / str(epoch))
+    for name, checksum in recorded.items():
+        if found.get(name) != checksum:
+            return f"{name} is {'changed' if name in found else 'missing'}"
+    return None
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Returns the sha256 of every file below a folder, by its path there."""
+    result = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            result[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return result
+
+
+def check_same_shapes(path: Path, expected: PyTree) -> None:
+    """Raises UserError where a checkpoint has other leaves than expected, naming the first that differs."""
+    wanted, found = _shapes(expected), _shapes(ocp.metadata(path.absolute()).metadata)
+    fields = {name.partition("/")[0] for name in wanted}
     for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
+        if name.partition("/")[0] in fields and found.get(name) != wanted.get(name):
             raise UserError(
-                f"checkpoint of epoch {epoch} does not fit this agent and environment: {name} is "
-                f"{found.get(name, 'absent')} in the checkpoint and {wanted.get(name, 'absent')} here"
+                f"checkpoint {path} does not fit this agent and environment: {name} is "
+                f"{found.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
             )
 
 
 def _shapes(tree: PyTree) -> dict[str, str]:
+    """Returns the shape of every leaf by its path; random keys as the numbers that they are stored as."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_name(path): str(tuple(leaf.shape)) for path, leaf in leaves if hasattr(leaf, "shape")}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): str(_stored_shape(leaf)) for path, leaf in leaves}
 
 
-def _name(path: tuple) -> str:
-    parts = (getattr(k, "name", getattr(k, "key", getattr(k, "idx", k))) for k in path)
-    return "/".join(str(part) for part in parts)
+def _stored_shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return tuple((jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf).shape)
 
 
 def _placed(abstract: PyTree) -> PyTree:
     """Returns the abstract carry with a place for each leaf: the default device."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps orbax from printing the tracebacks of what it also raises."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,11 +1,17 @@
-"""The command line, `jaxrl COMMAND ...`. Flags are fields of dataclasses; a mistake is one line and exit code 2."""
+"""The command line, `jaxrl COMMAND ...`. Flags are fields of dataclasses; a mistake is one line and exit code 2.
+
+What takes long to import is imported by the command that needs it, so that help and mistakes answer soon.
+"""
 
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
+import itertools
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Generic
@@ -13,19 +19,35 @@ from typing import Annotated, Any, Generic
 import jax
 import tyro
 
-from jaxrl import doctor, plan, rundir, session
+from jaxrl import rundir
 from jaxrl.agents import AGENTS
 from jaxrl.config import PRESETS, A, Config, Preset, preset
-from jaxrl.data import files, record
 from jaxrl.errors import UserError, unknown
-from jaxrl.signals import SAVED, StopRequests
+from jaxrl.signals import ABORTED, SAVED, StopRequests
 
 Flat = tyro.conf.arg(name="")  # a dataclass whose fields are flags of their own
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions(Generic[A]):
-    """Train an agent: jaxrl train [AGENT] [ENVIRONMENT] [flags]."""
+    """Train an agent on a dataset, then, if it learns online, in the environment. Or go on with a run.
+
+        jaxrl train                                 the default agent in the default maze: minutes on two CPU cores
+        jaxrl train bc push --seed 1                another agent, another environment
+        jaxrl train fmq maze-large --preset paper   the published sizes, for an accelerator
+        jaxrl train --resume runs/NAME              on from the newest checkpoint, exactly as if it had never stopped
+
+        AGENT        {agents}
+        ENVIRONMENT  a name of `jaxrl list`, with options after a question mark ("push?horizon=50"),
+                     or a function of your own that makes one (my_package.my_module:make)
+
+    Ctrl-C or SIGTERM saves at the end of the epoch and stops; a second one stops at once.
+
+        exit code 0    trained; the last line is `result: {...}` in JSON
+                  2    a mistake, which one line names
+                  75   stopped and saved: go on with --resume
+                  130  stopped at once; the last checkpoint is whole
+    """
 
     config: Annotated[Config[A], Flat]
     preset: Preset = "quick"
@@ -42,10 +64,15 @@ class TrainOptions(Generic[A]):
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions(Generic[A]):
-    """Evaluate a run's newest checkpoint: jaxrl eval RUN [flags]."""
+    """Evaluate a run's newest checkpoint. Flags of the agent are the run's, unless given.
+
+    jaxrl eval runs/NAME --episodes 500
+    jaxrl eval runs/NAME --agent.test-sampler beam_search
+    """
 
     agent: A
     env: str
+    """Environment, of the same sizes as the run's."""
     episodes: int = 100
     """How many episodes."""
     seed: int = 12345
@@ -54,7 +81,10 @@ class EvalOptions(Generic[A]):
 
 @dataclasses.dataclass(frozen=True)
 class CollectOptions:
-    """Record a scripted behaviour as a dataset: jaxrl collect ENVIRONMENT [flags]."""
+    """Record a scripted behaviour of an environment as a dataset.
+
+    jaxrl collect maze-medium --behaviour good --steps 100000
+    """
 
     behaviour: str = "medium"
     """Level of the behaviour, see `jaxrl list`."""
@@ -63,12 +93,12 @@ class CollectOptions:
     seed: int = 0
     """Seed."""
     out: Path | None = None
-    """File to write (.npz); by default datasets/ENVIRONMENT-BEHAVIOUR-STEPS.npz."""
+    """File to write (.npz); by default datasets/ENVIRONMENT-BEHAVIOUR-STEPS-sSEED.npz."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RenderOptions:
-    """Draw an episode of a run's newest checkpoint: jaxrl render RUN [flags]."""
+    """Draw an episode of a run's newest checkpoint as an animation."""
 
     out: Path | None = None
     """File to write (.gif); by default RUN/rollout.gif."""
@@ -78,7 +108,10 @@ class RenderOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ReplayOptions:
-    """Repeat a run's first epochs and compare them bit for bit: jaxrl replay RUN [flags]."""
+    """Repeat a run's first epochs and compare their metrics bit for bit. Exit code 1: they differ, one line says where.
+
+    Equal numbers need the same kind of machine and the same versions, which the run's manifest.json names.
+    """
 
     epochs: int = 3
     """How many epochs."""
@@ -86,7 +119,7 @@ class ReplayOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """Describe a dataset file: jaxrl data describe FILE [flags]."""
+    """Describe a dataset: episodes, returns, ranges."""
 
     env: str | None = None
     """Environment whose task gives the rewards."""
@@ -94,10 +127,18 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DoctorOptions:
-    """Check this installation, or an environment of yours: jaxrl doctor [flags]."""
+    """Check this installation, or an environment of yours. Exit code 1: a line that begins with FAIL needs mending.
+
+    jaxrl doctor --env my_package.my_module:make
+    """
 
     env: str | None = None
-    """Environment to check, for example my_package.my_module:make."""
+    """Environment to check, a name of `jaxrl list` or my_package.my_module:make."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ListOptions:
+    """Name the agents, environments, behaviours and presets that there are."""
 
 
 def train(args: list[str]) -> int:
@@ -107,25 +148,33 @@ def train(args: list[str]) -> int:
     defaults = preset(_peek(flags, "--preset", "quick"), agent)
     if len(names) == 2:
         defaults = dataclasses.replace(defaults, env=names[1])
-    options = _parse(_of_agent(TrainOptions, AGENTS[agent]), TrainOptions(defaults), flags)
+    usage = "jaxrl train [AGENT] [ENVIRONMENT]"
+    options = _parse(usage, _of_agent(TrainOptions, AGENTS[agent]), TrainOptions(defaults), flags)
     if options.resume is not None:
-        if len(flags) > 2 + options.wandb or names:
-            raise UserError(f"--resume {options.resume}: a run goes on as it began, no other flag applies")
-        config, path, drive = rundir.read_config(options.resume), options.resume, session.resume
-    else:
-        config = options.config
-        path = options.out or rundir.default_path(agent, config.env, config.seed)
-        drive = session.start
+        others = {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
+        if not_for_it := names + sorted(others - {"--resume", "--wandb", "--no-wandb"}):
+            raise UserError(f"--resume: a run goes on as it began, {not_for_it[0]} does not apply")
+    config = options.config if options.resume is None else rundir.read_config(options.resume)
     config.check()
-    environment = _make(config.env)
+    path = options.resume or options.out or rundir.default_path(agent, config.env, config.seed)
+    return _train(config, _make(config.env), path, options)
+
+
+def _train(config: Config, environment: Any, path: Path, options: TrainOptions) -> int:
+    from jaxrl import log, plan, session
+
     if options.plan:
         print(plan.plan(config, environment))
         return 0
+    if options.wandb:
+        log.check_wandb()
+    plan.check(config, environment)
+    drive = session.start if options.resume is None else session.resume
     with StopRequests() as stop:
         try:
             result = drive(config, environment, path, stop, options.wandb)
         except session.StopRequested:
-            print(f"stopped and saved; go on with: jaxrl train --resume {path}", file=sys.stderr)
+            print(f"stopped and saved; go on with: jaxrl train --resume {shlex.quote(str(path))}", file=sys.stderr)
             return SAVED
     print(session.table(result))
     print(f"result: {json.dumps(result)}")
@@ -135,29 +184,37 @@ def train(args: list[str]) -> int:
 def evaluate(args: list[str]) -> int:
     """Returns the exit code of `jaxrl eval`."""
     path, flags = _run_directory("eval", args)
-    config = rundir.read_config(path)
+    config = preset("quick", "fmq") if path is None else rundir.read_config(path)
     defaults = EvalOptions(config.agent, config.env, seed=config.schedule.eval_seed)
-    options = _parse(_of_agent(EvalOptions, type(config.agent)), defaults, flags)
+    options = _parse("jaxrl eval RUN", _of_agent(EvalOptions, type(config.agent)), defaults, flags)
     schedule = dataclasses.replace(config.schedule, eval_episodes=options.episodes, eval_seed=options.seed)
     config = dataclasses.replace(config, agent=options.agent, env=options.env, schedule=schedule)
     config.check()
+    from jaxrl import session
+
     row = session.evaluate(config, _make(config.env), path)
-    print(f"result: {json.dumps({'run': str(path), 'episodes': options.episodes, 'seed': options.seed} | row)}")
+    about = {"run": str(path), "env": config.env, "episodes": options.episodes, "seed": options.seed}
+    print(f"result: {json.dumps(about | rundir.as_json(row))}")
     return 0
 
 
 def collect(args: list[str]) -> int:
     """Returns the exit code of `jaxrl collect`."""
     names, flags = _positionals(args, 1)
-    options = _parse(CollectOptions, CollectOptions(), flags)
+    options = _parse("jaxrl collect ENVIRONMENT", CollectOptions, CollectOptions(), flags)
     if not names:
         raise UserError("collect: name an environment, for example `jaxrl collect maze-medium`")
     if options.steps < 1:
         raise UserError(f"steps = {options.steps}: must be at least 1")
-    environment = _make(names[0])
-    path = options.out or session.data_path(names[0], options.behaviour, options.steps)
+    from jaxrl import session
+    from jaxrl.data import files, record
+
+    path = options.out or session.data_path(names[0], options.behaviour, options.steps, options.seed)
+    if path.suffix != ".npz":
+        raise UserError(f"--out {path}: the name of a dataset file ends in .npz")
     if path.exists():
         raise UserError(f"{path} exists: name another file with --out")
+    environment = _make(names[0])
     dataset = record.record(environment, options.behaviour, options.steps, options.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.save(path, dataset)
@@ -168,12 +225,16 @@ def collect(args: list[str]) -> int:
 def render(args: list[str]) -> int:
     """Returns the exit code of `jaxrl render`."""
     path, flags = _run_directory("render", args)
-    options = _parse(RenderOptions, RenderOptions(), flags)
+    options = _parse("jaxrl render RUN", RenderOptions, RenderOptions(), flags)
     config = rundir.read_config(path)
     environment = _make(config.env)
     if not hasattr(environment, "draw"):
         raise UserError(f"environment {config.env!r} has no draw(obs, size), so there is nothing to see")
     out = options.out or path / "rollout.gif"
+    if out.suffix != ".gif":
+        raise UserError(f"--out {out}: the name of an animation ends in .gif")
+    from jaxrl import session
+
     schedule = dataclasses.replace(config.schedule, eval_seed=options.seed, eval_episodes=1)
     session.render(dataclasses.replace(config, schedule=schedule), environment, path, out)
     print(out)
@@ -183,8 +244,12 @@ def render(args: list[str]) -> int:
 def replay(args: list[str]) -> int:
     """Returns the exit code of `jaxrl replay`: 0 where the repetition is identical, 1 where it is not."""
     path, flags = _run_directory("replay", args)
-    options = _parse(ReplayOptions, ReplayOptions(), flags)
+    options = _parse("jaxrl replay RUN", ReplayOptions, ReplayOptions(), flags)
+    if options.epochs < 1:
+        raise UserError(f"epochs = {options.epochs}: must be at least 1")
     config = rundir.read_config(path)
+    from jaxrl import session
+
     difference = session.replay(config, _make(config.env), path, options.epochs)
     print("identical" if difference is None else f"different: {difference}")
     return 0 if difference is None else 1
@@ -192,8 +257,10 @@ def replay(args: list[str]) -> int:
 
 def data(args: list[str]) -> int:
     """Returns the exit code of `jaxrl data describe`."""
+    from jaxrl.data import files
+
     names, flags = _positionals(args, 2)
-    options = _parse(DataOptions, DataOptions(), flags)
+    options = _parse("jaxrl data describe FILE", DataOptions, DataOptions(), flags)
     if len(names) < 2 or names[0] != "describe":
         raise UserError("data: say what to do with which file, `jaxrl data describe FILE`")
     relabel = None if options.env is None else getattr(_make(options.env), "relabel", None)
@@ -203,8 +270,10 @@ def data(args: list[str]) -> int:
 
 def examine(args: list[str]) -> int:
     """Returns the exit code of `jaxrl doctor`: 1 where something is wrong."""
-    options = _parse(DoctorOptions, DoctorOptions(), args)
+    options = _parse("jaxrl doctor", DoctorOptions, DoctorOptions(), args)
     if options.env is None:
+        from jaxrl import doctor
+
         lines = doctor.installation()
     else:
         from envs.checker import check
@@ -218,14 +287,14 @@ def catalogue(args: list[str]) -> int:
     """Returns the exit code of `jaxrl list`."""
     import envs
 
-    _positionals(args, 0)
+    _parse("jaxrl list", ListOptions, ListOptions(), args)
     print("agents")
     for name, kind in AGENTS.items():
         print(f"  {name:<20} {(kind.__doc__ or '').splitlines()[0]}")
     print("environments")
     for name, line in envs.names():
         print(f"  {name:<20} {line}")
-    print(f"behaviours            good, medium, bad, random, mixed\npresets               {', '.join(PRESETS)}")
+    print(f"behaviours\n  good, medium, bad, random, mixed\npresets\n  {', '.join(PRESETS)}")
     return 0
 
 
@@ -242,27 +311,36 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 for a check that failed, 2 for a mistake, 75 for saved and stopped."""
+    """Returns the exit code: 0, 1 a check failed, 2 a mistake, 75 stopped and saved, 130 stopped by Ctrl-C."""
     args = sys.argv[1:] if argv is None else argv
+    try:
+        code = _command(args)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"jaxrl: {error}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read our output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # the file system refuses: full, read-only, not ours
+        print(f"jaxrl: {': '.join(str(part) for part in (error.filename, error.strerror) if part)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return ABORTED
+    return 2
+
+
+def _command(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
-        print(
-            "jaxrl: reinforcement learning with generative policies, as one XLA program\n\nusage: jaxrl COMMAND ...\n"
-        )
+        print("jaxrl: reinforcement learning with generative policies, as one XLA program\n")
+        print("usage: jaxrl COMMAND ...\n")
         for name, (_, line) in COMMANDS.items():
             print(f"  {name:<10} {line}")
         print("\n`jaxrl COMMAND --help` explains a command. Start with: jaxrl train")
         return 0 if args else 2
-    try:
-        if args[0] not in COMMANDS:
-            raise unknown("command", args[0], COMMANDS)
-        use_compilation_cache()
-        return COMMANDS[args[0]][0](args[1:])
-    except UserError as error:
-        print(f"jaxrl: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read our output has closed it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    if args[0] not in COMMANDS:
+        raise unknown("command", args[0], COMMANDS)
+    use_compilation_cache()
+    return COMMANDS[args[0]][0](args[1:])
 
 
 def use_compilation_cache() -> None:
@@ -280,10 +358,10 @@ def _make(name: str) -> Any:
 
 def _positionals(args: list[str], most: int) -> tuple[list[str], list[str]]:
     """Returns the leading arguments that are no flags, at most so many, and the rest."""
-    count = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
-    if count > most:
+    leading = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
+    if len(leading) > most:
         raise UserError(f"unexpected argument {args[most]!r}")
-    return args[:count], args[count:]
+    return leading, args[len(leading) :]
 
 
 def _of_agent(options: Any, agent: type) -> Any:
@@ -291,11 +369,12 @@ def _of_agent(options: Any, agent: type) -> Any:
     return options[agent]
 
 
-def _run_directory(command: str, args: list[str]) -> tuple[Path, list[str]]:
+def _run_directory(command: str, args: list[str]) -> tuple[Any, list[str]]:
+    """Returns the run that a command is about, and its flags; None for help without a run."""
     names, flags = _positionals(args, 1)
-    if not names and not {"-h", "--help"} & set(flags):
+    if not names and not _wants_help(flags):
         raise UserError(f"{command}: name a run directory, for example `jaxrl {command} runs/NAME`")
-    return Path(names[0] if names else "."), flags
+    return Path(names[0]) if names else None, flags
 
 
 def _peek(args: list[str], flag: str, otherwise: str) -> str:
@@ -308,22 +387,35 @@ def _peek(args: list[str], flag: str, otherwise: str) -> str:
     return otherwise
 
 
-def _parse(kind: Any, default: Any, args: list[str]) -> Any:
+def _wants_help(flags: list[str]) -> bool:
+    return bool({"-h", "--help"} & set(flags))
+
+
+def _parse(usage: str, kind: Any, default: Any, args: list[str]) -> Any:
     """Returns the options that flags ask for. Raises UserError, one line, for a flag or a value that does not exist."""
-    if {"-h", "--help"} & set(args):
-        tyro.cli(kind, default=default, args=["--help"], prog=f"jaxrl {sys.argv[1] if len(sys.argv) > 1 else ''}")
+    if _wants_help(args):
+        about = inspect.cleandoc(type(default).__doc__ or "").replace("{agents}", ", ".join(AGENTS))
+        tyro.cli(kind, default=default, args=["--help"], prog=usage, description=about)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
             options, left = tyro.cli(kind, default=default, args=args, return_unknown_args=True)
     except SystemExit as error:
-        lines = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
-        raise UserError(next((line for line in lines[1:] if line), "cannot read the flags")) from error
+        raise UserError(_complaint(complaint.getvalue())) from error
+    if left and not left[0].startswith("-"):
+        raise UserError(f"unexpected argument {left[0]!r}: names come first, then flags, see --help")
     if left:
         flag = left[0].split("=")[0]
         near = difflib.get_close_matches(flag, _flags(default), n=1, cutoff=0.5)
         raise UserError(f"unknown flag {flag}: " + (f"did you mean {near[0]}? " if near else "") + "--help lists all")
     return options
+
+
+def _complaint(text: str) -> str:
+    """Returns the message in tyro's box: what follows its title, up to the next rule, in one line."""
+    lines = [line.strip("│╭╮╰╯─- ") for line in text.splitlines()]
+    message = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:]))
+    return " ".join(message) or "cannot read the flags"
 
 
 def _flags(options: Any, prefix: str = "--") -> list[str]:

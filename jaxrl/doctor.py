@@ -5,7 +5,6 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-from packaging.version import Version
 
 from jaxrl.rundir import PACKAGES
 
@@ -20,7 +19,7 @@ def installation() -> list[str]:
             lines.append(f"ok    {name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"{'--' if name in OPTIONAL else 'FAIL':<5} {name} is not installed")
-    if Version(jax.__version__) < Version("0.10"):
+    if jax.__version_info__ < (0, 10):
         lines.append(f"FAIL  jax {jax.__version__} is older than 0.10")
     for device in jax.devices():
         lines.append(f"ok    device {device.id}: {device.device_kind} ({device.platform})")

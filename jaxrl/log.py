@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm.auto import tqdm
 
 from jaxrl import rundir
@@ -21,38 +23,41 @@ class Log:
     def __init__(self, path: Path, wandb: bool = False, epoch: int = 0) -> None:
         """Opens the log of the run in `path`, after so many epochs."""
         self.path = path
-        self.board = SummaryWriter(str(path / "tensorboard"), purge_step=epoch, write_to_disk=True)
-        self.bar: tqdm | None = None
         self.wandb = _wandb(path) if wandb else None
+        self.board = _tensorboard(path / "tensorboard", epoch)
+        self.bar: tqdm | None = None
         self.clock = time.perf_counter()
 
     def start(self, phase: Phase, done: int, chunk: int, envs: int) -> None:
-        """Opens the progress bar of a phase, `done` epochs of which are behind it."""
+        """Opens the progress bar of a phase, `done` epochs of which are behind it. Only a terminal shows it."""
         self.close_bar()
         self.unit = phase.iterations * (chunk * envs if phase.collects else phase.updates)
-        label = "step" if phase.collects else "update"
-        total = phase.epochs * self.unit
-        self.bar = tqdm(total=total, initial=done * self.unit, desc=phase.name, unit=label, unit_scale=True)
+        self.bar = tqdm(
+            desc=phase.name,
+            total=phase.epochs * self.unit,
+            initial=done * self.unit,
+            unit="step" if phase.collects else "update",
+            unit_scale=True,
+            disable=None,
+        )
 
-    def say(self, line: str) -> None:
-        """Prints a line without breaking the progress bar."""
-        tqdm.write(line)
-
-    def row(self, row: dict[str, Any], seconds: float) -> None:
-        """Writes one epoch's metrics, and its time apart from them."""
+    def row(self, row: dict[str, Any]) -> None:
+        """Writes one epoch's metrics, and apart from them the seconds since the row before."""
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         rundir.append(self.path / "metrics.jsonl", row)
-        rate = self.unit / seconds if self.bar is not None else None
+        rate = None if self.bar is None else self.unit / seconds
         rundir.append(self.path / "timings.jsonl", {"epoch": row["epoch"], "seconds": seconds, "per_second": rate})
         numbers = {k: v for k, v in row.items() if isinstance(v, float) and math.isfinite(v)}
         for name, value in numbers.items():
-            self.board.add_scalar(name, value, row["epoch"])
+            self.board.write_event(Event(wall_time=time.time(), step=row["epoch"], summary=scalar(name, value)))
+        self.board.flush()
         if self.wandb is not None:
             self.wandb.log(numbers, step=row["epoch"])
         if self.bar is not None:
             self.bar.update(self.unit)
-            if "eval/success" in row:
-                self.say(evaluation_line(row))
-                self.bar.set_postfix(success=f"{row['eval/success']:.2f}")
+        if "eval/success" in row:
+            with tqdm.external_write_mode():
+                print(evaluation_line(row), flush=True)
 
     def close_bar(self) -> None:
         """Closes the progress bar, if there is one."""
@@ -77,9 +82,23 @@ def evaluation_line(row: dict[str, Any]) -> str:
     )
 
 
-def _wandb(path: Path) -> Any:
+def check_wandb() -> None:
+    """Raises UserError where Weights & Biases is not installed."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install 'jaxrl[wandb]'")
-    wandb = importlib.import_module("wandb")
 
+
+def _tensorboard(folder: Path, epoch: int) -> EventsWriter:
+    """Returns a writer of TensorBoard events; the first tells to forget what an interrupted run wrote after `epoch`.
+
+    It writes in this thread, so that a full disk is an error here and a process that is stopped leaves nothing behind.
+    """
+    folder.mkdir(exist_ok=True)
+    board = EventsWriter(str(folder / "events"), filename_suffix=f".{epoch}")
+    board.write_event(Event(wall_time=time.time(), step=epoch + 1, session_log=SessionLog(status=SessionLog.START)))
+    return board
+
+
+def _wandb(path: Path) -> Any:
+    wandb = importlib.import_module("wandb")
     return wandb.init(project="jaxrl", name=path.name, dir=str(path), resume="allow", id=path.name)

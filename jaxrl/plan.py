@@ -1,7 +1,9 @@
 """What a run will take in memory, before it takes it: `jaxrl train --plan`."""
 
+import os
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,69 +11,66 @@ import numpy as np
 
 from jaxrl import session, train
 from jaxrl.config import Config
-from jaxrl.data.ring import Ring
+from jaxrl.data import files, record
+from jaxrl.data.ring import Ring, empty
+from jaxrl.errors import UserError
 from jaxrl.types import PyTree
+
+KNOBS = {  # what holds memory through a run, and the flags that it grows with
+    "agent": "the agent's hidden sizes",
+    "dataset": "data_steps, or the length of the file in data",
+    "replay": "schedule.replay",
+    "environments": "schedule.envs",
+}
+
+
+def check(config: Config, env: Any) -> None:
+    """Raises UserError where what a run holds cannot fit in the memory that is there. Nothing of it is allocated."""
+    require(held(config, env))
 
 
 def plan(config: Config, env: Any) -> str:
-    """Returns a table of the run's memory, from the compiled programs themselves; nothing of it is allocated."""
-    agent = jax.eval_shape(train.on_device, config.agent)
-    timeline = session.Timeline(train.phases(config.schedule, config.agent.chunk))
-    carry = session.abstract_carry(agent, env, config.schedule, timeline, timeline.epochs)
-    data = abstract_data(config, env)
-    lines = {
-        "agent (parameters, optimiser)": size(carry.agent),
-        "dataset": size(data),
-        "replay": size(carry.world and carry.world.replay),
-        "environments": size(carry.world and carry.world.rollout),
-    }
-    held = sum(lines.values())
-    working = max(temporary(program) for program in programs(config, env, agent, timeline, data))
-    lines |= {"working memory of the largest program": working, "total on the device": held + working}
+    """Returns a table of the run's memory, from the compiled programs themselves; nothing of it is allocated.
+
+    Raises UserError, before compiling, where it cannot fit.
+    """
+    amounts = held(config, env)
+    require(amounts)
+    working = max(temporary(program) for program in programs(config, env))
+    total = sum(amounts.values()) + working
+    lines = amounts | {"working memory of the largest program": working, "total on the device": total}
     if jax.default_backend() == "cpu":
-        lines["process, compiled and at its peak"] = peak_rss() + held + working
+        lines["process, compiled and at its peak"] = peak_rss() + total + amounts["dataset"]
     return "\n".join(f"{name:<40}{amount / 2**20:>10.1f} MiB" for name, amount in lines.items())
 
 
-def abstract_data(config: Config, env: Any) -> Ring:
-    """Returns the shapes of the run's dataset in device memory."""
-    if config.data is not None:
-        ring = session.to_ring(session.load_data(config, env), env)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), ring)
-    rows = config.data_steps + config.data_steps // env.horizon + 1
-    return jax.eval_shape(lambda: train.rings.empty(1, rows, env.spec.observation, env.spec.action))
+def held(config: Config, env: Any) -> dict[str, int]:
+    """Returns the bytes on the device that a run holds from its first epoch to its last, by what they are for."""
+    agent, timeline, carry = abstract(config, env)
+    return {
+        "agent": size(carry.agent),
+        "dataset": size(abstract_data(config, env)),
+        "replay": size(carry.world and carry.world.replay),
+        "environments": size(carry.world and carry.world.rollout),
+    }
 
 
-def programs(config: Config, env: Any, agent: Any, timeline: session.Timeline, data: Ring) -> list[Any]:
-    """Returns the run's compiled programs: an epoch of each phase, and the evaluation."""
-    result, done = [], 0
-    for phase in timeline.phases:
-        done += phase.epochs
-        carry = session.abstract_carry(agent, env, config.schedule, timeline, done)
-        result.append(train.jitted_epoch.lower(agent, env, phase, carry, data).compile())
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    episodes = config.schedule.eval_episodes
-    result.append(train.jitted_evaluate.lower(agent, env, episodes, carry.agent, key).compile())
-    return result
+def require(amounts: dict[str, int]) -> None:
+    """Raises UserError where so many bytes are not there, naming what takes most of them."""
+    needed, there = sum(amounts.values()), available()
+    if needed > there:
+        first, second = sorted(amounts, key=lambda name: amounts[name], reverse=True)[:2]
+        advice = " or ".join(f"{KNOBS[name]} ({amounts[name] / 2**30:.1f} GiB)" for name in (first, second))
+        raise UserError(f"this run needs {needed / 2**30:.1f} GiB, there are {there / 2**30:.1f} GiB: lower {advice}")
 
 
-def size(tree: PyTree) -> int:
-    """Returns the bytes of a tree's leaves, random keys included."""
-    leaves = (jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x for x in jax.tree.leaves(tree))
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def temporary(program: Any) -> int:
-    """Returns the bytes that a compiled program needs besides its arguments: scratch, and results not in place."""
-    memory = program.memory_analysis()
-    return memory.temp_size_in_bytes + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
-
-
-def peak_rss() -> int:
-    """Returns the most memory that this process has held so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def available() -> int:
+    """Returns the bytes that are free: of the device's own memory, or on the CPU of this machine's."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -40,24 +40,26 @@ def plain(env: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in env)
 
 
-def create(path: Path, config: Config, digest: str | None) -> None:
-    """Writes a new run's folder. Raises UserError where it exists already or cannot be written."""
+def check_new(path: Path) -> None:
+    """Raises UserError where a new run's folder could not be made: it exists, or what it would lie in refuses."""
     if path.exists():
-        raise exists(path)
+        raise UserError(f"run directory {path} exists: continue it with --resume {path}, or name another with --out")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: {above} is {'not writable' if above.is_dir() else 'a file'}")
+
+
+def create(path: Path, config: Config, digest: str) -> None:
+    """Writes a new run's folder. Raises UserError where that fails."""
     try:
         path.mkdir(parents=True)
-        write_json(path / "config.json", to_dict(config))
-        write_json(path / "manifest.json", manifest(digest))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+    write_json(path / "manifest.json", manifest(digest))
+    write_json(path / "config.json", to_dict(config))
 
 
-def exists(path: Path) -> UserError:
-    """Returns the error for a run directory that is there already."""
-    return UserError(f"run directory {path} exists: continue it with --resume {path}, or name another with --out")
-
-
-def manifest(digest: str | None) -> dict[str, Any]:
+def manifest(digest: str) -> dict[str, Any]:
     """Returns what a run's numbers depend on besides its configuration."""
     device = jax.devices()[0]
     return {
@@ -76,23 +78,35 @@ def manifest(digest: str | None) -> dict[str, Any]:
 
 def read_config(path: Path) -> Config:
     """Returns the configuration of the run in a folder. Raises UserError where there is none."""
-    return from_dict(read_json(path / "config.json", f"{path} is not a run directory"))
-
-
-def read_json(path: Path, otherwise: str) -> Any:
-    """Returns the JSON in a file, or raises UserError: `otherwise`, and why."""
+    values = read_json(path / "config.json", f"{path} is not a run directory")
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
+        return from_dict(values)
+    except KeyError as error:
+        raise UserError(f"{path}/config.json is damaged: {error} is missing") from error
+
+
+def read_json(path: Path, otherwise: str) -> dict[str, Any]:
+    """Returns the JSON object in a file, or raises UserError: `otherwise`, and why."""
+    try:
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{otherwise}: {path.name} is missing") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{otherwise}: {path.name} cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{otherwise}: {path.name} holds no JSON object")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON that a reader either finds whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    write(path, json.dumps(value, indent=2) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a text file that a reader either finds whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
     partial.replace(path)
 
 
@@ -124,12 +138,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def rewind(path: Path, epoch: int) -> None:
     """Drops what a run wrote after an epoch, from its metrics and its timings."""
-    for name in ("metrics.jsonl", "timings.jsonl"):
-        file = path / name
-        kept = [line for line in rows(file) if line["epoch"] <= epoch]
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(file)
+    for file in (path / "metrics.jsonl", path / "timings.jsonl"):
+        write(file, "".join(json.dumps(row) + "\n" for row in rows(file) if row["epoch"] <= epoch))
 
 
 def _version(name: str) -> str | None:

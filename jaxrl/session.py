@@ -3,8 +3,8 @@
 Each compiled epoch is one call; evaluation, logging, checkpoint and the question whether to stop lie between two.
 """
 
+import contextlib
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import numpy as np
 
 from jaxrl import checkpoint, pictures, rundir, stats, train
 from jaxrl import rollout as ro
-from jaxrl.config import Config
+from jaxrl.config import Config, to_dict
 from jaxrl.data import files, record
 from jaxrl.data.files import Dataset
 from jaxrl.data.ring import Ring, from_dataset
 from jaxrl.errors import UserError
-from jaxrl.log import Log, evaluation_line
+from jaxrl.log import Log
 from jaxrl.signals import StopRequests
 from jaxrl.train import Carry, Phase, Schedule
 from jaxrl.types import Env
@@ -40,9 +40,9 @@ def load_data(config: Config, env: Any) -> Dataset:
     return dataset
 
 
-def data_path(env: str, behaviour: str, steps: int) -> Path:
+def data_path(env: str, behaviour: str, steps: int, seed: int = 0) -> Path:
     """Returns where a recorded behaviour is kept."""
-    return Path("datasets") / f"{rundir.plain(env)}-{behaviour}-{steps}.npz"
+    return Path("datasets") / f"{rundir.plain(env)}-{behaviour}-{steps}-s{seed}.npz"
 
 
 def check_fits(dataset: Dataset, env: Env) -> None:
@@ -93,9 +93,10 @@ class Timeline:
 
 def abstract_carry(agent: Any, env: Env, schedule: Schedule, timeline: Timeline, epochs_done: int) -> Carry:
     """Returns the shapes of the carry after some epochs, without computing anything."""
-    carry = jax.eval_shape(lambda a, k: train.begin(a, env, schedule, k), agent, jax.random.key(0))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    carry = train.jitted_begin.eval_shape(agent, env, schedule, key)
     phase, _ = timeline.at(max(epochs_done - 1, 0))
-    return jax.eval_shape(lambda a, c: train.enter(a, phase, c), agent, carry)
+    return train.jitted_enter.eval_shape(agent, phase, carry)
 
 
 def evaluation(episodes: ro.Episodes) -> dict[str, float]:
@@ -152,7 +153,7 @@ class Run:
         """Returns the carry before the first epoch."""
         return train.jitted_begin(self.agent, self.env, self.config.schedule, jax.random.key(self.config.seed))
 
-    def restore(self, folder: Any) -> tuple[Carry, int]:
+    def restore(self, folder: Path) -> tuple[Carry, int]:
         """Returns the carry to go on from and how many epochs it has seen: the newest checkpoint's, or the first."""
         loaded = checkpoint.load(folder, self.abstract)
         return (self.first(), 0) if loaded is None else (loaded[1], loaded[0])
@@ -175,13 +176,11 @@ def prepare(config: Config, env: Any, dataset: Dataset) -> Run:
 
 def start(config: Config, env: Any, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
     """Returns the result of a new run, driven to its end in a new folder. Raises StopRequested where asked to stop."""
-    if path.exists():
-        raise rundir.exists(path)
+    rundir.check_new(path)
     dataset = load_data(config, env)
+    run = prepare(config, env, dataset)
     rundir.create(path, config, dataset.digest)
-    if config.data is None:
-        rundir.append(path / "metrics.jsonl", evaluate_behaviour(config, env))
-    return drive(prepare(config, env, dataset), path, stop, wandb)
+    return drive(run, path, stop, wandb)
 
 
 def resume(config: Config, env: Any, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
@@ -193,34 +192,31 @@ def resume(config: Config, env: Any, path: Path, stop: StopRequests, wandb: bool
 
 def check_same_data(path: Path, dataset: Dataset) -> None:
     """Raises UserError where the dataset is not the one that the run began with."""
-    known = rundir.read_json(path / "manifest.json", f"{path} is not a run directory")["dataset_digest"]
+    known = rundir.read_json(path / "manifest.json", f"{path} is not a run directory").get("dataset_digest")
     if dataset.digest != known:
-        raise UserError(f"dataset {dataset.path} has changed since {path} began: its digest was {known[:12]}")
+        raise UserError(f"dataset {dataset.path} has changed since {path} began: its sha256 was {known}")
 
 
 def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, Any]:
     """Returns the run's result, after the epochs still before it. Raises StopRequested where asked to stop."""
-    with checkpoint.open_folder(path / "checkpoints") as folder:
-        carry, done = run.restore(folder)
-        rundir.rewind(path, done)
-        log = Log(path, wandb, done)
-        try:
-            for row in rundir.rows(path / "metrics.jsonl")[:1]:
-                log.say(evaluation_line(row)) if row["phase"] == "behaviour" else None
-            for index in range(done, run.timeline.epochs):
-                phase, before = run.timeline.at(index)
-                if index == done or before == 0:
-                    log.start(phase, before, run.agent.chunk, run.config.schedule.envs)
-                began = time.perf_counter()
-                carry, row = run.epoch(carry, index)
-                log.row(row, time.perf_counter() - began)
-                last = index + 1 == run.timeline.epochs
-                if stop.requested or last or (index + 1) % run.config.checkpoint_every == 0:
-                    checkpoint.save(folder, index + 1, carry)
-                if stop.requested and not last:
-                    raise StopRequested
-        finally:
-            log.close()
+    carry, done = run.restore(path / "checkpoints")
+    checkpoint.keep(path / "checkpoints", [epoch for epoch in checkpoint.epochs(path / "checkpoints") if epoch <= done])
+    rundir.rewind(path, done)
+    with contextlib.closing(Log(path, wandb, done)) as log:
+        if run.config.data is None and not rundir.rows(path / "metrics.jsonl"):
+            log.row(evaluate_behaviour(run.config, run.env))
+        for index in range(done, run.timeline.epochs):
+            phase, before = run.timeline.at(index)
+            if index == done or before == 0:
+                log.start(phase, before, run.agent.chunk, run.config.schedule.envs)
+            carry, row = run.epoch(carry, index)
+            log.row(row)
+            last = index + 1 == run.timeline.epochs
+            stopping = stop.requested and not last
+            if stopping or last or (index + 1) % run.config.checkpoint_every == 0:
+                checkpoint.save(path / "checkpoints", index + 1, carry)
+            if stopping:
+                raise StopRequested
     return finish(run, carry, path)
 
 
@@ -228,7 +224,7 @@ def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
     """Returns the result of a finished run, having written it, the learning curve and an episode."""
     rows = rundir.rows(path / "metrics.jsonl")
     result: dict[str, Any] = {
-        "agent": rundir.read_json(path / "config.json", str(path))["agent_name"],
+        "agent": to_dict(run.config)["agent_name"],
         "env": run.config.env,
         "seed": run.config.seed,
         "run": str(path),
@@ -262,11 +258,14 @@ def table(result: dict[str, Any]) -> str:
 def newest_state(config: Config, agent: Any, env: Any, path: Path) -> Any:
     """Returns the agent's state in a run's newest checkpoint. Raises UserError where there is none that fits."""
     timeline = Timeline(train.phases(config.schedule, agent.chunk))
-    with checkpoint.open_folder(path / "checkpoints") as folder:
-        loaded = checkpoint.load(folder, lambda done: abstract_carry(agent, env, config.schedule, timeline, done))
+
+    def abstract(done: int) -> dict[str, Any]:
+        return {"agent": abstract_carry(agent, env, config.schedule, timeline, done).agent}
+
+    loaded = checkpoint.load(path / "checkpoints", abstract)
     if loaded is None:
         raise UserError(f"{path} has no checkpoint that can be read")
-    return loaded[1].agent
+    return loaded[1]["agent"]
 
 
 def evaluate(config: Config, env: Any, path: Path) -> dict[str, Any]:
@@ -293,19 +292,20 @@ def episodes_of(config: Config, agent: Any, env: Any, state: Any) -> ro.Episodes
     return jax.device_get(train.jitted_evaluate(agent, env, config.schedule.eval_episodes, state, key))
 
 
-def replay(config: Config, env: Any, path: Path, epochs: int, say: Any = print) -> str | None:
+def replay(config: Config, env: Any, path: Path, epochs: int) -> str | None:
     """Returns None where the first epochs, repeated, give the recorded metrics bit for bit, else what differs first."""
     dataset = load_data(config, env)
     check_same_data(path, dataset)
     run = prepare(config, env, dataset)
-    recorded = {row["epoch"]: row for row in rundir.rows(path / "metrics.jsonl") if row["phase"] != "behaviour"}
+    first = 0 if config.data is None else 1  # the behaviour's row comes before the first epoch's
+    recorded = rundir.rows(path / "metrics.jsonl")[: min(epochs, run.timeline.epochs) + 1 - first]
+    if len(recorded) + first < 2:
+        raise UserError(f"{path} has no epoch yet that could be repeated")
     carry = run.first()
-    for index in range(min(epochs, run.timeline.epochs)):
-        carry, row = run.epoch(carry, index)
-        repeated = rundir.as_json(row)
-        for name in sorted(repeated.keys() | recorded.get(index + 1, {}).keys()):
-            was, now = recorded.get(index + 1, {}).get(name), repeated.get(name)
-            if was != now:
-                return f"epoch {index + 1}, {name}: {was} is recorded, {now} is repeated"
-        say(f"epoch {index + 1}: identical, digest {row['digest']:08x}")
+    for epoch, was in enumerate(recorded, start=first):
+        carry, row = run.epoch(carry, epoch - 1) if epoch else (carry, evaluate_behaviour(config, env))
+        now = rundir.as_json(row)
+        for name in was | now:
+            if was.get(name) != now.get(name):
+                return f"epoch {epoch}, {name}: {was.get(name)} is recorded, {now.get(name)} is repeated"
     return None

@@ -31,7 +31,8 @@ class StopRequests:
         watched = (signal.SIGINT, signal.SIGTERM)
         self.previous = {number: signal.signal(number, lambda *_: None) for number in watched}
         self.previous_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -39,6 +40,7 @@ class StopRequests:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.writer.close()
+        self.listener.join()
 
     def _listen(self) -> None:
         while number := self.reader.recv(1):

@@ -486,8 +486,7 @@ def test_the_best_of_n_is_by_the_phases_aggregate_of_the_online_critic(online):
     state = state_of(heads, ZERO, SPREAD, online)
     agent = dataclasses.replace(LINEAR, num_samples=6, target_samples=3)
     first = np.asarray(agent.one_step(state, OBS, KEY, 6))[..., 0]
-    best = np.abs(first).argmin(axis=1) if not online else np.minimum(first, -3 * first).argmax(axis=1)
-    best = first.argmin(axis=1) if not online else best
+    best = np.minimum(first, -3 * first).argmax(axis=1) if online else first.argmin(axis=1)
     np.testing.assert_array_equal(agent.act(state, OBS, KEY)[:, 0, 0], first[np.arange(5), best])
 
 

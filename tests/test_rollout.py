@@ -291,6 +291,14 @@ def test_evaluation_is_the_first_episode_and_nothing_after_it(chunk):
     assert len(np.unique(names)) == 40 and 0 <= names.min() < 0.1 and 0.9 < names.max() < 1
 
 
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_the_track_is_what_the_first_environment_saw_until_its_end(chunk):
+    result = evaluate(Clock(horizon=12, dies=7), repeat(0.0, chunk), jax.random.key(3), 3)
+    np.testing.assert_array_equal(result.track[:, 1], np.minimum(np.arange(13), 7))
+    names = (np.asarray(result.returns) - 28) / 700
+    np.testing.assert_allclose(result.track[:, 0], np.full(13, names[0]), atol=1e-6)
+
+
 def test_solved_is_solved_also_when_it_is_not_the_last_step_that_did_it():
     solved = [
         evaluate(Clock(horizon=9, dies=6, solved=at), repeat(0.0, 4), jax.random.key(0), 3).success for at in (5, 6, 7)

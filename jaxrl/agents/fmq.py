@@ -10,15 +10,12 @@ Eq. 12). Actions are the best of N one-step samples; beam search (Algorithm 2) i
 ever sees.
 
 Deliberate differences from the official code:
-- A window that termination cuts short still trains the critic (`cut_windows="keep"`): what follows in its chunk does
-  not matter to its value. The official rule, which drops every window shorter than H, is `cut_windows="drop"`.
-  Windows cut by truncation are dropped in both, as their chunk was not executed to its end.
+- A window that termination cuts short trains the critic too (`cut_windows="keep"`), as nothing after it matters; the
+  official code drops it ("drop"). Windows cut by truncation are dropped by both: their chunk was not executed.
 - After a window's end its last action is repeated, where the official code reads on into the next episode.
-- Offline targets and actions aggregate the critic by `offline_agg`, online ones by `online_agg` (mean and min, as the
-  official scripts set them, not the agent file's default).
+- The heads are aggregated by mean offline and by min online, as the official scripts (not their agent file) do.
 - The radius is `eta`, also in the adaptive case, where the official code fixes it at 1.
-- Beam search completes branches with X_{t',1}, the map that online training keeps exact, as in the paper; the
-  official code's Euler step along the diagonal is `beam.completion="euler"`.
+- Beam search completes with X_{t',1}, which online training keeps exact; the code's is `beam.completion="euler"`.
 - LSD pulls the map towards the diagonal velocity (Boffi et al.); the official direction is `"lsd_reverse"`.
 """
 
@@ -96,8 +93,6 @@ class FMQ:
             if not self.flow_losses_online and jnp.any(jnp.asarray(getattr(self, weight)) > 0):
                 raise UserError(f"FMQ.{weight} = {getattr(self, weight)}: has no effect unless flow_losses_online")
 
-    # Networks
-
     def actor(self, spec: Spec) -> Velocity:
         """Returns the average velocity u(s, a_r, r, t)."""
         return Velocity(self.chunk * spec.action, self.actor_hidden)
@@ -134,7 +129,7 @@ class FMQ:
         return FMQState(spec, params, target, self.optimizer().init(params), jnp.zeros((), jnp.int32))
 
     def start_online(self, state: FMQState) -> FMQState:
-        """Returns the state of the online phase: the actor is copied to the anchor, all else goes on (Eq. 11)."""
+        """Returns the state online: the actor is copied to the anchor, all else goes on (Eq. 11)."""
         return dataclasses.replace(state, anchor=jax.tree.map(jnp.copy, state.params["actor"]))
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
@@ -220,8 +215,6 @@ class FMQ:
             diagonal, off = self.flow_losses(actor, state, batch, key_flow)
             loss = loss + self.diagonal_weight * diagonal + self.esd_weight * off
         return loss, metrics
-
-    # Acting
 
     def best_of_n(self, state: FMQState, obs: jax.Array, key: jax.Array, samples: int) -> jax.Array:
         """Returns [B, H * A]: of N one-step samples the one that the online critic values most."""

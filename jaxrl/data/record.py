@@ -43,18 +43,25 @@ def behaviour_of(env: Any, level: str) -> Behaviour:
 
 
 def record(env: Any, level: str, steps: int, seed: int) -> Dataset:
-    """Returns at least `steps` transitions of a behaviour, episodes of 256 environments (fewer for few steps).
+    """Returns at least `steps` transitions of a behaviour: whole episodes of up to 256 environments side by side.
 
-    Where the environment has `explore()`, episodes start anywhere and do not terminate; rewards are the task's.
+    Where the environment has `explore()`, that variant is recorded: episodes start anywhere and last for the horizon.
+    Elsewhere an episode can end early, and the last one of each environment is cut where the recording stops.
     """
     explored = env.explore() if hasattr(env, "explore") else env
-    lanes = min(LANES, -(-steps // env.horizon))
-    per_lane = -(-steps // lanes)
-    # One row per step, and one per episode for its last observation; episodes that can terminate may be short.
-    rows = per_lane + (per_lane // env.horizon if hasattr(env, "explore") else per_lane) + 2
-    policy = ro.scripted(behaviour_of(env, level))
+    policy = ro.scripted(behaviour_of(explored, level))
+    each, lanes = lanes_of(steps, env.horizon)
+    # One row per step, and one per episode for its last observation; where episodes can terminate, each may be a step.
+    rows = each + (each // env.horizon if hasattr(env, "explore") else each) + 2
     program = jax.jit(_record, static_argnames=("env", "policy", "lanes", "steps", "rows"))
-    return to_dataset(program(explored, policy, lanes, per_lane, rows, jax.random.key(seed)))
+    return to_dataset(program(explored, policy, lanes, each, rows, jax.random.key(seed)))
+
+
+def lanes_of(steps: int, horizon: int) -> tuple[int, int]:
+    """Returns (steps of each environment, environments) that record at least `steps` in whole episodes."""
+    episodes = -(-steps // horizon)
+    each = -(-episodes // LANES)
+    return each * horizon, -(-episodes // each)
 
 
 def _record(env: Env, policy: ro.Policy, lanes: int, steps: int, rows: int, key: jax.Array) -> Ring:

@@ -1,0 +1,1 @@
+"""How fast the default run's pieces are, as ratios to limits measured in the same process. See `__main__`."""

@@ -1,0 +1,165 @@
+"""Does FMQ learn, and does the method do the work? The default run of `jaxrl train`, over seeds, with ablations.
+
+    python -m experiments.fmq_maze --seeds 5
+
+Each seed is trained offline once. From that same carry the online phase is run as published (`FMQ`), without guidance
+(`eta = 0`: the online policy only distils its anchor, while the critic goes on learning) and with a fixed radius
+(`adaptive = False`). The last agents are evaluated twice more on the same episodes: with beam search, and with a single
+sample instead of the best of 32, which shows the policy without the critic's choice at test time. Behaviour cloning on
+the same data is the baseline. The `FMQ` rows are those of `jaxrl train --seed S`, epoch by epoch.
+
+Writes results.json, table.md and figure.png into this folder.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+import envs
+from jaxrl import session, stats, train
+from jaxrl.config import Config, preset
+from jaxrl.rundir import manifest
+
+HERE = Path(__file__).parent
+ONLINE = {"FMQ": {}, "eta = 0": {"eta": 0.0}, "fixed radius": {"adaptive": False}}
+ACTING = {"": {}, " + beam search": {"test_sampler": "beam_search"}, " + one sample": {"num_samples": 1}}
+COLOURS = {"offline": "tab:blue", "FMQ": "tab:orange", "eta = 0": "tab:gray", "fixed radius": "tab:green"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """FMQ on the default maze over seeds, with ablations."""
+
+    seeds: int = 5
+    """How many seeds, from 0."""
+    out: Path = HERE
+    """Folder of the results."""
+
+
+def main(study: Study) -> None:
+    """Runs the study and writes its results."""
+    base = preset("quick", "fmq")
+    env = envs.make(base.env)
+    dataset = session.load_data(base, env)
+    results: dict[str, Any] = {"manifest": manifest(dataset.digest), "config": dataclasses.asdict(base)}
+    results["behaviour"] = session.evaluate_behaviour(base, env)
+    results["seeds"] = []
+    for seed in range(study.seeds):
+        config = dataclasses.replace(base, seed=seed)
+        results["seeds"].append(one_seed(session.prepare(config, env, dataset)) | {"bc": cloned(config, env, dataset)})
+        (study.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(json.dumps({name: rows[-1]["eval/success"] for name, rows in results["seeds"][-1].items()}), flush=True)
+    (study.out / "table.md").write_text(table(results))
+    figure(results, study.out / "figure.png")
+    print(table(results))
+
+
+def one_seed(run: session.Run) -> dict[str, list[dict]]:
+    """Returns the evaluated rows of the offline phase, of each online variant, and of beam search on their ends."""
+    carry, rows = run.first(), {"offline": []}
+    offline_epochs = run.timeline.phases[0].epochs
+    for index in range(offline_epochs):
+        carry, row = run.epoch(carry, index)
+        rows["offline"].append(row)
+    rows |= {f"offline{label}": [acting(run, carry, changes)] for label, changes in ACTING.items() if label}
+    for name, changes in ONLINE.items():
+        agent = train.on_device(dataclasses.replace(run.config.agent, **changes))
+        variant, forked, rows[name] = dataclasses.replace(run, agent=agent), jax.tree.map(jnp.copy, carry), []
+        for index in range(offline_epochs, run.timeline.epochs):
+            forked, row = variant.epoch(forked, index)
+            rows[name].append(row)
+        rows |= {f"{name}{label}": [acting(variant, forked, changes)] for label, changes in ACTING.items() if label}
+    return {name: [row for row in part if "eval/success" in row] for name, part in rows.items()}
+
+
+def acting(run: session.Run, carry: train.Carry, changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns the evaluation of an agent that acts in another way, on the same episodes."""
+    agent = dataclasses.replace(run.agent, **changes)
+    return session.evaluation(session.episodes_of(run.config, agent, run.env, carry.agent))
+
+
+def cloned(config: Config, env: Any, dataset: Any) -> list[dict]:
+    """Returns the evaluated rows of behaviour cloning on the same data, for as many updates."""
+    bc = preset("quick", "bc")
+    schedule = dataclasses.replace(bc.schedule, offline_updates=config.schedule.offline_updates, eval_every=10**9)
+    run = session.prepare(dataclasses.replace(bc, seed=config.seed, schedule=schedule), env, dataset)
+    carry, rows = run.first(), []
+    for index in range(run.timeline.epochs):
+        carry, row = run.epoch(carry, index)
+        rows.append(row)
+    return rows[-1:]
+
+
+def last(results: dict[str, Any], name: str, metric: str = "success") -> np.ndarray:
+    """Returns a metric of each seed's last evaluation."""
+    return np.array([seed[name][-1][f"eval/{metric}"] for seed in results["seeds"]])
+
+
+def spread(values: np.ndarray, digits: int) -> str:
+    """Returns the mean over seeds with its interval."""
+    low, high = stats.mean_interval(values) if len(values) > 1 and np.ptp(values) else (values[0], values[0])
+    return f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns the results as Markdown."""
+    behaviour = results["behaviour"]
+    interval = f"[{behaviour['eval/success_low']:.2f}, {behaviour['eval/success_high']:.2f}]"
+    lines = [
+        "| | success of each seed | mean success | mean episode length |",
+        "|---|---|---|---|",
+        f"| scripted behaviour | | {behaviour['eval/success']:.2f} {interval} | {behaviour['eval/length']:.0f} |",
+    ]
+    for name in ("bc", *(f"{phase}{label}" for phase in ("offline", *ONLINE) for label in ACTING)):
+        each = " ".join(f"{value:.2f}" for value in last(results, name))
+        label = {"bc": "behaviour cloning"}.get(name, name if name.startswith("offline") else f"online, {name}")
+        lines.append(
+            f"| {label} | {each} | {spread(last(results, name), 2)} | {spread(last(results, name, 'length'), 0)} |"
+        )
+    device, versions = results["manifest"]["device"], results["manifest"]["versions"]
+    episodes = results["config"]["schedule"]["eval_episodes"]
+    lines.append(
+        f"\n`{results['config']['env']}`, {len(results['seeds'])} seeds, {episodes} episodes each. In brackets 95 % "
+        "intervals: of the mean over seeds (bootstrap), of the behaviour over episodes (Wilson). "
+        f"{results['manifest']['cores']} {device} cores, jax {versions['jax']}, mujoco-mjx {versions['mujoco-mjx']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def figure(results: dict[str, Any], path: Path) -> None:
+    """Writes success over gradient steps (mean over seeds, each seed thin), and how the last agents do by acting."""
+    picture, (axis, bars) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(3, 2))
+    axis.axhline(results["behaviour"]["eval/success"], color="black", linestyle=":", label="scripted behaviour")
+    axis.axhline(last(results, "bc").mean(), color="tab:red", linestyle="--", label="behaviour cloning")
+    for name, colour in COLOURS.items():
+        updates = [row["updates"] for row in results["seeds"][0][name]]
+        curves = np.array([[row["eval/success"] for row in seed[name]] for seed in results["seeds"]])
+        if name != "offline":  # begin where the offline phase ends
+            updates = [results["seeds"][0]["offline"][-1]["updates"], *updates]
+            curves = np.concatenate([last(results, "offline")[:, None], curves], axis=1)
+        axis.plot(updates, curves.T, color=colour, linewidth=0.6, alpha=0.4)
+        axis.plot(updates, curves.mean(axis=0), color=colour, linewidth=2, label=name)
+    axis.set(xlabel="gradient steps", ylabel="success", ylim=(-0.03, 1.03), title=results["config"]["env"])
+    axis.legend(frameon=False, loc="upper left", fontsize="small")
+    axis.grid(alpha=0.3)
+    for i, label in enumerate(ACTING):
+        for j, (name, colour) in enumerate(COLOURS.items()):
+            success = last(results, f"{name}{label}")
+            bars.bar(i + 0.2 * (j - 1.5), success.mean(), 0.18, color=colour, alpha=0.6)
+            bars.plot(np.full(len(success), i + 0.2 * (j - 1.5)), success, "k.", markersize=3)
+    bars.set(xticks=range(len(ACTING)), xticklabels=["best of 32", "beam search", "one sample"], ylim=(-0.03, 1.03))
+    bars.set_title("the last agents, by how they act")
+    bars.grid(axis="y", alpha=0.3)
+    picture.savefig(path, dpi=110)
+    plt.close(picture)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Study))
