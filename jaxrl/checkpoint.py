@@ -1,7 +1,7 @@
 """Saving and loading the carry (orbax), so that a run that was stopped anywhere goes on bit for bit.
 
-    checkpoints/EPOCH/        the carry after that epoch, as orbax writes it
-    checkpoints/EPOCH.json    the sha256 of each file in it, written last: a checkpoint that does not agree is not used
+checkpoints/EPOCH/        the carry after that epoch, as orbax writes it
+checkpoints/EPOCH.json    the sha256 of each file in it, written last: a checkpoint that does not agree is not used
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 import jax
@@ -31,7 +31,7 @@ def save(folder: Path, epoch: int, carry: PyTree) -> None:
     (folder / f"{epoch}.json").unlink(missing_ok=True)
     try:
         with _quiet():
-            ocp.save((folder / str(epoch)).absolute(), carry, overwrite=True)
+            ocp.save(str((folder / str(epoch)).absolute()), carry, overwrite=True)
         write_json(folder / f"{epoch}.json", checksums(folder / str(epoch)))
     except Exception as error:  # orbax raises whatever its threads do
         keep(folder, [old for old in epochs(folder) if old != epoch])
@@ -70,7 +70,7 @@ def load(folder: Path, abstract: Callable[[int], PyTree]) -> tuple[int, PyTree] 
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context, _quiet():
-            return epoch, ocp.load(path.absolute(), _placed(expected))
+            return epoch, ocp.load(str(path.absolute()), _placed(expected))
     return None
 
 
@@ -98,7 +98,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def check_same_shapes(path: Path, expected: PyTree) -> None:
     """Raises UserError where a checkpoint has other leaves than expected, naming the first that differs."""
-    wanted, found = _shapes(expected), _shapes(ocp.metadata(path.absolute()).metadata)
+    wanted, found = _shapes(expected), _shapes(ocp.metadata(str(path.absolute())).metadata)
     fields = {name.partition("/")[0] for name in wanted}
     for name in sorted(found.keys() | wanted.keys()):
         if name.partition("/")[0] in fields and found.get(name) != wanted.get(name):
@@ -126,7 +126,7 @@ def _placed(abstract: PyTree) -> PyTree:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Keeps orbax from printing the tracebacks of what it also raises."""
     logger = logging.getLogger("absl")
     level = logger.level

@@ -164,6 +164,8 @@ def _train(config: Config, environment: Any, path: Path, options: TrainOptions) 
     from jaxrl import log, plan, session
 
     if options.plan:
+        # A first run compiles, which takes most of a process's memory: count that, whatever is kept on disk.
+        jax.config.update("jax_enable_compilation_cache", False)
         print(plan.plan(config, environment))
         return 0
     if options.wandb:
@@ -340,7 +342,9 @@ def _command(args: list[str]) -> int:
     if args[0] not in COMMANDS:
         raise unknown("command", args[0], COMMANDS)
     use_compilation_cache()
-    return COMMANDS[args[0]][0](args[1:])
+    with contextlib.suppress(SystemExit):  # of --help, once it is printed
+        return COMMANDS[args[0]][0](args[1:])
+    return 0
 
 
 def use_compilation_cache() -> None:
@@ -403,7 +407,7 @@ def _parse(usage: str, kind: Any, default: Any, args: list[str]) -> Any:
     except SystemExit as error:
         raise UserError(_complaint(complaint.getvalue())) from error
     if left and not left[0].startswith("-"):
-        raise UserError(f"unexpected argument {left[0]!r}: names come first, then flags, see --help")
+        raise UserError(f"unexpected argument {left[0]!r}: names come first, and a switch takes no value")
     if left:
         flag = left[0].split("=")[0]
         near = difflib.get_close_matches(flag, _flags(default), n=1, cutoff=0.5)

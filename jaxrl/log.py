@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[import-not-found]
 from tensorboardX.summary import scalar
 from tqdm.auto import tqdm
 

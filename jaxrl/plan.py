@@ -3,22 +3,24 @@
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxrl import rollout as ro
 from jaxrl import session, train
 from jaxrl.config import Config
-from jaxrl.data import files, record
+from jaxrl.data import record
 from jaxrl.data.ring import Ring, empty
 from jaxrl.errors import UserError
 from jaxrl.types import PyTree
 
-KNOBS = {  # what holds memory through a run, and the flags that it grows with
+KNOBS = {  # what holds memory through a run, and what it grows with
     "agent": "the agent's hidden sizes",
-    "dataset": "data_steps, or the length of the file in data",
+    "dataset": "data_steps",
     "replay": "schedule.replay",
     "environments": "schedule.envs",
 }
@@ -40,13 +42,13 @@ def plan(config: Config, env: Any) -> str:
     total = sum(amounts.values()) + working
     lines = amounts | {"working memory of the largest program": working, "total on the device": total}
     if jax.default_backend() == "cpu":
-        lines["process, compiled and at its peak"] = peak_rss() + total + amounts["dataset"]
-    return "\n".join(f"{name:<40}{amount / 2**20:>10.1f} MiB" for name, amount in lines.items())
+        lines["process at its peak, having compiled all"] = peak_rss() + total
+    return "\n".join(f"{name:<42}{amount / 2**20:>10.1f} MiB" for name, amount in lines.items())
 
 
 def held(config: Config, env: Any) -> dict[str, int]:
     """Returns the bytes on the device that a run holds from its first epoch to its last, by what they are for."""
-    agent, timeline, carry = abstract(config, env)
+    *_, carry = abstract(config, env)
     return {
         "agent": size(carry.agent),
         "dataset": size(abstract_data(config, env)),
@@ -56,11 +58,11 @@ def held(config: Config, env: Any) -> dict[str, int]:
 
 
 def require(amounts: dict[str, int]) -> None:
-    """Raises UserError where so many bytes are not there, naming what takes most of them."""
+    """Raises UserError where so many bytes are not there, naming what to lower."""
     needed, there = sum(amounts.values()), available()
     if needed > there:
-        first, second = sorted(amounts, key=lambda name: amounts[name], reverse=True)[:2]
-        advice = " or ".join(f"{KNOBS[name]} ({amounts[name] / 2**30:.1f} GiB)" for name in (first, second))
+        large = {name: amount for name, amount in amounts.items() if amount > needed / 10}
+        advice = " or ".join(f"{KNOBS[name]} ({large[name] / 2**30:.1f} GiB)" for name in large)
         raise UserError(f"this run needs {needed / 2**30:.1f} GiB, there are {there / 2**30:.1f} GiB: lower {advice}")
 
 
@@ -74,3 +76,64 @@ def available() -> int:
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def abstract(config: Config, env: Any) -> tuple[Any, session.Timeline, train.Carry]:
+    """Returns the shapes of the agent, the run's epochs, and the shapes of the carry at its end."""
+    agent = jax.eval_shape(train.on_device, config.agent)
+    timeline = session.Timeline(train.phases(config.schedule, config.agent.chunk))
+    return agent, timeline, session.abstract_carry(agent, env, config.schedule, timeline, timeline.epochs)
+
+
+def abstract_data(config: Config, env: Any) -> Ring:
+    """Returns the shapes of the run's dataset in device memory."""
+    if config.data is not None:
+        rows = len(session.load_data(config, env).terminals)
+    else:
+        each, lanes = record.lanes_of(config.data_steps, env.horizon)
+        rows = lanes * (each + each // env.horizon)
+    return jax.eval_shape(lambda: empty(1, rows + 1, env.spec.observation, env.spec.action))
+
+
+def programs(config: Config, env: Any) -> Iterator[Any]:
+    """Yields the run's programs, compiled, in the order in which it needs them."""
+    agent, timeline, carry = abstract(config, env)
+    data, key, episodes = (
+        abstract_data(config, env),
+        jax.eval_shape(lambda: jax.random.key(0)),
+        config.schedule.eval_episodes,
+    )
+    if config.data is None:
+        arguments = record.arguments(env, config.behaviour, config.data_steps)
+        yield record.recording.lower(*arguments, key).compile()
+        policy = ro.scripted(record.behaviour_of(env, config.behaviour))
+        yield session.jitted_behaviour.lower(env, policy, key, episodes).compile()
+    yield train.jitted_begin.lower(agent, env, config.schedule, key).compile()
+    done = 0
+    for phase in timeline.phases:
+        done += phase.epochs
+        carry = session.abstract_carry(agent, env, config.schedule, timeline, done)
+        yield train.jitted_epoch.lower(agent, env, phase, carry, data).compile()
+        yield train.jitted_evaluate.lower(agent, env, episodes, carry.agent, key).compile()
+
+
+def size(tree: PyTree) -> int:
+    """Returns the bytes of a tree's leaves, random keys included."""
+    leaves = (jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x for x in jax.tree.leaves(tree))
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def temporary(program: Any) -> int:
+    """Returns the bytes that a compiled program needs besides its arguments: scratch, and results not in place."""
+    memory = program.memory_analysis()
+    return memory.temp_size_in_bytes + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+
+
+def peak_rss() -> int:
+    """Returns the most memory that this process has held so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -116,10 +116,12 @@ def evaluation(episodes: ro.Episodes) -> dict[str, float]:
 def evaluate_behaviour(config: Config, env: Any) -> dict[str, Any]:
     """Returns the row of the scripted behaviour, judged on the same episodes as the agent."""
     policy = ro.scripted(record.behaviour_of(env, config.behaviour))
-    program = jax.jit(ro.evaluate, static_argnames=("env", "policy", "episodes"))
     key = jax.random.key(config.schedule.eval_seed)
     row = {"epoch": 0, "phase": "behaviour", "updates": 0, "steps": 0}
-    return row | evaluation(jax.device_get(program(env, policy, key, config.schedule.eval_episodes)))
+    return row | evaluation(jax.device_get(jitted_behaviour(env, policy, key, config.schedule.eval_episodes)))
+
+
+jitted_behaviour = jax.jit(ro.evaluate, static_argnames=("env", "policy", "episodes"))
 
 
 def one_epoch(

@@ -167,6 +167,16 @@ def test_without_rounds_the_beams_are_moved_once():
     np.testing.assert_allclose(found, guidance.best_of(moved, two_heads(moved).min(axis=0)), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("rounds", "climbs"), [(0, 1), (1, 1), (3, 3)])
+def test_beams_climb_once_per_round(rounds, climbs):
+    search = BeamSearch(
+        width=1, rounds=rounds, branches=1, eta=0.1, snr=1e9
+    )  # no noise: the beam stays, but for climbs
+    heads = lambda a: two_heads(a)[:1]  # noqa: E731
+    found = search.search(jax.random.key(0), jnp.zeros((1, 1, 2)), heads, lambda x, r, t: 0 * x)
+    np.testing.assert_allclose(found, [[0.06 * climbs, 0.08 * climbs]], rtol=1e-5)
+
+
 def test_climbing_is_by_the_lowest_head_and_stops_at_the_box():
     search = BeamSearch(eta=0.5)
     actions = jnp.array([[[0.1, 0.0], [0.9, 0.8]]])  # the second head is the lower one in both

@@ -25,14 +25,25 @@ def test_python_blocks_run(capsys):
 COMMANDS = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines() if line.startswith("jaxrl ")]
 
 
+class FlagsRead(Exception):
+    """The command got as far as making its environment."""
+
+
+def stop_here(name):
+    raise FlagsRead(name)
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_have_flags_that_exist(line, monkeypatch, tmp_path, capsys):
     """Each command reads its flags, and complains at most of the files that the README only names."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_make", stop_here)
     words = shlex.split(line)[1:]
-    monkeypatch.setattr(cli, "_make", lambda name: pytest.skip("flags were read"))
     if words[0] in ("doctor", "list"):
         assert cli.main(words) == 0
-    else:
+        return
+    try:
         assert cli.main(words) == 2
         assert re.search("run directory|no file", capsys.readouterr().err)
+    except FlagsRead:
+        pass

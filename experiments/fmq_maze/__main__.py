@@ -23,7 +23,8 @@ import numpy as np
 import tyro
 
 import envs
-from jaxrl import session, stats, train
+from experiments.tables import footnote, last, spread
+from jaxrl import session, train
 from jaxrl.config import Config, preset
 from jaxrl.rundir import manifest
 
@@ -86,26 +87,14 @@ def acting(run: session.Run, carry: train.Carry, changes: dict[str, Any]) -> dic
 
 
 def cloned(config: Config, env: Any, dataset: Any) -> list[dict]:
-    """Returns the evaluated rows of behaviour cloning on the same data, for as many updates."""
-    bc = preset("quick", "bc")
-    schedule = dataclasses.replace(bc.schedule, offline_updates=config.schedule.offline_updates, eval_every=10**9)
-    run = session.prepare(dataclasses.replace(bc, seed=config.seed, schedule=schedule), env, dataset)
-    carry, rows = run.first(), []
+    """Returns the last row of behaviour cloning on the same data, for as many updates."""
+    agent = preset("quick", "bc").agent
+    schedule = dataclasses.replace(config.schedule, online_steps=0, eval_every=10**9)
+    run = session.prepare(dataclasses.replace(config, agent=agent, schedule=schedule), env, dataset)
+    carry, row = run.first(), {}
     for index in range(run.timeline.epochs):
         carry, row = run.epoch(carry, index)
-        rows.append(row)
-    return rows[-1:]
-
-
-def last(results: dict[str, Any], name: str, metric: str = "success") -> np.ndarray:
-    """Returns a metric of each seed's last evaluation."""
-    return np.array([seed[name][-1][f"eval/{metric}"] for seed in results["seeds"]])
-
-
-def spread(values: np.ndarray, digits: int) -> str:
-    """Returns the mean over seeds with its interval."""
-    low, high = stats.mean_interval(values) if len(values) > 1 and np.ptp(values) else (values[0], values[0])
-    return f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return [row]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -123,13 +112,7 @@ def table(results: dict[str, Any]) -> str:
         lines.append(
             f"| {label} | {each} | {spread(last(results, name), 2)} | {spread(last(results, name, 'length'), 0)} |"
         )
-    device, versions = results["manifest"]["device"], results["manifest"]["versions"]
-    episodes = results["config"]["schedule"]["eval_episodes"]
-    lines.append(
-        f"\n`{results['config']['env']}`, {len(results['seeds'])} seeds, {episodes} episodes each. In brackets 95 % "
-        "intervals: of the mean over seeds (bootstrap), of the behaviour over episodes (Wilson). "
-        f"{results['manifest']['cores']} {device} cores, jax {versions['jax']}, mujoco-mjx {versions['mujoco-mjx']}."
-    )
+    lines.append(footnote(results))
     return "\n".join(lines) + "\n"
 
 

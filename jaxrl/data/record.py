@@ -48,13 +48,16 @@ def record(env: Any, level: str, steps: int, seed: int) -> Dataset:
     Where the environment has `explore()`, that variant is recorded: episodes start anywhere and last for the horizon.
     Elsewhere an episode can end early, and the last one of each environment is cut where the recording stops.
     """
+    return to_dataset(recording(*arguments(env, level, steps), jax.random.key(seed)))
+
+
+def arguments(env: Any, level: str, steps: int) -> tuple[Env, ro.Policy, int, int, int]:
+    """Returns what `recording` is called with, but for the key."""
     explored = env.explore() if hasattr(env, "explore") else env
-    policy = ro.scripted(behaviour_of(explored, level))
     each, lanes = lanes_of(steps, env.horizon)
     # One row per step, and one per episode for its last observation; where episodes can terminate, each may be a step.
     rows = each + (each // env.horizon if hasattr(env, "explore") else each) + 2
-    program = jax.jit(_record, static_argnames=("env", "policy", "lanes", "steps", "rows"))
-    return to_dataset(program(explored, policy, lanes, each, rows, jax.random.key(seed)))
+    return explored, ro.scripted(behaviour_of(explored, level)), lanes, each, rows
 
 
 def lanes_of(steps: int, horizon: int) -> tuple[int, int]:
@@ -75,6 +78,9 @@ def _record(env: Env, policy: ro.Policy, lanes: int, steps: int, rows: int, key:
 
     (_, ring), _ = jax.lax.scan(body, (rollout, ring), jax.random.split(key_steps, steps))
     return ring
+
+
+recording = jax.jit(_record, static_argnames=("env", "policy", "lanes", "steps", "rows"))
 
 
 def to_dataset(ring: Ring) -> Dataset:
