@@ -6,6 +6,7 @@ checkpoints/EPOCH.json    the sha256 of each file in it, written last: a checkpo
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -36,7 +37,7 @@ def save(folder: Path, epoch: int, carry: PyTree) -> None:
     except Exception as error:  # orbax raises whatever its threads do
         keep(folder, [old for old in epochs(folder) if old != epoch])
         if any(reason in str(error) for reason in ("No space left", "Disk quota")):
-            raise UserError(f"no space left for the checkpoint of epoch {epoch} in {folder}") from error
+            raise UserError(f"no space left in {folder} for epoch {epoch}: make some, then use --resume") from error
         raise
     keep(folder, epochs(folder)[-KEEP:])
 
@@ -51,7 +52,7 @@ def keep(folder: Path, wanted: Iterable[int]) -> None:
     names = {name for epoch in wanted for name in (f"{epoch}", f"{epoch}.json")}
     for entry in folder.glob("*"):
         if entry.name not in names:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
 
 
 def load(folder: Path, abstract: Callable[[int], PyTree]) -> tuple[int, PyTree] | None:
@@ -61,9 +62,11 @@ def load(folder: Path, abstract: Callable[[int], PyTree]) -> tuple[int, PyTree] 
     these alone. A damaged checkpoint is named on stderr and the one before it is used. A whole one of other shapes is
     a UserError: it belongs to another agent or environment.
     """
-    for epoch in reversed(epochs(folder)):
+    newest_first = epochs(folder)[::-1]
+    for epoch, before in itertools.zip_longest(newest_first, newest_first[1:]):
         if wrong := damage(folder, epoch):
-            print(f"checkpoint of epoch {epoch} is damaged ({wrong}): using the one before it", file=sys.stderr)
+            instead = "there is none before it" if before is None else f"trying that of epoch {before}"
+            print(f"checkpoint of epoch {epoch} is damaged ({wrong}): {instead}", file=sys.stderr)
             continue
         path, expected = folder / str(epoch), abstract(epoch)
         check_same_shapes(path, expected)

@@ -26,6 +26,7 @@ from jaxrl.errors import UserError, unknown
 from jaxrl.signals import ABORTED, SAVED, StopRequests
 
 Flat = tyro.conf.arg(name="")  # a dataclass whose fields are flags of their own
+SETTINGS = (tyro.conf.DisallowNone,)  # a flag that is not given is None, the word "None" is not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +65,10 @@ class TrainOptions(Generic[A]):
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions(Generic[A]):
-    """Evaluate a run's newest checkpoint. Flags of the agent are the run's, unless given.
+    """Evaluate a run's newest checkpoint. The agent is the run's but for the flags that are given.
 
-    jaxrl eval runs/NAME --episodes 500
-    jaxrl eval runs/NAME --agent.test-sampler beam_search
+        jaxrl eval runs/NAME --episodes 500
+        jaxrl eval runs/NAME --agent.test-sampler beam_search
     """
 
     agent: A
@@ -83,7 +84,7 @@ class EvalOptions(Generic[A]):
 class CollectOptions:
     """Record a scripted behaviour of an environment as a dataset.
 
-    jaxrl collect maze-medium --behaviour good --steps 100000
+        jaxrl collect maze-medium --behaviour good --steps 100000
     """
 
     behaviour: str = "medium"
@@ -129,7 +130,7 @@ class DataOptions:
 class DoctorOptions:
     """Check this installation, or an environment of yours. Exit code 1: a line that begins with FAIL needs mending.
 
-    jaxrl doctor --env my_package.my_module:make
+        jaxrl doctor --env my_package.my_module:make
     """
 
     env: str | None = None
@@ -398,12 +399,12 @@ def _wants_help(flags: list[str]) -> bool:
 def _parse(usage: str, kind: Any, default: Any, args: list[str]) -> Any:
     """Returns the options that flags ask for. Raises UserError, one line, for a flag or a value that does not exist."""
     if _wants_help(args):
-        about = inspect.cleandoc(type(default).__doc__ or "").replace("{agents}", ", ".join(AGENTS))
-        tyro.cli(kind, default=default, args=["--help"], prog=usage, description=about)
+        print(inspect.cleandoc(type(default).__doc__ or "").replace("{agents}", ", ".join(AGENTS)) + "\n")
+        tyro.cli(kind, default=default, args=["--help"], prog=usage, description="", config=SETTINGS)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
-            options, left = tyro.cli(kind, default=default, args=args, return_unknown_args=True)
+            options, left = tyro.cli(kind, default=default, args=args, return_unknown_args=True, config=SETTINGS)
     except SystemExit as error:
         raise UserError(_complaint(complaint.getvalue())) from error
     if left and not left[0].startswith("-"):

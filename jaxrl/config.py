@@ -55,9 +55,9 @@ _MINUTES = Schedule(
 
 PRESETS: dict[str, dict[str, Config]] = {
     "quick": {  # minutes on two CPU cores
-        "bc": Config(BC(hidden=_SMALL), schedule=dataclasses.replace(_MINUTES, online_steps=0)),
+        "bc": Config(BC(hidden=_SMALL, lr=1e-3), schedule=dataclasses.replace(_MINUTES, online_steps=0)),
         "fmq": Config(
-            FMQ(actor_hidden=_SMALL, critic_hidden=_SMALL, target_samples=4, warmup=500, curriculum=4_000),
+            FMQ(actor_hidden=_SMALL, critic_hidden=_SMALL, lr=1e-3, target_samples=4, warmup=500, curriculum=4_000),
             schedule=_MINUTES,
         ),
     },

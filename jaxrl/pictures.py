@@ -3,35 +3,42 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg", force=False)
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot, which would choose how a notebook shows its figures
 
-PHASE_COLOURS = {"offline": "tab:blue", "online": "tab:orange"}
+PANELS = {  # phase: what it is plotted over, colour
+    "offline": ("updates", "gradient steps on the dataset", "tab:blue"),
+    "online": ("steps", "steps in the environment", "tab:orange"),
+}
 
 
 def curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Writes success over updates, with 95 % intervals, phase by phase, and the behaviour's for comparison."""
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    """Writes success with its 95 % interval, a panel for each phase, and the behaviour's for comparison."""
     evaluated = [row for row in rows if row.get("eval/success") is not None]
-    behaviour = [row for row in evaluated if row["phase"] == "behaviour"]
-    if behaviour:
-        axis.axhline(behaviour[0]["eval/success"], color="gray", linestyle="--", label="behaviour")
-    for phase, colour in PHASE_COLOURS.items():
-        part = [row for row in evaluated if row["phase"] == phase]
-        if not part:
-            continue
-        updates = [row["updates"] for row in part]
-        axis.plot(updates, [row["eval/success"] for row in part], "o-", markersize=3, color=colour, label=phase)
-        low, high = ([row[f"eval/success_{end}"] for row in part] for end in ("low", "high"))
-        axis.fill_between(updates, low, high, color=colour, alpha=0.2, linewidth=0)
-    axis.set(xlabel="gradient steps", ylabel="success (95 % interval)", ylim=(-0.03, 1.03))
-    axis.legend(loc="best", frameon=False)
-    axis.grid(alpha=0.3)
+    shown = {name: [row for row in evaluated if row["phase"] == name] for name in ("behaviour", *PANELS)}
+    phases = [name for name in PANELS if shown[name]]
+    figure = Figure(figsize=(1 + 4 * len(phases), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
+    for name, axis in zip(phases, axes, strict=True):
+        if shown["behaviour"]:
+            axis.axhline(shown["behaviour"][0]["eval/success"], color="gray", linestyle="--", label="behaviour")
+        panel(axis, name, shown[name])
+    axes[0].set_ylabel("success (95 % interval)")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def panel(axis: Axes, phase: str, rows: list[dict[str, Any]]) -> None:
+    """Draws one phase's success over its own clock."""
+    clock, label, colour = PANELS[phase]
+    x = [row[clock] for row in rows]
+    low, high = ([row[f"eval/success_{end}"] for row in rows] for end in ("low", "high"))
+    axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    axis.plot(x, [row["eval/success"] for row in rows], "o-", markersize=3, color=colour, label=phase)
+    axis.set(xlabel=label, ylim=(-0.03, 1.03))
+    axis.set_xlim(left=0)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="best", frameon=False)
 
 
 def gif(env: Any, episode: np.ndarray, path: Path, size: int = 320, per_second: int = 25) -> None:
