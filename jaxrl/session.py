@@ -153,7 +153,8 @@ class Run:
 
     def first(self) -> Carry:
         """Returns the carry before the first epoch."""
-        return train.jitted_begin(self.agent, self.env, self.config.schedule, jax.random.key(self.config.seed))
+        carry = train.jitted_begin(self.agent, self.env, self.config.schedule, jax.random.key(self.config.seed))
+        return jax.device_put(carry, jax.devices()[0])  # a restored one is bound to its device: else two programs
 
     def restore(self, folder: Path) -> tuple[Carry, int]:
         """Returns the carry to go on from and how many epochs it has seen: the newest checkpoint's, or the first."""
