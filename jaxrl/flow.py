@@ -55,7 +55,7 @@ def esd_error(
     network's own diagonal u_{r,r} (Boffi et al.).
     """
     x_r = interpolate(x0, x1, r)
-    b_r = x1 - x0 if velocity == "sample" else lax.stop_gradient(u(x_r, r, r))
+    b_r = x1 - x0 if velocity == "sample" else u(x_r, r, r)
     average, derivative = jax.jvp(u, (x_r, r, t), (b_r, jnp.ones_like(r), jnp.zeros_like(t)))
     return jnp.square(average - lax.stop_gradient(b_r + (t - r) * derivative))
 

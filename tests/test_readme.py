@@ -25,12 +25,12 @@ def test_python_blocks_run(capsys):
 COMMANDS = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines() if line.startswith("jaxrl ")]
 
 
-class FlagsRead(Exception):
+class FlagsReadError(Exception):
     """The command got as far as making its environment."""
 
 
 def stop_here(name):
-    raise FlagsRead(name)
+    raise FlagsReadError(name)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -45,5 +45,5 @@ def test_commands_have_flags_that_exist(line, monkeypatch, tmp_path, capsys):
     try:
         assert cli.main(words) == 2
         assert re.search("run directory|no file", capsys.readouterr().err)
-    except FlagsRead:
+    except FlagsReadError:
         pass

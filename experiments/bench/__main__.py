@@ -24,11 +24,11 @@ import tyro
 from jax import lax
 
 import envs
+from experiments.tables import machine
 from jaxrl import rollout as ro
 from jaxrl import session, train
 from jaxrl.config import preset
 from jaxrl.data.record import Uniform
-from jaxrl.rundir import manifest
 
 REPETITIONS = 5
 
@@ -178,7 +178,7 @@ def main(bench: Bench) -> None:
         measured["fused_online_updates_per_second"] = online.iterations * online.updates / seconds
     for name, value in measured.items():
         print(f"{name:<36}{value:>14.2f}" if isinstance(value, float) else f"{name:<36}{value:>14}")
-    bench.out.write_text(json.dumps({"manifest": manifest(dataset.digest)} | measured, indent=1) + "\n")
+    bench.out.write_text(json.dumps({"manifest": machine(dataset.digest)} | measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

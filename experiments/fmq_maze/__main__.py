@@ -23,10 +23,9 @@ import numpy as np
 import tyro
 
 import envs
-from experiments.tables import footnote, last, spread
+from experiments.tables import footnote, last, machine, spread
 from jaxrl import session, train
 from jaxrl.config import Config, preset
-from jaxrl.rundir import manifest
 
 HERE = Path(__file__).parent
 ONLINE = {"FMQ": {}, "eta = 0": {"eta": 0.0}, "fixed radius": {"adaptive": False}}
@@ -49,7 +48,7 @@ def main(study: Study) -> None:
     base = preset("quick", "fmq")
     env = envs.make(base.env)
     dataset = session.load_data(base, env)
-    results: dict[str, Any] = {"manifest": manifest(dataset.digest), "config": dataclasses.asdict(base)}
+    results: dict[str, Any] = {"manifest": machine(dataset.digest), "config": dataclasses.asdict(base)}
     results["behaviour"] = session.evaluate_behaviour(base, env)
     results["seeds"] = []
     for seed in range(study.seeds):

@@ -16,10 +16,9 @@ from typing import Any
 import tyro
 
 import envs
-from experiments.tables import footnote, last, spread
+from experiments.tables import footnote, last, machine, spread
 from jaxrl import session
 from jaxrl.config import preset
-from jaxrl.rundir import manifest
 
 HERE = Path(__file__).parent
 
@@ -34,7 +33,7 @@ class Study:
     """Environment of the evaluation."""
     seeds: int = 3
     """How many seeds, from 0."""
-    updates: int = 20_000
+    updates: int = 12_000
     """Gradient steps."""
     episodes: int = 50
     """Evaluation episodes."""
@@ -52,7 +51,7 @@ def main(study: Study) -> None:
     agent = dataclasses.replace(base.agent, discount=0.995)
     base = dataclasses.replace(base, agent=agent, schedule=schedule)
     dataset = session.load_data(base, env)
-    results: dict[str, Any] = {"manifest": manifest(dataset.digest), "seeds": []}
+    results: dict[str, Any] = {"manifest": machine(dataset.digest), "seeds": []}
     results["config"] = dataclasses.asdict(dataclasses.replace(base, data=Path(study.data).name))
     for seed in range(study.seeds):
         rows: dict[str, list] = {}
