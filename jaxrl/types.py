@@ -23,12 +23,25 @@ from typing import (
 )
 
 import jax
+import tyro
 
 if TYPE_CHECKING:
     Scalar: TypeAlias = float | jax.Array
 else:
-    Scalar = Annotated[float, "a pytree leaf: sweeping or changing it never recompiles"]
-"""A hyper-parameter that may be swept. A float to the command line, a float or an array to the program."""
+    Scalar = Annotated[
+        Any,
+        tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="FLOAT",
+            instance_from_str=lambda words: float(words[0]),
+            is_instance=lambda value: isinstance(value, int | float | jax.Array),
+            str_from_instance=lambda value: [str(value)],
+        ),
+    ]
+"""A hyper-parameter that may be swept without compiling again: a leaf of its agent.
+
+A float or an array to the type checker and to the program, a float to the command line.
+"""
 
 PyTree: TypeAlias = Any
 Metrics: TypeAlias = Mapping[str, jax.Array]

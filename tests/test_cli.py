@@ -28,7 +28,7 @@ def quick():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    return tiny.finished(tmp_path_factory.mktemp("run"))
+    return tiny.finished(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

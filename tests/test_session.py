@@ -27,7 +27,7 @@ def quick():
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """The run's directory, driven to its end without a break. Its data lie beside it."""
-    return tiny.finished(tmp_path_factory.mktemp("run"))
+    return tiny.finished(tmp_path_factory.getbasetemp())
 
 
 def copy(path: Path, to: Path) -> Path:

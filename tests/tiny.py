@@ -72,11 +72,13 @@ def write_data(path: Path) -> Path:
 
 
 @functools.cache
-def finished(folder: Path) -> Path:
-    """Returns the directory of the run, driven to its end without a break; compiled.json beside it says when what was.
+def finished(temporary: Path) -> Path:
+    """Returns the directory of the run, driven to its end without a break; its data.npz and a compiled.json beside it.
 
-    That is a list of the programs that were compiled before each row of metrics was written.
+    The latter holds the names of the programs that were compiled before each row of metrics was written, and after.
     """
+    folder = temporary / "tiny"
+    folder.mkdir()
     compiled: list[list[str]] = []
     seen = logging.Handler()
     seen.emit = lambda record: compiled[-1].append(record.getMessage().split()[1])

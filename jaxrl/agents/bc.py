@@ -69,7 +69,7 @@ class BC:
 
         value, gradient = jax.value_and_grad(loss)(state.params)
         updates, opt = optax.adam(self.lr).update(gradient, state.opt)
-        metrics = {"actor/flow_loss": value, "actor/grad_norm": optax.global_norm(gradient)}
+        metrics = {"actor/flow_loss": value, "actor/grad_norm": optax.tree.norm(gradient)}
         return BCState(state.spec, optax.apply_updates(state.params, updates), opt, state.step + 1), metrics
 
     def act(self, state: BCState, obs: jax.Array, key: jax.Array, *, greedy: bool = False) -> jax.Array:
