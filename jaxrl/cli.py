@@ -67,8 +67,8 @@ class TrainOptions(Generic[A]):
 class EvalOptions(Generic[A]):
     """Evaluate a run's newest checkpoint. The agent is the run's but for the flags that are given.
 
-        jaxrl eval runs/NAME --episodes 500
-        jaxrl eval runs/NAME --agent.test-sampler beam_search
+    jaxrl eval runs/NAME --episodes 500
+    jaxrl eval runs/NAME --agent.test-sampler beam_search
     """
 
     agent: A
@@ -84,7 +84,7 @@ class EvalOptions(Generic[A]):
 class CollectOptions:
     """Record a scripted behaviour of an environment as a dataset.
 
-        jaxrl collect maze-medium --behaviour good --steps 100000
+    jaxrl collect maze-medium --behaviour good --steps 100000
     """
 
     behaviour: str = "medium"
@@ -130,7 +130,7 @@ class DataOptions:
 class DoctorOptions:
     """Check this installation, or an environment of yours. Exit code 1: a line that begins with FAIL needs mending.
 
-        jaxrl doctor --env my_package.my_module:make
+    jaxrl doctor --env my_package.my_module:make
     """
 
     env: str | None = None

@@ -18,11 +18,12 @@ from jaxrl.data.ring import Ring, empty
 from jaxrl.errors import UserError
 from jaxrl.types import PyTree
 
-KNOBS = {  # what holds memory through a run, and what it grows with
+KNOBS = {  # what takes memory, and what it grows with
     "agent": "the agent's hidden sizes",
     "dataset": "data_steps",
     "replay": "schedule.replay",
     "environments": "schedule.envs",
+    "working memory": "the agent's batch_size, schedule.eval_episodes",
 }
 
 
@@ -34,16 +35,15 @@ def check(config: Config, env: Any) -> None:
 def plan(config: Config, env: Any) -> str:
     """Returns a table of the run's memory, from the compiled programs themselves; nothing of it is allocated.
 
-    Raises UserError, before compiling, where it cannot fit.
+    "working memory" is what the largest of them needs besides its arguments. Raises UserError where it cannot fit.
     """
-    amounts = held(config, env)
+    check(config, env)
+    amounts = held(config, env) | {"working memory": max(temporary(program) for program in programs(config, env))}
     require(amounts)
-    working = max(temporary(program) for program in programs(config, env))
-    total = sum(amounts.values()) + working
-    lines = amounts | {"working memory of the largest program": working, "total on the device": total}
+    lines = amounts | {"total on the device": sum(amounts.values())}
     if jax.default_backend() == "cpu":
         # The host keeps a copy of the dataset.
-        lines["process at its peak, having compiled all"] = peak_rss() + total + amounts["dataset"]
+        lines["process at its peak, having compiled all"] = peak_rss() + sum(amounts.values()) + amounts["dataset"]
     return "\n".join(f"{name:<42}{amount / 2**20:>10.1f} MiB" for name, amount in lines.items())
 
 

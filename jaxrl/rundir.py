@@ -18,6 +18,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,10 @@ def check_new(path: Path) -> None:
     if path.exists():
         raise UserError(f"run directory {path} exists: continue it with --resume {path}, or name another with --out")
     above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {path}: {above} is {'not writable' if above.is_dir() else 'a file'}")
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {above}: {error.strerror}") from error
 
 
 def create(path: Path, config: Config, digest: str) -> None:

@@ -5,6 +5,7 @@ Each compiled epoch is one call; evaluation, logging, checkpoint and the questio
 
 import contextlib
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def load_data(config: Config, env: Any) -> Dataset:
     """Returns the run's dataset: the file that it names, or the recorded behaviour, which is kept under datasets/."""
     path = data_path(config.env, config.behaviour, config.data_steps) if config.data is None else Path(config.data)
     if config.data is None and not path.exists():
+        record.behaviour_of(env, config.behaviour)  # refuses a level that does not exist
+        print(f"recording {config.data_steps} steps of the behaviour {config.behaviour!r} as {path}", file=sys.stderr)
         dataset = record.record(env, config.behaviour, config.data_steps, seed=0)
         path.parent.mkdir(exist_ok=True)
         files.save(path, dataset)
@@ -124,23 +127,6 @@ def evaluate_behaviour(config: Config, env: Any) -> dict[str, Any]:
 jitted_behaviour = jax.jit(ro.evaluate, static_argnames=("env", "policy", "episodes"))
 
 
-def one_epoch(
-    agent: Any, env: Env, config: Config, timeline: Timeline, carry: Carry, data: Ring, index: int
-) -> tuple[Carry, dict[str, Any]]:
-    """Returns the carry after the epoch with this index, and the epoch's row of metrics."""
-    phase, before = timeline.at(index)
-    if before == 0:
-        carry = train.jitted_enter(agent, phase, carry)
-    carry, metrics = train.jitted_epoch(agent, env, phase, carry, data)
-    row: dict[str, Any] = {"epoch": index + 1, "phase": phase.name}
-    row |= {"updates": int(jax.device_get(carry.updates)), "steps": int(jax.device_get(carry.steps))}
-    row |= {name: value.item() for name, value in sorted(jax.device_get(metrics).items())}
-    due = (index + 1) % config.schedule.eval_every == 0 or timeline.closes_phase(index)
-    if due and phase.name != "warmup":
-        row |= evaluation(episodes_of(config, agent, env, carry.agent))
-    return carry, row
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A run, ready to be driven: its agent on the device, its environment, its epochs and its data."""
@@ -167,7 +153,17 @@ class Run:
 
     def epoch(self, carry: Carry, index: int) -> tuple[Carry, dict[str, Any]]:
         """Returns the carry after the epoch with this index (from 0), and its row of metrics."""
-        return one_epoch(self.agent, self.env, self.config, self.timeline, carry, self.data, index)
+        phase, before = self.timeline.at(index)
+        if before == 0:
+            carry = train.jitted_enter(self.agent, phase, carry)
+        carry, metrics = train.jitted_epoch(self.agent, self.env, phase, carry, self.data)
+        row: dict[str, Any] = {"epoch": index + 1, "phase": phase.name}
+        row |= {"updates": int(jax.device_get(carry.updates)), "steps": int(jax.device_get(carry.steps))}
+        row |= {name: value.item() for name, value in sorted(jax.device_get(metrics).items())}
+        due = (index + 1) % self.config.schedule.eval_every == 0 or self.timeline.closes_phase(index)
+        if due and phase.name != "warmup":
+            row |= evaluation(episodes_of(self.config, self.agent, self.env, carry.agent))
+        return carry, row
 
 
 def prepare(config: Config, env: Any, dataset: Dataset) -> Run:
@@ -202,8 +198,9 @@ def check_same_data(path: Path, dataset: Dataset) -> None:
 
 def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, Any]:
     """Returns the run's result, after the epochs still before it. Raises StopRequested where asked to stop."""
-    carry, done = run.restore(path / "checkpoints")
-    checkpoint.keep(path / "checkpoints", [epoch for epoch in checkpoint.epochs(path / "checkpoints") if epoch <= done])
+    folder = path / "checkpoints"
+    carry, done = run.restore(folder)
+    checkpoint.keep(folder, [epoch for epoch in checkpoint.epochs(folder) if epoch <= done])
     rundir.rewind(path, done)
     with contextlib.closing(Log(path, wandb, done)) as log:
         if run.config.data is None and not rundir.rows(path / "metrics.jsonl"):
@@ -217,7 +214,7 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, An
             last = index + 1 == run.timeline.epochs
             stopping = stop.requested and not last
             if stopping or last or (index + 1) % run.config.checkpoint_every == 0:
-                checkpoint.save(path / "checkpoints", index + 1, carry)
+                checkpoint.save(folder, index + 1, carry)
             if stopping:
                 raise StopRequested
     return finish(run, carry, path)
