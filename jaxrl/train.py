@@ -197,16 +197,23 @@ def evaluate(agent: Any, env: Env, episodes: int, state: PyTree, key: jax.Array)
 
 
 def digest(tree: PyTree) -> jax.Array:
-    """Returns a uint32 that depends on every bit of every leaf: a position-weighted sum modulo 2^32."""
+    """Returns a uint32 that depends on every bit of every leaf and on its place: a sum of hashes modulo 2^32."""
     total = jnp.zeros((), jnp.uint32)
-    for i, leaf in enumerate(jax.tree.leaves(tree)):
+    for leaf in jax.tree.leaves(tree):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        bits = leaf if leaf.dtype == jnp.bool_ or leaf.dtype.itemsize != 4 else leaf.view(jnp.uint32)
-        bits = bits.astype(jnp.uint32).ravel()
-        weights = jnp.arange(1, bits.size + 1, dtype=jnp.uint32) * jnp.uint32(2654435761) | jnp.uint32(1)
-        total = total * jnp.uint32(31) + jnp.sum(bits * weights, dtype=jnp.uint32) + jnp.uint32(i)
+        words = leaf if leaf.dtype == jnp.bool_ else leaf.view(f"uint{8 * leaf.dtype.itemsize}")
+        words = words.astype(jnp.uint32).ravel()
+        places = jnp.arange(1, words.size + 1, dtype=jnp.uint32) * jnp.uint32(0x9E3779B1)
+        total = _scramble(total) + jnp.sum(_scramble(words ^ places), dtype=jnp.uint32)
     return total
+
+
+def _scramble(x: jax.Array) -> jax.Array:
+    """Returns uint32 with every bit spread over all others (the finaliser of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def on_device(agent: Any) -> Any:
