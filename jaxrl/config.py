@@ -18,6 +18,7 @@ class Config(Generic[A]):
 
     agent: A
     env: str = "maze-medium"
+    """Environment, as `jaxrl list` names them; options follow a question mark, such as push?reward=dense."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     data: str | None = None
     """Dataset file (.npz). Without one, the environment's scripted behaviour is recorded."""
@@ -35,8 +36,8 @@ class Config(Generic[A]):
         self.agent.check()  # ty: ignore[missing-attribute]
         self.schedule.check()
         for name, low in (("data_steps", 1), ("seed", 0), ("checkpoint_every", 1)):
-            if getattr(self, name) < low:
-                raise UserError(f"{name} = {getattr(self, name)}: must be at least {low}")
+            if not low <= getattr(self, name) < 2**63:
+                raise UserError(f"{name} = {getattr(self, name)}: must be at least {low} and below 2^63")
 
 
 Preset = Literal["quick", "paper"]

@@ -10,7 +10,7 @@ from typing import Any
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[import-not-found]
 from tensorboardX.summary import scalar
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from jaxrl import rundir
 from jaxrl.errors import UserError

@@ -7,6 +7,7 @@ donated, so that progress, checkpoints and signals happen between compiled calls
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -50,8 +51,10 @@ class Schedule:
         """Raises UserError where a value is out of range."""
         for field in dataclasses.fields(self):
             low = 0 if field.name in ("offline_updates", "online_steps", "utd", "warmup_steps", "eval_seed") else 1
-            if getattr(self, field.name) < low:
-                raise UserError(f"schedule.{field.name} = {getattr(self, field.name)}: must be at least {low}")
+            if not low <= getattr(self, field.name) < math.inf:
+                raise UserError(
+                    f"schedule.{field.name} = {getattr(self, field.name)}: must be at least {low}, and finite"
+                )
         if self.offline_updates == 0 and self.online_steps == 0:
             raise UserError("schedule.offline_updates = 0 and schedule.online_steps = 0: there is nothing to do")
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import tyro
 from jax import lax
 
@@ -90,31 +89,18 @@ def products(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, Any, Any, int]]:
                     yield from products(body, inner)
 
 
-def bare_products(program: Callable[..., Any], *args: Any) -> tuple[Callable[[], jax.Array], float]:
+def bare_products(program: Callable[..., Any], *args: Any) -> tuple[Callable[[], list], float]:
     """Returns a compiled program of nothing but the matrix products of `program`, and its floating-point operations."""
-    found = list(products(jax.make_jaxpr(program)(*args).jaxpr))
-    keys = jax.random.split(jax.random.key(0), len(found))
-    pairs = [
-        (jax.random.normal(k, left.shape), jax.random.normal(k, right.shape))
-        for k, (left, right, _, _) in zip(keys, found, strict=True)
-    ]
-    flops = 0.0
-    for left, right, ((contracted, _), (batched, _)), times in found:
+    pairs, numbers, flops = [], [], 0.0
+    for left, right, dimensions, times in products(jax.make_jaxpr(program)(*args).jaxpr):
+        for _ in range(times):  # operands of its own for each, so that none is computed once for all
+            key = jax.random.key(len(pairs))
+            pairs.append((jax.random.normal(key, left.shape), jax.random.normal(key, right.shape)))
+            numbers.append(dimensions)
+        (contracted, _), (batched, _) = dimensions
         twice = math.prod(left.shape[i] for i in (*contracted, *batched))  # dimensions that both operands list
         flops += 2 * times * math.prod(left.shape) * math.prod(right.shape) / twice
-
-    def run(pairs: list) -> jax.Array:
-        total = jnp.zeros(())
-        for (a, b), (_, _, numbers, times) in zip(pairs, found, strict=True):
-
-            def body(_: jax.Array, carry: jax.Array, a: Any = a, b: Any = b, numbers: Any = numbers) -> jax.Array:
-                a, b, carry = lax.optimization_barrier((a, b, carry))  # so that the loop repeats the product
-                return carry + lax.dot_general(a, b, numbers).ravel()[0]
-
-            total = lax.fori_loop(0, times, body, total)
-        return total
-
-    compiled = jax.jit(run)
+    compiled = jax.jit(lambda pairs: [lax.dot_general(a, b, n) for (a, b), n in zip(pairs, numbers, strict=True)])
     return lambda: compiled(pairs), flops
 
 
@@ -129,7 +115,7 @@ def compile_seconds(run: session.Run, phase: train.Phase, carry: Any) -> tuple[f
             began = time.perf_counter()
             lowered.compile()
             seconds.append(time.perf_counter() - began)
-        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_enable_compilation_cache", False)
     return seconds[0], seconds[1]
 
 

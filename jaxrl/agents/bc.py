@@ -38,7 +38,7 @@ class BC:
 
     def check(self) -> None:
         """Raises UserError where a value is out of range."""
-        check_range(self, chunk=(1, None), batch_size=(1, None), flow_steps=(1, None), lr=(0, None))
+        check_range(self, chunk=(1, None), hidden=(1, None), batch_size=(1, None), flow_steps=(1, None), lr=(0, None))
 
     def init(self, key: jax.Array, spec: Spec) -> BCState:
         """Returns the initial state for an environment's sizes."""

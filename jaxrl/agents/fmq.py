@@ -84,7 +84,7 @@ class FMQ:
 
     def check(self) -> None:
         """Raises UserError where a value is out of range or has no effect."""
-        counts = ("chunk", "critics", "batch_size", "num_samples", "target_samples")
+        counts = ("chunk", "actor_hidden", "critic_hidden", "critics", "batch_size", "num_samples", "target_samples")
         weights = ("lr", "weight_decay", "eta", "beta", "esd_weight", "diagonal_weight", "warmup")
         check_range(self, **dict.fromkeys(counts, (1, None)), **dict.fromkeys(weights, (0, None)))
         check_range(self, discount=(0, 1), tau=(0, 1), curriculum=(self.warmup, None))
