@@ -350,7 +350,7 @@ def _command(args: list[str]) -> int:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk between processes, unless JAX was already told where or not to."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if rundir.jax_setting("compilation_cache_dir") is None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxrl" / "xla"))
 

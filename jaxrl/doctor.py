@@ -6,7 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 
-from jaxrl.rundir import PACKAGES
+from jaxrl.rundir import PACKAGES, jax_setting
 
 OPTIONAL = ("h5py", "ogbench", "playground", "wandb")
 
@@ -27,6 +27,6 @@ def installation() -> list[str]:
         lines.append("FAIL  a GPU is present but JAX does not use it: pip install 'jaxrl[cuda13]' (or cuda12)")
     total = float(jax.jit(lambda x: (x @ x).sum())(jnp.ones((64, 64))))
     lines.append("ok    a compiled program gives the right number" if total == 64.0**3 else "FAIL  wrong arithmetic")
-    lines.append(f"ok    compiled programs are kept in {jax.config.jax_compilation_cache_dir}")
-    lines.append(f"--    matmul precision {jax.config.jax_default_matmul_precision or 'default'} (TF32 on recent GPUs)")
+    lines.append(f"ok    compiled programs are kept in {jax_setting('compilation_cache_dir')}")
+    lines.append(f"--    matmul precision {jax_setting('default_matmul_precision') or 'default'} (TF32 on recent GPUs)")
     return lines

@@ -71,12 +71,17 @@ def manifest(digest: str) -> dict[str, Any]:
         "platform": device.platform,
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        "matmul_precision": jax.config.jax_default_matmul_precision,
-        "x64": jax.config.jax_enable_x64,
+        "matmul_precision": jax_setting("default_matmul_precision"),
+        "x64": jax_setting("enable_x64"),
         "git_commit": _commit(),
         "dataset_digest": digest,
         "argv": sys.argv[1:],
     }
+
+
+def jax_setting(name: str) -> Any:
+    """Returns a setting of JAX; not every version declares them to type checkers."""
+    return getattr(jax.config, f"jax_{name}")
 
 
 def read_config(path: Path) -> Config:

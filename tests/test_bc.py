@@ -1,6 +1,7 @@
 """Facts about jaxrl.agents.bc, with a velocity that is linear, so that every number is known by hand."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,7 @@ def test_the_loss_is_flow_matching_of_the_flat_chunks_under_their_mask(monkeypat
         _, metrics = LINEAR.update(state, batch, KEY)
     x0, x1, t = (np.asarray(jax.lax.stop_gradient(seen[name])) for name in ("x0", "x1", "t"))
     np.testing.assert_array_equal(x1, batch.actions.reshape(2000, -1))
+    assert abs(np.corrcoef(x0.ravel()[:2000], t.ravel())[0, 1]) < 0.1  # drawn from keys of their own
     assert x0.mean() == pytest.approx(0, abs=0.04) and x0.std() == pytest.approx(1, abs=0.03)
     assert (
         t.shape == (2000, 1) and t.mean() == pytest.approx(0.5, abs=0.03) and t.std() == pytest.approx(0.289, abs=0.02)
@@ -138,8 +140,10 @@ def test_a_single_chunk_of_data_is_learned_by_heart():
     assert np.sqrt(np.square(error).mean()) < 0.15
 
 
-@pytest.mark.parametrize("fields", [{"chunk": 0}, {"batch_size": 0}, {"flow_steps": 0}, {"lr": -1.0}])
+@pytest.mark.parametrize(
+    "fields", [{"chunk": 0}, {"hidden": (8, 0)}, {"batch_size": 0}, {"flow_steps": 0}, {"lr": -1.0}]
+)
 def test_values_out_of_range_are_refused_by_name(fields):
     (name,) = fields
-    with pytest.raises(UserError, match=f"BC.{name} = {fields[name]}: must be at least"):
+    with pytest.raises(UserError, match=re.escape(f"BC.{name} = {fields[name]}: must be at least")):
         BC(**fields).check()

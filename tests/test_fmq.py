@@ -553,6 +553,8 @@ def test_beam_search_without_rounds_and_step_is_the_best_of_its_beams():
     ("fields", "message"),
     [
         ({"chunk": 0}, "FMQ.chunk = 0: must be at least 1"),
+        ({"actor_hidden": (8, 0)}, "FMQ.actor_hidden"),
+        ({"critic_hidden": (0, 8)}, "FMQ.critic_hidden"),
         ({"critics": 0}, "FMQ.critics = 0"),
         ({"batch_size": 0}, "FMQ.batch_size = 0"),
         ({"num_samples": 0}, "FMQ.num_samples = 0"),

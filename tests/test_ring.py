@@ -120,6 +120,7 @@ def test_every_window_of_a_random_history_is_the_one_of_a_plain_list(chunk, leng
         ring = add(ring, steps_of([reference.chunk(chunk, rng) for reference in lanes], chunk))
         kept = [min(len(reference.rows), rows - 1) for reference in lanes]
         np.testing.assert_array_equal(ring.count, kept)
+        assert not ((ring.terminated | ring.truncated) & ~ring.valid).any()  # flags are of steps that happened
         batch = jax.tree.map(np.asarray, window_at(ring, lane, start, length))
         for i, (at, age) in enumerate(zip(np.asarray(lane), np.asarray(start), strict=True)):
             steps = lanes[at].window(age, length, kept[at])
@@ -173,6 +174,16 @@ def test_a_window_from_an_invalid_step_on_is_empty():
     batch = window(history(*"..n"), 2, 4)
     np.testing.assert_array_equal(batch.valid, np.zeros((1, 4)))
     np.testing.assert_array_equal(batch.rewards, np.zeros((1, 4)))
+
+
+@pytest.mark.parametrize("flag", ["terminated", "truncated"])
+def test_a_window_stops_at_a_flag_also_where_the_rows_go_on(flag):
+    ring = add(rings.empty(1, 20, observation=1, action=2), history(*"......"))
+    ring = dataclasses.replace(ring, **{flag: ring.valid & (jnp.arange(20) == 2)[None]})
+    batch = window_at(ring, jnp.array([0, 0]), jnp.array([1, 3]), 3)
+    np.testing.assert_array_equal(batch.valid, [[1, 1, 0], [1, 1, 1]])
+    np.testing.assert_array_equal(batch.next_obs, [[3], [6]])
+    np.testing.assert_array_equal(batch.terminated, [flag == "terminated", False])
 
 
 def test_the_last_action_is_repeated_after_the_end():
@@ -309,7 +320,7 @@ def test_lanes_are_filled_evenly_with_the_longest_episodes_first():
 
 def test_truncation_is_what_ends_an_episode_without_termination():
     data, rewards, terminated = dataset(3, 4)
-    terminated[1] = True
+    terminated[[1, 2]] = True  # what a file says of its last row means nothing
     ring = rings.from_dataset(data, rewards, terminated)
     np.testing.assert_array_equal(ring.terminated[0, :7], [0, 1, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(ring.truncated[0, :7], [0, 0, 0, 0, 0, 1, 0])

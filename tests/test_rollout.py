@@ -291,6 +291,17 @@ def test_evaluation_is_the_first_episode_and_nothing_after_it(chunk):
     assert len(np.unique(names)) == 40 and 0 <= names.min() < 0.1 and 0.9 < names.max() < 1
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 9])
+def test_evaluation_goes_on_to_the_horizon_also_where_chunks_do_not_divide_it(chunk):
+    result = evaluate(Clock(horizon=7), repeat(0.0, chunk), jax.random.key(0), 2)
+    np.testing.assert_array_equal(result.lengths, [7, 7])
+
+
+def test_what_would_break_after_the_end_does_not_count():
+    result = evaluate(Clock(horizon=9, dies=3, nan=4), repeat(0.0, 5), jax.random.key(0), 2)
+    assert not result.broken.any() and not (result.lengths - 3).any()
+
+
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_the_track_is_what_the_first_environment_saw_until_its_end(chunk):
     result = evaluate(Clock(horizon=12, dies=7), repeat(0.0, chunk), jax.random.key(3), 3)
