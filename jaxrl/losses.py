@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl.types import PyTree, Scalar
 
@@ -26,25 +26,25 @@ def aggregate(heads: Float[Array, "k *n"], how: Aggregate) -> Float[Array, "*n"]
 
 
 def chunk_return(
-    rewards: Float[Array, "b h"], valid: Float[Array, "b h"], discount: Scalar
+    rewards: Float[Array, "b h"], steps: Int[Array, " b"], discount: Scalar
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """Returns (sum_{i<k} gamma^i r_i, gamma^k) where k counts a window's valid steps."""
+    """Returns (sum_i gamma^i r_i, gamma^k) of windows that reach k steps far; rewards that do not count are 0."""
     powers = discount ** jnp.arange(rewards.shape[-1])
-    return jnp.sum(rewards * valid * powers[None], axis=-1), discount ** valid.sum(axis=-1)
+    return jnp.sum(rewards * powers[None], axis=-1), discount**steps
 
 
 def td_target(
     rewards: Float[Array, "b h"],
-    valid: Float[Array, "b h"],
+    steps: Int[Array, " b"],
     terminated: Bool[Array, " b"],
     next_value: Float[Array, " b"],
     discount: Scalar,
 ) -> Float[Array, " b"]:
-    """Returns the chunked TD target, without gradient: sum_{i<k} gamma^i r_i + gamma^k V(s_{t+k}).
+    """Returns the chunked TD target, without gradient: sum_i gamma^i r_i + gamma^k V(s_{t+k}).
 
     Termination drops the bootstrap; truncation keeps it (Li, Zhou, Levine, arXiv 2507.07969, equation 7).
     """
-    returns, factor = chunk_return(rewards, valid, discount)
+    returns, factor = chunk_return(rewards, steps, discount)
     return jax.lax.stop_gradient(returns + factor * (1 - terminated) * next_value)
 
 

@@ -102,14 +102,15 @@ class EnvState:
 
 @pytree
 class Batch:
-    """B windows of H steps. A window stops where its episode stops; k = valid.sum(-1) steps of it are real."""
+    """B windows of H steps, none of which leaves its episode: what was done, and what came of it within k steps."""
 
     obs: jax.Array  # [B, O] at the first step
-    actions: jax.Array  # [B, H, A]; after the k-th step the last real action is repeated
-    rewards: jax.Array  # [B, H], 0 after the k-th step
-    valid: jax.Array  # [B, H] float, 1 for the k real steps
-    terminated: jax.Array  # [B] bool: the k-th step ended the task
-    next_obs: jax.Array  # [B, O] after the k-th step, never from another episode
+    actions: jax.Array  # [B, H, A]; where an episode ended, its last action is repeated
+    rewards: jax.Array  # [B, H], 0 where they do not count
+    valid: jax.Array  # [B, H] float, 1 for the steps that happened
+    terminated: jax.Array  # [B] bool: the task was over after k steps, no bootstrap
+    next_obs: jax.Array  # [B, O] after k steps, never from another episode
+    steps: jax.Array  # [B] int32: k, the steps that happened, or fewer where a goal was reached on the way
 
 
 @runtime_checkable

@@ -42,7 +42,7 @@ def random_batch(seed: int, count: int = 16, chunk: int = 3) -> Batch:
         "next_obs": rng.normal(size=(count, SPEC.observation)),
     }
     columns = {key: jnp.asarray(value, jnp.float32) for key, value in columns.items()}
-    return Batch(**columns, terminated=jnp.asarray(rng.random(count) < 0.3))
+    return Batch(**columns, terminated=jnp.asarray(rng.random(count) < 0.3), steps=jnp.asarray(steps, jnp.int32))
 
 
 PHASES = [

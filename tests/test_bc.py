@@ -38,6 +38,7 @@ def batch_of(count: int) -> Batch:
         valid=jnp.ones((count, 3)),
         terminated=jnp.zeros(count, bool),
         next_obs=jnp.zeros((count, 2)),
+        steps=jnp.full(count, 3),
     )
 
 

@@ -31,13 +31,15 @@ def batch_of(rewards, valid=None, terminated=None, **fields) -> Batch:
     """Returns windows with the given rewards [B, H]; what is not said is zero, valid and goes on."""
     rewards = jnp.asarray(rewards, jnp.float32)
     count, chunk = rewards.shape
+    valid = jnp.ones_like(rewards) if valid is None else jnp.asarray(valid, jnp.float32)
     empty = Batch(
         obs=jnp.zeros((count, 2)),
         actions=jnp.zeros((count, chunk, 1)),
-        rewards=rewards,
-        valid=jnp.ones_like(rewards) if valid is None else jnp.asarray(valid, jnp.float32),
+        rewards=rewards * valid,
+        valid=valid,
         terminated=jnp.zeros(count, bool) if terminated is None else jnp.asarray(terminated, bool),
         next_obs=jnp.zeros((count, 2)),
+        steps=valid.sum(axis=1).astype(jnp.int32),
     )
     return dataclasses.replace(empty, **{name: jnp.asarray(value) for name, value in fields.items()})
 

@@ -20,31 +20,30 @@ def test_aggregate_is_over_heads():
     np.testing.assert_array_equal(losses.aggregate(heads, "min"), [1, -1])
 
 
-def test_chunk_return_stops_at_the_last_valid_step():
-    rewards = jnp.array([[1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0, 5.0], [7.0, 0.0, 0.0, 0.0, 0.0]])
-    valid = jnp.array([[1.0] * 5, [1.0, 1.0, 0.0, 0.0, 0.0], [0.0] * 5])
-    returns, factor = losses.chunk_return(rewards, valid, 0.5)
+def test_chunk_return_discounts_by_the_steps_that_a_window_reaches():
+    rewards = jnp.array([[1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    returns, factor = losses.chunk_return(rewards, jnp.array([5, 2, 0]), 0.5)
     np.testing.assert_allclose(returns, [1.9375, 2.0, 0.0])
     np.testing.assert_allclose(factor, [1 / 32, 1 / 4, 1.0])
 
 
-def target(rewards, next_value, discount, terminated=False, valid=None):
+def target(rewards, next_value, discount, terminated=False, steps=None):
     rewards = jnp.asarray([rewards], jnp.float32)
-    valid = jnp.ones_like(rewards) if valid is None else jnp.asarray([valid], jnp.float32)
-    return float(losses.td_target(rewards, valid, jnp.array([terminated]), jnp.array([next_value]), discount)[0])
+    steps = jnp.array([rewards.shape[1] if steps is None else steps])
+    return float(losses.td_target(rewards, steps, jnp.array([terminated]), jnp.array([next_value]), discount)[0])
 
 
 def test_td_targets_worked_out_by_hand():
     assert target([1, 1, 1, 1, 1], 8.0, 0.5) == pytest.approx(1.9375 + 8 / 32)
     assert target([1, 2, 3], 10.0, 1.0) == 16
     assert target([1, 2, 3], 10.0, 1.0, terminated=True) == 6
-    assert target([1, 2, 3], 8.0, 0.5, valid=[1, 1, 0]) == pytest.approx(1 + 1 + 0.25 * 8)
+    assert target([1, 2, 0], 8.0, 0.5, steps=2) == pytest.approx(1 + 1 + 0.25 * 8)
     assert target([3.0], 10.0, 0.9) == pytest.approx(3 + 0.9 * 10)  # one step: ordinary TD
 
 
 def test_td_target_takes_no_gradient():
-    one = jnp.ones((1, 2))
-    gradient = jax.grad(lambda v, r: losses.td_target(r, one, jnp.array([False]), v, 0.9).sum(), argnums=(0, 1))
+    one, steps = jnp.ones((1, 2)), jnp.array([2])
+    gradient = jax.grad(lambda v, r: losses.td_target(r, steps, jnp.array([False]), v, 0.9).sum(), argnums=(0, 1))
     value, rewards = gradient(jnp.array([2.0]), one)
     assert float(jnp.abs(value).sum() + jnp.abs(rewards).sum()) == 0
 

@@ -165,7 +165,7 @@ def test_termination_stops_the_bootstrap_and_nothing_else_does(how, valid, weigh
     np.testing.assert_array_equal(batch.valid[0], valid)
     k = sum(valid)
     np.testing.assert_array_equal(batch.next_obs[0], [k])
-    target = losses.td_target(batch.rewards, batch.valid, batch.terminated, jnp.array([1024.0]), 0.5)
+    target = losses.td_target(batch.rewards, batch.steps, batch.terminated, jnp.array([1024.0]), 0.5)
     rewards = sum(0.5**i * (i + 0.5) for i in range(k))
     np.testing.assert_allclose(target, [rewards + weight * 1024 * 0.5**k], rtol=1e-6)
 
@@ -347,7 +347,7 @@ def test_value_walks_down_a_chain_of_twenty_steps_in_chunks(chunk, sweeps):
     value = jnp.zeros(21)
     for sweep in range(1, sweeps + 1):
         bootstrap = value[batch.next_obs[:, 0].astype(int)]
-        value = value.at[:20].set(losses.td_target(batch.rewards, batch.valid, batch.terminated, bootstrap, 0.9))
+        value = value.at[:20].set(losses.td_target(batch.rewards, batch.steps, batch.terminated, bootstrap, 0.9))
         np.testing.assert_allclose(
             value[:20], np.where(20 - np.arange(20) <= sweep * chunk, 0.9 ** np.arange(19, -1, -1), 0), rtol=1e-5
         )

@@ -1,6 +1,6 @@
 """Small pieces that several agents share: views of a batch, and the check of a field's range."""
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,9 @@ import numpy as np
 
 from jaxrl.errors import UserError
 from jaxrl.types import Batch
+
+CutWindows: TypeAlias = Literal["keep", "drop"]
+"""Whether windows that an episode's end cuts short train the critic."""
 
 
 def flat_actions(batch: Batch) -> jax.Array:
@@ -18,6 +21,17 @@ def flat_actions(batch: Batch) -> jax.Array:
 def step_mask(batch: Batch) -> jax.Array:
     """Returns the windows' validity for every entry of a flat chunk, [B, H * A]."""
     return jnp.repeat(batch.valid, batch.actions.shape[-1], axis=-1)
+
+
+def critic_weight(batch: Batch, chunk: int, cut_windows: CutWindows) -> jax.Array:
+    """Returns the weight [B] of each window in the critic's loss.
+
+    "keep": 1 where all `chunk` actions that the critic sees happened, or the task ended on the way, after which
+    nothing matters. "drop": 1 where the whole window happened, as in the official code of QC and its kin.
+    """
+    if cut_windows == "drop":
+        return batch.valid[:, -1]
+    return jnp.maximum(batch.valid[:, chunk - 1], batch.terminated)
 
 
 def unflatten(chunk: jax.Array, action: int) -> jax.Array:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl import flow, guidance, losses
-from jaxrl.agents.common import check_range, flat_actions, step_mask, unflatten
+from jaxrl.agents.common import CutWindows, check_range, critic_weight, flat_actions, step_mask, unflatten
 from jaxrl.data.ring import Rings, windows
 from jaxrl.errors import UserError
 from jaxrl.flow import AverageVelocity
@@ -64,7 +64,7 @@ class FMQ:
     target_samples: int = 32  # N in the TD target
     offline_agg: losses.Aggregate = "mean"  # how the heads are combined offline
     online_agg: losses.Aggregate = "min"  # how the heads are combined online
-    cut_windows: Literal["keep", "drop"] = "keep"  # whether windows that termination cuts short train the critic
+    cut_windows: CutWindows = "keep"  # whether windows that termination cuts short train the critic
 
     offline_loss: Literal["esd", "lsd", "lsd_reverse", "psd"] = "esd"  # self-distillation off the diagonal
     velocity: Literal["sample", "diagonal"] = "sample"  # along which velocity ESD differentiates
@@ -157,10 +157,8 @@ class FMQ:
         agg = self.agg(state)
         next_action = self.best_of_n(state, batch.next_obs, key, self.target_samples)
         next_value = losses.aggregate(self.heads(state.target, batch.next_obs)(next_action), agg)
-        y = losses.td_target(batch.rewards, batch.valid, batch.terminated, next_value, self.discount)
-        whole = batch.valid[:, -1]
-        if self.cut_windows == "keep":
-            whole = jnp.maximum(whole, batch.terminated)
+        y = losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        whole = critic_weight(batch, self.chunk, self.cut_windows)
         q = self.heads(critic, batch.obs)(flat_actions(batch))
         loss = losses.masked_mean(jnp.square(q - y[None]), jnp.broadcast_to(whole[None], q.shape))
         return loss, {"critic/loss": loss, "critic/q": q.mean(), "critic/target_max": y.max()}

@@ -156,6 +156,7 @@ def window_at(ring: Ring, lane: jax.Array, start: jax.Array, length: int) -> Bat
         valid=valid.astype(ring.rewards.dtype),
         terminated=(ring.terminated[lane, row] & valid).any(axis=1),
         next_obs=ring.obs[lane, following][:, 0],
+        steps=taken[:, 0],
     )
 
 
