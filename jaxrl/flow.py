@@ -110,7 +110,21 @@ def jump(u: AverageVelocity, x: Points, steps: int = 1) -> Points:
 
 def euler(u: AverageVelocity, x: Points, steps: int = 10) -> Points:
     """Returns samples at time 1 from noise x in `steps` Euler steps along the diagonal velocity."""
-    return _through(lambda y, r, t: y + (t - r) * u(y, r, r), x, steps)
+    return _through(euler_step(u), x, steps)
+
+
+def euler_step(u: AverageVelocity) -> AverageVelocity:
+    """Returns the function (x, r, t) -> x + (t - r) u_{r,r}(x)."""
+    return lambda x, r, t: x + (t - r) * u(x, r, r)
+
+
+def euler_from(u: AverageVelocity, x: Points, start: Times, steps: int = 10) -> Points:
+    """Returns samples at time 1 from points x at times `start`, multiples of 1 / steps: the Euler steps still ahead."""
+
+    def ahead(y: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
+        return jnp.where(r >= start, euler_step(u)(y, r, t), y)
+
+    return _through(ahead, x, steps)
 
 
 def _through(step: AverageVelocity, x: jax.Array, steps: int) -> jax.Array:

@@ -1,7 +1,8 @@
-"""What turns a critic into better actions: best-of-N, the trust-region step of FMQ, and Q-guided beam search.
+"""What turns a critic into better actions: best-of-N, Q-guided flow, the trust-region step, Q-guided beam search.
 
 A critic is given as `heads(actions) -> [K, ...]` with its observations closed over; actions are flat chunks.
-Source: Ziakas, Russo, Bose, "Aligning Flow Map Policies with Optimal Q-Guidance", arXiv 2605.12416.
+Source, where none is named: Ziakas, Russo, Bose, "Aligning Flow Map Policies with Optimal Q-Guidance", arXiv
+2605.12416.
 """
 
 from collections.abc import Callable
@@ -11,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxrl.flow import AverageVelocity, interpolate
+from jaxrl.flow import AverageVelocity, euler, euler_from, interpolate
 from jaxrl.types import Scalar, pytree
 
 Heads: TypeAlias = Callable[[jax.Array], jax.Array]
+Value: TypeAlias = Callable[[jax.Array], jax.Array]
+"""One value [...] per flat action [..., D], its observations closed over."""
 GradientOf: TypeAlias = Literal["first", "min", "mean"]
 
 KAPPA = 1e-8  # keeps a vanishing critic gradient a vanishing step (Algorithm 1, line 7)
@@ -47,6 +50,62 @@ def trust_region_target(
 ) -> Float[Array, "b d"]:
     """Returns u_off + eta_eff grad Q / ||grad Q||, the best velocity within `radius` of the anchor (Theorem 3.2)."""
     return jax.lax.stop_gradient(anchor + radius[:, None] * direction)
+
+
+@pytree
+class QGuidance:
+    """Q-guided flow: every Euler step of a behaviour flow also climbs a critic, x <- x + (v(x, t) + w g) / T.
+
+    Nothing is trained for it ("Q-Guided Flow", arXiv 2606.11087, Algorithm 1). What the gradient g is:
+
+    one_step  at the clean action that one Euler jump foresees, clip(x + (1 - t) v), where the critic knows its way;
+              its Jacobian in x is left out (QGF)
+    jacobian  the same, pulled back through that jump, clip included (QGF-Jacobian)
+    noisy     at x itself, which the critic never saw (QFQL)
+    bptt      pulled back through all Euler steps still ahead (BPTT)
+    after     none on the way: the finished action takes `ascent_steps` clipped steps of `ascent_size` (GradStep)
+    """
+
+    weight: Scalar = 1.0  # w = 1 / beta; the gradient is not normalised
+    gradient: Literal["one_step", "jacobian", "noisy", "bptt", "after"] = "one_step"
+    ascent_steps: int = 3  # of "after"
+    ascent_size: Scalar = 0.01  # of "after"
+
+    def sample(self, v: AverageVelocity, value: Value, noise: Float[Array, "*n d"], steps: int) -> Float[Array, "*n d"]:
+        """Returns actions from noise in `steps` Euler steps, clipped. With weight 0 they are the behaviour flow's."""
+        if self.gradient != "after":
+            return jnp.clip(euler(self.guided(v, value, steps), noise, steps), -1, 1)
+        action = jnp.clip(euler(v, noise, steps), -1, 1)
+        climb = jax.grad(lambda a: value(a).sum())
+        for _ in range(self.ascent_steps):
+            action = jnp.clip(action + self.ascent_size * climb(action), -1, 1)
+        return action
+
+    def guided(self, v: AverageVelocity, value: Value, steps: int) -> AverageVelocity:
+        """Returns the velocity v + w g as a function (x, r, t) of flat chunks."""
+
+        def velocity(x: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
+            speed = v(x, r, t)
+            return speed + self.weight * self.ascent(v, value, x, r, speed, steps)
+
+        return velocity
+
+    def ascent(
+        self, v: AverageVelocity, value: Value, x: jax.Array, t: jax.Array, speed: jax.Array, steps: int
+    ) -> jax.Array:
+        """Returns g at points x and times t, where the behaviour flow's velocity is `speed`."""
+        climb = jax.grad(lambda a: value(a).sum())
+        if self.gradient == "noisy":
+            return climb(x)
+        if self.gradient == "one_step":
+            return climb(jnp.clip(x + (1 - t) * speed, -1, 1))
+        ahead = 1 if self.gradient == "jacobian" else steps
+
+        def finish(x: jax.Array) -> jax.Array:
+            end = x + (1 - t) * v(x, t, t) if ahead == 1 else euler_from(v, x, t, steps)
+            return value(jnp.clip(end, -1, 1)).sum()
+
+        return jax.grad(finish)(x)
 
 
 @pytree

@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl.types import PyTree, Scalar
 
 Aggregate: TypeAlias = Literal["mean", "min"]
+Head: TypeAlias = Literal["mse", "bce"]
+"""What a value network's output is: the value, or the logit of a probability of success."""
 
 
 def masked_mean(x: Float[Array, "*n"], mask: Float[Array, "*n"]) -> Float[Array, ""]:
@@ -56,6 +58,55 @@ def expectile(error: Float[Array, "*n"], level: Scalar) -> Float[Array, "*n"]:
 def quantile(error: Float[Array, "*n"], level: Scalar) -> Float[Array, "*n"]:
     """Returns |level - 1(error < 0)| |error| for error = target - prediction (the pinball loss)."""
     return jnp.where(error < 0, 1 - level, level) * jnp.abs(error)
+
+
+def value_of(output: Float[Array, "*n"], head: Head) -> Float[Array, "*n"]:
+    """Returns the value that a network's output stands for: itself, or the probability whose logit it is."""
+    return jax.nn.sigmoid(output) if head == "bce" else output
+
+
+def bounded(target: Float[Array, "*n"], head: Head) -> Float[Array, "*n"]:
+    """Returns a target within what the head can say: probabilities are clipped to [0, 1]."""
+    return jnp.clip(target, 0, 1) if head == "bce" else target
+
+
+def regression(output: Float[Array, "*n"], target: Float[Array, "*n"], head: Head) -> Float[Array, "*n"]:
+    """Returns the error of a head: squared, or cross entropy of its logit."""
+    return bce_logit(output, target) if head == "bce" else jnp.square(target - output)
+
+
+def tilted(
+    output: Float[Array, "*n"],
+    target: Float[Array, "*n"],
+    level: Scalar,
+    head: Head,
+    tilt: Literal["expectile", "quantile"] = "expectile",
+    margin: float = 1e-6,
+) -> Float[Array, "*n"]:
+    """Returns the error of a head, weighted by `level` where the target is not below its value, else by 1 - level.
+
+    "expectile" weighs its regression (Kostrikov et al., arXiv 2110.06169), "quantile" the distance to the target, for
+    a probability in logits and at least `margin` away from 0 and 1 (Li, Park, Levine, arXiv 2512.10926). Levels above
+    one half make the minimiser optimistic. Targets carry no gradient here.
+    """
+    target = jax.lax.stop_gradient(target)
+    weight = tilt_weight(output, target, level, head)
+    if tilt == "expectile":
+        return weight * regression(output, target, head)
+    goal = jax.scipy.special.logit(jnp.clip(target, margin, 1 - margin)) if head == "bce" else target
+    return weight * jnp.abs(goal - output)
+
+
+def tilt_weight(
+    output: Float[Array, "*n"], target: Float[Array, "*n"], level: Scalar, head: Head
+) -> Float[Array, "*n"]:
+    """Returns `level` where the target is not below the head's value and 1 - level elsewhere, without gradient."""
+    return jnp.where(target >= jax.lax.stop_gradient(value_of(output, head)), level, 1 - level)
+
+
+def gaussian_log_density(x: Float[Array, "*n d"], mean: Float[Array, "*n d"], log_std: Float[Array, "*n d"]):
+    """Returns log N(x; mean, std) summed over the last axis."""
+    return jax.scipy.stats.norm.logpdf(x, mean, jnp.exp(log_std)).sum(axis=-1)
 
 
 def bce_logit(logit: Float[Array, "*n"], target: Float[Array, "*n"]) -> Float[Array, "*n"]:

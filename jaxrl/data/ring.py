@@ -12,6 +12,8 @@ A row holds an observation and the transition that leaves it, so the observation
 next row's. When an episode ends, one more row keeps its last observation, from before the reset; nothing leaves it,
 so it is not valid. The row at a lane's `head` holds the newest observation and is written again, with its action, by
 the next `add`: every transition in the ring is complete at all times, and no window can cross the head.
+
+A dataset whose goals are drawn in hindsight is one lane that also knows its episodes (`jaxrl.data.goals`).
 """
 
 from typing import TypeAlias
@@ -20,7 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl.data import files
 from jaxrl.data.files import Dataset
+from jaxrl.data.goals import DEFAULT, Goals, Hindsight, goal_windows
 from jaxrl.errors import UserError
 from jaxrl.types import Batch, pytree
 
@@ -53,6 +57,7 @@ class Ring:
     valid: jax.Array  # [L, T] bool
     head: jax.Array  # [L] int32, the row of the newest observation
     count: jax.Array  # [L] int32, rows behind the head that hold history
+    hindsight: Hindsight | None = None  # where goals are drawn in hindsight; then L = 1 and rewards mean nothing
 
 
 Rings: TypeAlias = tuple[Ring, ...]
@@ -105,13 +110,15 @@ def add(ring: Ring, steps: Steps) -> Ring:
     )
 
 
-def windows(rings: Rings, key: jax.Array, batch: int, length: int) -> Batch:
+def windows(rings: Rings, key: jax.Array, batch: int, length: int, goals: Goals = DEFAULT) -> Batch:
     """Returns `batch` windows of `length` steps, started uniformly over the history of all rings together.
 
     A ring is chosen in proportion to its rows, so data and replay act as one buffer without being copied into one.
+    `goals` is the law of the goals that are drawn in hindsight, in rings that know their episodes; a replay keeps the
+    goals that were pursued.
     """
     key_ring, *keys = jax.random.split(key, len(rings) + 1)
-    parts = [_windows(ring, k, batch, length) for ring, k in zip(rings, keys, strict=True)]
+    parts = [_windows(ring, k, batch, length, goals) for ring, k in zip(rings, keys, strict=True)]
     rows = jnp.stack([ring.count.sum() for ring in rings])
     source = jax.random.categorical(key_ring, jnp.log(rows), shape=(batch,))
     chosen = parts[0]
@@ -120,11 +127,13 @@ def windows(rings: Rings, key: jax.Array, batch: int, length: int) -> Batch:
     return chosen
 
 
-def _windows(ring: Ring, key: jax.Array, batch: int, length: int) -> Batch:
+def _windows(ring: Ring, key: jax.Array, batch: int, length: int, goals: Goals) -> Batch:
     """Returns windows of one ring: starts are uniform over valid rows, by drawing again where a row is not.
 
     After REDRAWS misses a window without any valid step is returned, which has no weight in any loss.
     """
+    if ring.hindsight is not None:
+        return goal_windows(ring.obs[0], ring.actions[0], ring.hindsight, key, batch, length, goals)
     ends = jnp.cumsum(ring.count)
     draw = jax.random.randint(key, (REDRAWS, batch), 0, jnp.maximum(ends[-1], 1))
     lane = jnp.minimum(jnp.searchsorted(ends, draw, side="right"), len(ends) - 1)
@@ -169,23 +178,33 @@ def _like(mask: jax.Array, x: jax.Array) -> jax.Array:
     return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
 
 
-def from_dataset(dataset: Dataset, rewards: np.ndarray, terminated: np.ndarray, lanes: int = 1) -> Ring:
+def from_dataset(
+    dataset: Dataset,
+    rewards: np.ndarray,
+    terminated: np.ndarray,
+    lanes: int = 1,
+    goals: np.ndarray | None = None,
+    room: tuple[int, int] = (0, 0),
+) -> Ring:
     """Returns a dataset as a full ring. `rewards` [N] and `terminated` [N] belong to the transition leaving each row.
 
     Whole episodes are dealt to the lanes, the longest first, each to the lane that is shortest so far. A row that
     closes an episode keeps its observation and loses its action.
+
+    With `goals` [N, G], what stands for each row as a goal, they are drawn in hindsight, from one lane; the same array
+    as the observations is not stored again. `room` is the rows and the episodes that there is place for, where that
+    is more than the dataset has.
     """
-    last = np.flatnonzero(dataset.terminals)
-    if len(last) == 0 or last[-1] != len(dataset.terminals) - 1:
+    if not dataset.terminals[-1:].any():
         raise UserError("dataset: the last row must close an episode (terminals[-1] is False)")
-    episodes = np.split(np.arange(len(dataset.terminals)), last[:-1] + 1)
+    first, last = files.episodes(dataset)
     piles: list[list[np.ndarray]] = [[] for _ in range(lanes)]
     filled = np.zeros(lanes, np.int64)
-    for episode in sorted(episodes, key=len, reverse=True) if lanes > 1 else episodes:
+    for episode in np.argsort(first - last, kind="stable") if lanes > 1 else range(len(last)):
         shortest = int(np.argmin(filled))
-        piles[shortest].append(episode)
-        filled[shortest] += len(episode)
-    rows = int(np.max(filled)) + 1  # the head's row stays free
+        piles[shortest].append(np.arange(first[episode], last[episode] + 1))
+        filled[shortest] += len(piles[shortest][-1])
+    rows = max(int(np.max(filled)), room[0]) + 1  # the head's row stays free
     valid = ~dataset.terminals
     truncated = np.roll(dataset.terminals, -1) & valid & ~terminated
     columns = {
@@ -204,5 +223,11 @@ def from_dataset(dataset: Dataset, rewards: np.ndarray, terminated: np.ndarray, 
                 laid[lane, : filled[lane]] = column[np.concatenate(pile)]
         return jnp.asarray(laid)
 
+    hindsight = None
+    if goals is not None:
+        none = max(room[1] - len(last), 0)  # episodes without steps
+        begin, steps = (np.pad(x, (0, none)).astype(np.int32) for x in (first, last - first))
+        own = None if goals is dataset.observations else lay(goals)[0]
+        hindsight = Hindsight(own, jnp.asarray(begin), jnp.asarray(steps))
     count = jnp.asarray(filled, jnp.int32)
-    return Ring(**{name: lay(column) for name, column in columns.items()}, head=count, count=count)
+    return Ring(**{name: lay(column) for name, column in columns.items()}, head=count, count=count, hindsight=hindsight)

@@ -1,0 +1,83 @@
+"""Golden replay: what the official implementations computed, computed again by jaxrl's own agents.
+
+`replay(path)` takes one recorded file, builds the agent that the file describes with the parameters that it holds,
+hands it the recorded batch and random numbers, and compares every number under `expected/` in the file. A number that
+nobody computes counts as a failure. README.md of the recordings states keys and formulas.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.golden import bc, dataset, dqc, fql, iql, qc, qgf
+from tests.golden.recorded import Recorded
+
+TOLERANCE = 1e-4  # of the largest number of an array
+FLOOR = 0.1  # arrays that are smaller than this are compared absolutely, at TOLERANCE * FLOOR
+
+METHODS: dict[str, Callable[[Recorded], dict[str, Any]]] = {
+    "bc_": bc.replay,
+    "dataset_": dataset.replay,
+    "dqc_": dqc.replay,
+    "fql_": fql.replay,
+    "grad_step_": qgf.replay,
+    "iql_": iql.replay,
+    "qc_": qc.replay,
+    "qgf_": qgf.replay,
+}
+"""By the beginning of a file's name: what computes everything that such a file expects."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one file."""
+
+    file: str
+    quantities: int
+    worst: float  # relative error
+    where: str  # the quantity with that error
+    missing: tuple[str, ...] = ()  # quantities that nobody computes
+    known: bool = True
+
+    @property
+    def passed(self) -> bool:
+        """Whether all that the file holds was computed, and is right."""
+        return self.known and not self.missing and self.quantities > 0 and self.worst <= TOLERANCE
+
+    def __str__(self) -> str:
+        if not self.known:
+            return f"{self.file:<42} unknown method"
+        verdict = "pass" if self.passed else "FAIL"
+        line = f"{self.file:<42} {self.quantities:>4} quantities, worst relative error {self.worst:.1e}  {verdict}"
+        if self.missing:
+            return f"{line}: {len(self.missing)} not computed, such as {self.missing[0]}"
+        return line if self.passed else f"{line}: {self.where}"
+
+
+def replay(path: Path) -> Outcome:
+    """Returns the outcome of one file."""
+    method = next((METHODS[prefix] for prefix in METHODS if path.name.startswith(prefix)), None)
+    if method is None:
+        return Outcome(path.name, 0, 0.0, "", known=False)
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    texts = {name: json.loads(str(arrays.pop(name))) for name in ("meta", "hparams", "arch", "scalars")}
+    recorded = Recorded(arrays | texts.pop("scalars"), **texts)
+    expected = recorded.below("expected/")
+    got = method(recorded)
+    errors = {name: error(got[name], expected[name]) for name in expected if name in got}
+    where = max(errors, key=lambda name: errors[name], default="")
+    missing = tuple(name for name in expected if name not in got)
+    return Outcome(path.name, len(errors), errors.get(where, 0.0), where, missing)
+
+
+def error(got: Any, expected: Any) -> float:
+    """Returns the largest difference, in units of the largest number that is expected; infinite for another shape."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    if got.shape != expected.shape or not np.isfinite(got).all():
+        return float("inf")
+    return float(np.abs(got - expected).max(initial=0) / max(np.abs(expected).max(initial=0), FLOOR))

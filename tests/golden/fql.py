@@ -1,0 +1,71 @@
+"""Replays `fql_*`: flow Q-learning."""
+
+import functools
+from typing import Any
+
+import jax
+
+from jaxrl import flow, losses
+from jaxrl.agents import FQL
+from tests.golden.recorded import Recorded
+
+NETS = {"flow": "actor_bc_flow", "policy": "actor_onestep_flow", "critic": "critic"}
+
+
+def replay(r: Recorded) -> dict[str, Any]:
+    """Returns all that the file expects."""
+    h = r.hparams
+    agent = FQL(
+        actor_hidden=r.hidden("actor_bc_flow"),
+        critic_hidden=r.hidden("critic"),
+        activation=r.activation("critic"),
+        actor_norm=r.norm("actor_bc_flow"),
+        critic_norm=r.norm("critic"),
+        critics=r.critics("critic"),
+        agg=h["q_agg"],
+        lr=h["lr"],
+        discount=h["discount"],
+        tau=h["tau"],
+        flow_steps=h["flow_steps"],
+        alpha=h["alpha"],
+        normalize_q=h["normalize_q_loss"],
+        **r.time("actor_bc_flow"),
+    )
+    state = r.state(agent, r.spec(), NETS, "critic", "target_critic")
+    batch, draws = r.one_step(), r.named("draws/step0/")
+
+    def terms(total, metrics):
+        parts = {
+            "critic": metrics["critic/loss"],
+            "bc_flow": metrics["actor/flow_loss"],
+            "distill": metrics["actor/distillation_loss"],
+            "q_loss": metrics["actor/q_loss"],
+        }
+        return parts | {"actor": total - parts["critic"], "total": total}
+
+    got = r.updates(agent, state, batch, NETS, terms, "target_critic")
+    values = jax.jit(functools.partial(intermediate, agent))(state, batch, draws)
+    got |= {f"expected/step0/values/{name}": value for name, value in values.items()}
+    obs, noise = r["sample/observations"], r["draws/sample/noise"]
+    got["expected/sample/actions"] = jax.jit(agent.choose)(state, obs, noise)
+    got["expected/sample/flow_actions"] = jax.jit(agent.flow_actions)(state, obs, noise)
+    return got
+
+
+def intermediate(agent: FQL, state, batch, draws) -> dict[str, Any]:
+    """Returns the intermediate quantities of the first update."""
+    action, next_action = batch.actions[:, 0], agent.choose(state, batch.next_obs, draws["next_noise"])
+    x_t = flow.interpolate(draws["x0"], action, draws["t"])
+    velocity = agent.velocity(state.spec, state.params["flow"], batch.obs)
+    onestep = agent.one_step(state.spec, state.params["policy"], batch.obs, draws["distill_noise"])
+    return {
+        "next_actions": next_action,
+        "next_q": losses.aggregate(agent.q(state.target, batch.next_obs, next_action), agent.agg),
+        "target_q": agent.td_target(state, batch, draws),
+        "q": agent.q(state.params["critic"], batch.obs, action),
+        "bc_x_t": x_t,
+        "bc_velocity_pred": velocity(x_t, draws["t"], draws["t"]),
+        "flow_actions": agent.flow_actions(state, batch.obs, draws["distill_noise"]),
+        "onestep_actions": onestep,
+        "actor_q": agent.q(state.params["critic"], batch.obs, onestep.clip(-1, 1)).mean(axis=0),
+    }

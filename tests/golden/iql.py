@@ -1,0 +1,83 @@
+"""Replays `iql_*`: implicit Q-learning of FQL's and of QGF's repositories."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl import losses
+from jaxrl.agents import IQL
+from jaxrl.networks import apply
+from tests.golden.recorded import Recorded
+
+NETS = {"actor": "actor", "critic": "critic", "value": "value"}
+
+
+def replay(r: Recorded) -> dict[str, Any]:
+    """Returns all that the file expects."""
+    h = r.hparams
+    agent = IQL(
+        actor_hidden=r.hidden("actor"),
+        critic_hidden=r.hidden("critic"),
+        activation=r.activation("critic"),
+        actor_norm=r.norm("actor"),
+        critic_norm=r.norm("critic"),
+        critics=r.critics("critic"),
+        lr=h["lr"],
+        discount=h["discount"],
+        tau=h["tau"],
+        expectile=h["expectile"],
+        extraction=h["actor_loss"],
+        alpha=h["alpha"],
+        unit_width=h["const_std"],
+        advantage_of="target" if h.get("target_extraction") else "online",
+        num_samples=h.get("rejection_samples", 1),
+    )
+    state = r.state(agent, r.spec(), NETS, "critic", "target_critic")
+    batch = r.one_step()
+
+    def drawn(draws):
+        return {"actor_noise": draws.get("actor_noise", jnp.zeros(batch.actions[:, 0].shape))}
+
+    def terms(total, metrics):
+        parts = {"value": metrics["value/loss"], "critic": metrics["critic/loss"]}
+        parts |= {"bc_loss": metrics["actor/bc_loss"], "q_loss": metrics["actor/q_loss"]}
+        return parts | {"actor": parts["bc_loss"] + parts["q_loss"], "total": total}
+
+    got = r.updates(agent, state, batch, NETS, terms, "target_critic", drawn)
+    noise = drawn(r.named("draws/step0/"))["actor_noise"]
+    got |= {
+        f"expected/step0/values/{k}": v
+        for k, v in jax.jit(functools.partial(values, agent))(state, batch, noise).items()
+    }
+    choose = jax.jit(agent.choose)
+    obs, noise = r["sample/observations"], jnp.asarray(r["draws/sample/noise"])
+    if noise.ndim == 3:  # of several samples: [n, S, A]
+        got["expected/sample/actions"] = choose(state, obs, noise.swapaxes(0, 1))
+    for key in r.below("expected/sample/temperature_"):
+        temperature = float(key.split("_")[1].split("/")[0])
+        got[key] = choose(state, obs, noise[:, None], temperature)
+    return got
+
+
+def values(agent: IQL, state, batch, noise) -> dict[str, Any]:
+    """Returns the intermediate quantities of the first update."""
+    action, params = batch.actions[:, 0], state.params
+    mean, log_std = apply(agent.actor(state.spec), params["actor"], batch.obs)
+    policy_action = jnp.clip(mean if agent.unit_width else mean + jnp.exp(log_std) * noise, -1, 1)
+    v = agent.v(params["value"], batch.obs)
+    judge = params["critic"] if agent.advantage_of == "online" else state.target
+    return {
+        "target_q_min": agent.q(state.target, batch.obs, action),
+        "v": v,
+        "next_v": agent.v(params["value"], batch.next_obs),
+        "q_target": agent.td_target(state, batch),
+        "q": apply(agent.critic(), params["critic"], batch.obs, action),
+        "mean": mean,
+        "log_prob": losses.gaussian_log_density(action, mean, log_std),
+        "advantage": agent.q(judge, batch.obs, action) - v,
+        "awr_weight": agent.advantage_weight(state, batch),
+        "policy_actions": policy_action,
+        "policy_q": agent.q(params["critic"], batch.obs, policy_action),
+    }

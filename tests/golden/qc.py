@@ -1,0 +1,92 @@
+"""Replays `qc_*`: Q-chunking, best-of-N or distilled."""
+
+import functools
+from typing import Any
+
+import jax
+
+from jaxrl import flow, losses
+from jaxrl.agents import QC
+from jaxrl.agents.common import critic_weight, flat_actions
+from jaxrl.networks import apply, repeat_for
+from tests.golden.recorded import Recorded
+
+
+def replay(r: Recorded) -> dict[str, Any]:
+    """Returns all that the file expects."""
+    h = r.hparams
+    length = r["batch/actions"].shape[1]
+    distilled = h["actor_type"] == "distill-ddpg"
+    agent = QC(
+        chunk=length if h["action_chunking"] else 1,
+        backup=length,
+        actor="distill" if distilled else "best_of_n",
+        actor_hidden=r.hidden("actor_bc_flow"),
+        critic_hidden=r.hidden("critic"),
+        activation=r.activation("critic"),
+        actor_norm=r.norm("actor_bc_flow"),
+        critic_norm=r.norm("critic"),
+        critics=r.critics("critic"),
+        agg=h["q_agg"],
+        lr=h["lr"],
+        weight_decay=h["weight_decay"],
+        discount=h["discount"],
+        tau=h["tau"],
+        flow_steps=h["flow_steps"],
+        num_samples=1 if distilled else r["draws/sample/noise"].shape[1],
+        alpha=h["alpha"],
+        cut_windows="drop",
+        **r.time("actor_bc_flow"),
+    )
+    nets = {"flow": "actor_bc_flow", "critic": "critic"} | ({"policy": "actor_onestep_flow"} if distilled else {})
+    state = r.state(agent, r.spec(), nets, "critic", "target_critic")
+    batch = r.chunked()
+
+    def drawn(draws):
+        return draws | {"next_noise": draws["next_noise"][:, None]} if distilled else draws
+
+    def terms(total, metrics):
+        parts = {"critic": metrics["critic/loss"], "bc_flow": metrics["actor/flow_loss"]}
+        if distilled:
+            parts["distill"] = metrics["actor/distillation_loss"]
+        return parts | {"actor": total - parts["critic"], "total": total}
+
+    got = r.updates(agent, state, batch, nets, terms, "target_critic", drawn)
+    first = jax.jit(functools.partial(values, agent))(state, batch, drawn(r.named("draws/step0/")))
+    got |= {f"expected/step0/values/{name}": value for name, value in first.items()}
+    obs, noise = r["sample/observations"], r["draws/sample/noise"]
+    noise = noise[:, None] if distilled else noise
+    return got | jax.jit(functools.partial(samples, agent))(state, obs, noise)
+
+
+def samples(agent: QC, state, obs, noise) -> dict[str, Any]:
+    """Returns the sampled actions and, where there are several, what they were chosen from."""
+    got = {"expected/sample/actions": agent.choose(state, obs, noise)}
+    if agent.actor == "best_of_n":
+        candidates = agent.proposals(state, repeat_for(noise, obs), noise)
+        got["expected/sample/candidates"] = candidates
+        got["expected/sample/scores"] = agent.scores(state, repeat_for(noise, obs), candidates)
+    return got
+
+
+def values(agent: QC, state, batch, draws) -> dict[str, Any]:
+    """Returns the intermediate quantities of the first update."""
+    action, next_action = flat_actions(batch, agent.chunk), agent.choose(state, batch.next_obs, draws["next_noise"])
+    x_t = flow.interpolate(draws["x0"], action, draws["t"])
+    result = {
+        "next_actions": next_action,
+        "next_q": losses.aggregate(apply(agent.critic(), state.target, batch.next_obs, next_action), agent.agg),
+        "q_target": agent.td_target(state, batch, draws),
+        "valid_weight": critic_weight(batch, agent.chunk, agent.cut_windows),
+        "q": apply(agent.critic(), state.params["critic"], batch.obs, action),
+        "bc_x_t": x_t,
+        "bc_velocity_pred": agent.velocity(state.spec, state.params["flow"], batch.obs)(x_t, draws["t"], draws["t"]),
+    }
+    if agent.actor == "best_of_n":
+        obs = repeat_for(draws["next_noise"], batch.next_obs)
+        result["next_scores"] = agent.scores(state, obs, agent.proposals(state, obs, draws["next_noise"]))
+        return result
+    onestep = agent.one_step(state.spec, state.params["policy"], batch.obs, draws["distill_noise"])
+    q = apply(agent.critic(), state.params["critic"], batch.obs, onestep.clip(-1, 1))
+    flowed = agent.proposals(state, batch.obs, draws["distill_noise"])
+    return result | {"flow_actions": flowed, "onestep_actions": onestep, "actor_q": q.mean(axis=0)}

@@ -1,0 +1,138 @@
+"""Replays `qgf_*` and `grad_step_*`: Q-guided flow, its modes and its relative."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl import flow, losses
+from jaxrl.agents import QGF
+from jaxrl.agents.common import critic_weight, flat_actions
+from jaxrl.guidance import QGuidance
+from jaxrl.networks import apply, time_features
+from tests.golden.recorded import Recorded
+
+NETS = {"actor": "policy", "critic": "critic", "value": "value"}
+
+
+def replay(r: Recorded) -> dict[str, Any]:
+    """Returns all that the file expects."""
+    agent = build(r)
+    state = r.state(agent, r.spec(), NETS, "critic", "target_critic")
+    batch = r.chunked()
+
+    def drawn(draws):
+        return {"x0": draws["x0"], "t": draws["t"][:, None]}
+
+    def terms(total, metrics):
+        return {
+            "bc_flow": metrics["actor/flow_loss"],
+            "critic": metrics["critic/loss"],
+            "value": metrics["value/loss"],
+        }
+
+    got = r.updates(agent, state, batch, NETS, terms, "target_critic", drawn)
+    values = jax.jit(functools.partial(intermediate, agent))(state, batch, drawn(r.named("draws/step0/")))
+    got |= {f"expected/step0/values/{name}": value for name, value in values.items()}
+    return got | samples(r, agent, state)
+
+
+def build(r: Recorded) -> QGF:
+    """Returns the agent that the file describes."""
+    h = r.hparams
+    length = r["batch/actions"].shape[1]
+    gradient = {"noisy": "noisy", "one_euler_step_approx": "one_step"}[h["denoised_action_approx"]]
+    if h["agent_name"] == "grad_step":
+        gradient = "after"
+    elif h["apply_jacobian"]:
+        gradient = "jacobian"
+    return QGF(
+        chunk=length if h["action_chunking"] else 1,
+        backup=length,
+        actor_hidden=r.hidden("policy"),
+        critic_hidden=r.hidden("critic"),
+        activation=r.activation("critic"),
+        actor_norm=r.norm("policy"),
+        critic_norm=r.norm("critic"),
+        critics=r.critics("critic"),
+        agg=h["q_aggregation"],
+        actor_lr=h["bc_lr"],
+        critic_lr=h["critic_lr"],
+        value_lr=h["value_lr"],
+        discount=h["discount"],
+        tau=h["tau"],
+        expectile=h["expectile"],
+        flow_steps=h["denoise_steps"],
+        guide=QGuidance(
+            gradient=gradient, ascent_steps=h.get("qgrad_steps", 0), ascent_size=h.get("qgrad_step_size", 0.0)
+        ),
+        cut_windows="drop",
+        mask_actor=False,
+        **r.time("policy"),
+    )
+
+
+def intermediate(agent: QGF, state, batch, draws) -> dict[str, Any]:
+    """Returns the intermediate quantities of the first update."""
+    action, params = flat_actions(batch, agent.chunk), state.params
+    x_t = flow.interpolate(draws["x0"], action, draws["t"])
+    return {
+        "next_v": apply(agent.value(), params["value"], batch.next_obs),
+        "q_target": agent.td_target(state, batch),
+        "q": agent.heads(params["critic"], batch.obs)(action),
+        "target_q": losses.aggregate(agent.heads(state.target, batch.obs)(action), agent.agg),
+        "v": apply(agent.value(), params["value"], batch.obs),
+        "valid_weight": critic_weight(batch, agent.chunk, agent.cut_windows),
+        "bc_x_t": x_t,
+        "bc_velocity_pred": agent.velocity(state.spec, params["actor"], batch.obs)(x_t, draws["t"], draws["t"]),
+    }
+
+
+def samples(r: Recorded, agent: QGF, state) -> dict[str, Any]:
+    """Returns the sampled actions at every weight, and for the largest the way that they went and what pushed them."""
+    obs = jnp.asarray(r["sample/observations"])
+    noise, many = r["draws/sample/noise"], r["draws/sample/rejection_noise"]
+    choose = jax.jit(lambda agent, noise: agent.choose(state, obs, noise))
+    if agent.guide.gradient == "after":
+        return {
+            "expected/sample/actions": choose(agent, noise[:, None]),
+            "expected/sample/rejection/actions": choose(agent, many),
+        }
+    got: dict[str, Any] = {}
+    for key in [key for key in r.below("expected/sample/") if key.endswith("/actions")]:
+        name = key.split("/")[2]
+        weighted = weigh(agent, float(name.rpartition("_")[2]))
+        got[key] = choose(weighted, many if name.startswith("rejection") else noise[:, None])
+    for key in r.below("expected/sample/"):
+        if key.endswith("/trajectory"):
+            name = key.split("/")[2]
+            path, push = jax.jit(way)(weigh(agent, float(name.removeprefix("w_"))), state, obs, noise)
+            got |= {f"expected/sample/{name}/trajectory": path, f"expected/sample/{name}/guidance": push}
+    return got
+
+
+def weigh(agent: QGF, weight: float) -> QGF:
+    """Returns the agent with a guidance weight."""
+    return dataclasses.replace(agent, guide=dataclasses.replace(agent.guide, weight=weight))
+
+
+def way(agent: QGF, state, obs, noise) -> tuple[jax.Array, jax.Array]:
+    """Returns the points [T + 1, S, D] on the way from noise to action, and the gradients [T, S, D] met there."""
+    velocity, steps = agent.velocity(state.spec, state.params["actor"], obs), agent.flow_steps
+    score = agent.score(state, obs)
+    step = flow.euler_step(agent.guide.guided(velocity, score, steps))
+    points, gradients = [jnp.asarray(noise)], []
+    for i in range(steps):
+        x, t = points[-1], jnp.full((len(noise), 1), i / steps)
+        gradients.append(agent.guide.ascent(velocity, score, x, t, velocity(x, t, t), steps))
+        points.append(step(x, t, jnp.full_like(t, (i + 1) / steps)))
+    return jnp.stack(points), jnp.stack(gradients)
+
+
+def time_table(r: Recorded) -> tuple[Any, jax.Array]:
+    """Returns the recorded time features for t = k / T, and ours."""
+    wanted = r["aux/time_embedding_table"]
+    t = jnp.arange(len(wanted))[:, None] / (len(wanted) - 1)
+    return wanted, time_features(t, "sinusoidal", wanted.shape[1])
