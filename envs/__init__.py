@@ -10,10 +10,14 @@ import io
 import sys
 import types
 from collections.abc import Callable
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 from jaxrl.errors import UserError, unknown
-from jaxrl.types import Env
+
+if TYPE_CHECKING:  # modules of this package are also imported in worker processes, which do without JAX
+    from jaxrl.types import Env, HostEnv
+
+AnyEnv: TypeAlias = "Env | HostEnv"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +45,9 @@ _FAMILIES = {
     "playground": _Entry(
         "envs.adapters:playground_env", "any task of MuJoCo Playground, such as playground/CartpoleBalance", named=True
     ),
+    "ogbench": _Entry("envs.ogbench:make", "OGBench on the CPU, such as ogbench/cube-single-play-singletask-v0", True),
 }
-_EXTRAS = {"mujoco_playground": "playground"}
+_EXTRAS = {"mujoco_playground": "playground", "ogbench": "ogbench"}
 
 
 def names() -> list[tuple[str, str]]:
@@ -53,7 +58,7 @@ def names() -> list[tuple[str, str]]:
     return [*shipped, *aliases, *families, ("package.module:make", "your own: what the function `make` returns")]
 
 
-def make(name: str) -> Env:
+def make(name: str) -> AnyEnv:
     """Returns the environment called `name`, with options after a question mark: `push?reward=dense&horizon=50`.
 
     Names are those of `names()`, `brax/NAME`, `playground/NAME`, or `package.module:make` for the user's own.
@@ -97,7 +102,7 @@ def _value(text: str) -> int | float | bool | str:
     return value if isinstance(value, (int, float, str)) else text
 
 
-def _build(name: str, entry: _Entry, member: str, options: dict[str, Any]) -> Env:
+def _build(name: str, entry: _Entry, member: str, options: dict[str, Any]) -> AnyEnv:
     module, attribute = entry.target.split(":")
     try:
         # MJX announces on import that an optional back end is absent
@@ -110,7 +115,7 @@ def _build(name: str, entry: _Entry, member: str, options: dict[str, Any]) -> En
         raise UserError(f"environment {name!r} needs the package {package!r}: pip install '{extra}'") from error
 
 
-def _own(target: str, options: dict[str, Any]) -> Env:
+def _own(target: str, options: dict[str, Any]) -> AnyEnv:
     """Returns the environment that the user's own function builds. The working directory is on the import path."""
     module_name, _, attribute = target.partition(":")
     if "" not in sys.path:
@@ -124,16 +129,18 @@ def _own(target: str, options: dict[str, Any]) -> Env:
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown(f"function of module {module_name!r}", attribute, callables)
     env = _call(target, builder, (), options)
-    missing = [part for part in ("spec", "horizon", "reset", "step") if not hasattr(env, part)]
+    needed = ("spec", "horizon", "tasks") if hasattr(env, "builder") else ("spec", "horizon", "reset", "step")
+    missing = [part for part in needed if not hasattr(env, part)]
     if missing:
         raise UserError(
             f"environment {target!r}: {attribute} returned {type(env).__name__}, which lacks {', '.join(missing)}; "
-            "an environment has spec, horizon, reset(key) and step(state, action)"
+            "an environment has spec, horizon, reset(key) and step(state, action), "
+            "or, if it steps on the CPU, spec, horizon, tasks and builder()"
         )
     return env
 
 
-def _call(name: str, builder: Callable[..., Env], args: tuple, options: dict[str, Any]) -> Env:
+def _call(name: str, builder: Callable[..., AnyEnv], args: tuple, options: dict[str, Any]) -> AnyEnv:
     """Returns `builder(*args, **options)`, having checked names and types of the options against its signature."""
     signature = inspect.signature(builder)
     parameters = {parameter.name: parameter for parameter in list(signature.parameters.values())[len(args) :]}

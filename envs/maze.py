@@ -306,6 +306,10 @@ class Maze:
         solved = np.linalg.norm(self.unscaled(judged[:, :2]) - goal, axis=-1) <= TOLERANCE
         return solved - np.float32(1), solved
 
+    def goal_of(self, states: np.ndarray) -> np.ndarray:
+        """Returns the goals [N, 2] that states [N, S] have reached: their positions, as they stand in observations."""
+        return states[:, :2]
+
     def draw(self, obs: np.ndarray, size: int) -> Image.Image:
         """Returns the maze from above, `size` pixels high, with the goal as a ring and the ball."""
         rows, columns = self.grid.shape

@@ -21,9 +21,10 @@ import tyro
 
 from jaxrl import rundir
 from jaxrl.agents import AGENTS
-from jaxrl.config import PRESETS, A, Config, Preset, preset
+from jaxrl.config import PRESETS, VARIANTS, A, Config, Preset, preset
 from jaxrl.errors import UserError, unknown
 from jaxrl.signals import ABORTED, SAVED, StopRequests
+from jaxrl.types import on_host
 
 Flat = tyro.conf.arg(name="")  # a dataclass whose fields are flags of their own
 SETTINGS = (tyro.conf.DisallowNone,)  # a flag that is not given is None, the word "None" is not
@@ -53,6 +54,8 @@ class TrainOptions(Generic[A]):
     config: Annotated[Config[A], Flat]
     preset: Preset = "quick"
     """Where the defaults come from: minutes on two CPU cores, or the published sizes."""
+    variant: str | None = None
+    """Named setting of the agent's fields, see `jaxrl list`: of dqc for example qc, qc-ns, ns and os."""
     out: Path | None = None
     """Run directory; by default a new one under runs/."""
     resume: Path | None = None
@@ -120,7 +123,7 @@ class ReplayOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """Describe a dataset: episodes, returns, ranges."""
+    """Describe a dataset, `jaxrl data describe FILE`: episodes, returns, ranges. Of a folder, list its files."""
 
     env: str | None = None
     """Environment whose task gives the rewards."""
@@ -146,7 +149,7 @@ def train(args: list[str]) -> int:
     """Returns the exit code of `jaxrl train`."""
     names, flags = _positionals(args, 2)
     agent = names[0] if names else "fmq"
-    defaults = preset(_peek(flags, "--preset", "quick"), agent)
+    defaults = preset(_peek(flags, "--preset") or "quick", agent, _peek(flags, "--variant"))
     if len(names) == 2:
         defaults = dataclasses.replace(defaults, env=names[1])
     usage = "jaxrl train [AGENT] [ENVIRONMENT]"
@@ -164,6 +167,7 @@ def train(args: list[str]) -> int:
 def _train(config: Config, environment: Any, path: Path, options: TrainOptions) -> int:
     from jaxrl import log, plan, session
 
+    config = session.with_data(config, environment)
     if options.plan:
         # A first run compiles, which takes most of a process's memory: count that, whatever is kept on disk.
         jax.config.update("jax_enable_compilation_cache", False)
@@ -231,7 +235,7 @@ def render(args: list[str]) -> int:
     options = _parse("jaxrl render RUN", RenderOptions, RenderOptions(), flags)
     config = rundir.read_config(path)
     environment = _make(config.env)
-    if not hasattr(environment, "draw"):
+    if not (on_host(environment) or hasattr(environment, "draw")):
         raise UserError(f"environment {config.env!r} has no draw(obs, size), so there is nothing to see")
     out = options.out or path / "rollout.gif"
     if out.suffix != ".gif":
@@ -260,12 +264,17 @@ def replay(args: list[str]) -> int:
 
 def data(args: list[str]) -> int:
     """Returns the exit code of `jaxrl data describe`."""
-    from jaxrl.data import files
+    from jaxrl.data import files, stream
 
     names, flags = _positionals(args, 2)
     options = _parse("jaxrl data describe FILE", DataOptions, DataOptions(), flags)
     if len(names) < 2 or names[0] != "describe":
         raise UserError("data: say what to do with which file, `jaxrl data describe FILE`")
+    if (shards := stream.find(names[1])) is not None:
+        if options.env is not None:
+            raise UserError("--env: returns are of one file, name it")
+        print(stream.format_report(shards))
+        return 0
     relabel = None if options.env is None else getattr(_make(options.env), "relabel", None)
     print(files.format_report(files.describe(files.load(names[1]), relabel)))
     return 0
@@ -294,6 +303,8 @@ def catalogue(args: list[str]) -> int:
     print("agents")
     for name, kind in AGENTS.items():
         print(f"  {name:<20} {(kind.__doc__ or '').splitlines()[0]}")
+        if name in VARIANTS:
+            print(f"  {'':<20} variants: {', '.join(VARIANTS[name])}")
     print("environments")
     for name, line in envs.names():
         print(f"  {name:<20} {line}")
@@ -382,14 +393,14 @@ def _run_directory(command: str, args: list[str]) -> tuple[Any, list[str]]:
     return Path(names[0]) if names else None, flags
 
 
-def _peek(args: list[str], flag: str, otherwise: str) -> str:
-    """Returns a flag's value before the rest can be parsed, which it decides about."""
+def _peek(args: list[str], flag: str) -> str | None:
+    """Returns a flag's value, if it is given, before the rest can be parsed, which it decides about."""
     for i, arg in enumerate(args):
         if arg == flag and i + 1 < len(args):
             return args[i + 1]
         if arg.startswith(f"{flag}="):
             return arg.split("=", 1)[1]
-    return otherwise
+    return None
 
 
 def _wants_help(flags: list[str]) -> bool:

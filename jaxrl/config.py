@@ -1,12 +1,14 @@
 """What a run is: one typed dataclass that is the command line's flags, `--help`, and the run's `config.json`."""
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, Generic, Literal, TypeVar
 
-from jaxrl.agents import AGENTS, BC, FMQ
+from jaxrl.agents import AGENTS, BC, DQC, FMQ, FQL, IQL, QC, QGF
 from jaxrl.errors import UserError, unknown
+from jaxrl.guidance import QGuidance
 from jaxrl.train import Schedule
 
 A = TypeVar("A")
@@ -21,11 +23,15 @@ class Config(Generic[A]):
     """Environment, as `jaxrl list` names them; options follow a question mark, such as push?reward=dense."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     data: str | None = None
-    """Dataset file (.npz). Without one, the environment's scripted behaviour is recorded."""
+    """Dataset file (.npz), or a folder or quoted pattern of files, one per epoch; else a behaviour is recorded."""
     behaviour: str = "medium"
     """Level of the scripted behaviour that is recorded, see `jaxrl list`."""
     data_steps: int = 200_000
     """Steps that are recorded."""
+    reward_scale: float = 1.0
+    """Factor of all rewards that the agent learns from, those of the dataset and of the environment."""
+    reward_shift: float = 0.0
+    """What is then added to them: 1 makes rewards of -1 and 0 into 0 and 1. Returns of evaluation stay as they are."""
     seed: int = 0
     """Seed of everything but the data and the evaluation episodes."""
     checkpoint_every: int = 1
@@ -35,6 +41,11 @@ class Config(Generic[A]):
         """Raises UserError for the first value that is out of range, before anything is built."""
         self.agent.check()  # ty: ignore[missing-attribute]
         self.schedule.check()
+        for name in ("reward_scale", "reward_shift"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} = {getattr(self, name)}: must be finite")
+        if self.reward_scale <= 0:
+            raise UserError(f"reward_scale = {self.reward_scale}: must be above 0")
         for name, low in (("data_steps", 1), ("seed", 0), ("checkpoint_every", 1)):
             if not low <= getattr(self, name) < 2**63:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least {low} and below 2^63")
@@ -43,6 +54,8 @@ class Config(Generic[A]):
 Preset = Literal["quick", "paper"]
 
 _SMALL = (128, 128, 128)
+_WIDE = (1024, 1024, 1024, 1024)
+_NETS = {"actor_hidden": _SMALL, "critic_hidden": _SMALL}
 _MINUTES = Schedule(
     offline_updates=12_000,
     online_steps=64_000,
@@ -54,28 +67,72 @@ _MINUTES = Schedule(
     eval_every=2,
 )
 
+_OFFLINE = dataclasses.replace(_MINUTES, online_steps=0)
+_LONG = Schedule(online_steps=0)
+
 PRESETS: dict[str, dict[str, Config]] = {
     "quick": {  # minutes on two CPU cores
-        "bc": Config(BC(hidden=_SMALL, lr=1e-3), schedule=dataclasses.replace(_MINUTES, online_steps=0)),
+        "bc": Config(BC(hidden=_SMALL, lr=1e-3), schedule=_OFFLINE),
         "fmq": Config(
             FMQ(actor_hidden=_SMALL, critic_hidden=_SMALL, lr=1e-3, target_samples=4, warmup=500, curriculum=4_000),
             schedule=_MINUTES,
         ),
+        "iql": Config(IQL(**_NETS, lr=1e-3, chunk=5, backup=5), schedule=_OFFLINE),
+        "qgf": Config(QGF(**_NETS, actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3), schedule=_OFFLINE),
+        "fql": Config(FQL(**_NETS, lr=1e-3, chunk=5, backup=5, alpha=3.0), schedule=_MINUTES),
+        "qc": Config(QC(**_NETS, lr=1e-3, num_samples=8), schedule=_MINUTES),
+        "dqc": Config(
+            DQC(**_NETS, lr=1e-3, backup=10, batch_size=256, discount=0.99), schedule=_OFFLINE, reward_shift=1.0
+        ),
     },
     "paper": {  # the published sizes, for an accelerator
-        "bc": Config(BC(), schedule=Schedule(online_steps=0), data_steps=1_000_000),
+        "bc": Config(BC(), schedule=_LONG, data_steps=1_000_000),
         "fmq": Config(FMQ(), data_steps=1_000_000),
+        "iql": Config(IQL(), schedule=_LONG, data_steps=1_000_000),
+        "qgf": Config(
+            QGF(actor_hidden=_WIDE, critic_hidden=_WIDE, batch_size=1024, discount=0.999),
+            schedule=dataclasses.replace(_LONG, offline_updates=500_000),
+            data_steps=1_000_000,
+        ),
+        "fql": Config(FQL(), data_steps=1_000_000),
+        "qc": Config(QC(), data_steps=1_000_000),
+        "dqc": Config(DQC(), schedule=_LONG, data_steps=1_000_000, reward_shift=1.0),
     },
 }
 
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "dqc": {  # the special cases that its paper compares with, all without the chunk critic
+        "qc": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 5, "backup": 5},
+        "qc-ns": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 5, "backup": 25},
+        "ns": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 1, "backup": 25},
+        "os": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 1, "backup": 1},
+    },
+    "qgf": {  # what its paper compares the gradient at the foreseen action with
+        "jacobian": {"guide": QGuidance(gradient="jacobian")},
+        "noisy": {"guide": QGuidance(gradient="noisy")},
+        "bptt": {"guide": QGuidance(gradient="bptt")},
+        "grad-step": {"guide": QGuidance(gradient="after")},
+    },
+    "qc": {"distill": {"actor": "distill"}},
+}
+"""Named settings of an agent's fields, by agent: `jaxrl train AGENT --variant NAME`."""
 
-def preset(name: str, agent: str) -> Config:
-    """Returns the configuration that a preset holds for an agent."""
+
+def preset(name: str, agent: str, variant: str | None = None) -> Config:
+    """Returns the configuration that a preset holds for an agent, or for a variant of it."""
     if agent not in AGENTS:
         raise unknown("agent", agent, AGENTS)
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
-    return PRESETS[name][agent]
+    config = PRESETS[name][agent]
+    if variant is None:
+        return config
+    variants = VARIANTS.get(agent, {})
+    if not variants:
+        raise UserError(f"variant = {variant!r}: {agent} has no variants")
+    if variant not in variants:
+        raise unknown(f"variant of {agent}", variant, variants)
+    return dataclasses.replace(config, agent=dataclasses.replace(config.agent, **variants[variant]))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

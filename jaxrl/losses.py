@@ -70,7 +70,7 @@ def bounded(target: Float[Array, "*n"], head: Head) -> Float[Array, "*n"]:
     return jnp.clip(target, 0, 1) if head == "bce" else target
 
 
-def regression(output: Float[Array, "*n"], target: Float[Array, "*n"], head: Head) -> Float[Array, "*n"]:
+def regression(output: Float[Array, "*n"], target: Float[Array, "*#n"], head: Head) -> Float[Array, "*n"]:
     """Returns the error of a head: squared, or cross entropy of its logit."""
     return bce_logit(output, target) if head == "bce" else jnp.square(target - output)
 
@@ -109,7 +109,7 @@ def gaussian_log_density(x: Float[Array, "*n d"], mean: Float[Array, "*n d"], lo
     return jax.scipy.stats.norm.logpdf(x, mean, jnp.exp(log_std)).sum(axis=-1)
 
 
-def bce_logit(logit: Float[Array, "*n"], target: Float[Array, "*n"]) -> Float[Array, "*n"]:
+def bce_logit(logit: Float[Array, "*n"], target: Float[Array, "*#n"]) -> Float[Array, "*n"]:
     """Returns the cross entropy of sigmoid(logit) against targets in [0, 1], stable for large logits."""
     return optax.sigmoid_binary_cross_entropy(logit, target)
 

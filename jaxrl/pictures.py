@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot, which would choose how a notebook shows its figures
+from PIL import Image
 
 PANELS = {  # phase: what it is plotted over, colour
     "offline": ("updates", "gradient steps on the dataset", "tab:blue"),
@@ -43,6 +44,10 @@ def panel(axis: Axes, phase: str, rows: list[dict[str, Any]]) -> None:
 
 def gif(env: Any, episode: np.ndarray, path: Path, size: int = 320, per_second: int = 25) -> None:
     """Writes an episode, observations [T, O], as an animation drawn by the environment."""
-    frames = [env.draw(obs, size) for obs in np.asarray(episode)]
-    frames += frames[-1:] * (per_second // 2)
+    animation([env.draw(obs, size) for obs in np.asarray(episode)], path, per_second)
+
+
+def animation(frames: list[Image.Image], path: Path, per_second: int = 25) -> None:
+    """Writes pictures as an animation, which rests for a while at its end."""
+    frames = frames + frames[-1:] * (per_second // 2)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // per_second, loop=0)

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxrl import host, pool, session, train
 from jaxrl import rollout as ro
-from jaxrl import session, train
 from jaxrl.config import Config
-from jaxrl.data import record
-from jaxrl.data.ring import Ring, empty
+from jaxrl.data import record, task
+from jaxrl.data.ring import Ring
+from jaxrl.data.stream import Shards
+from jaxrl.data.task import Sizes
 from jaxrl.errors import UserError
-from jaxrl.types import PyTree
+from jaxrl.types import PyTree, on_host
 
 KNOBS = {  # what takes memory, and what it grows with
     "agent": "the agent's hidden sizes",
@@ -50,9 +53,10 @@ def plan(config: Config, env: Any) -> str:
 def held(config: Config, env: Any) -> dict[str, int]:
     """Returns the bytes on the device that a run holds from its first epoch to its last, by what they are for."""
     *_, carry = abstract(config, env)
+    dataset, copies = abstract_data(config, env)
     return {
         "agent": size(carry.agent),
-        "dataset": size(abstract_data(config, env)),
+        "dataset": size(dataset) * copies,
         "replay": size(carry.world and carry.world.replay),
         "environments": size(carry.world and carry.world.rollout),
     }
@@ -86,24 +90,26 @@ def abstract(config: Config, env: Any) -> tuple[Any, session.Timeline, train.Car
     return agent, timeline, session.abstract_carry(agent, env, config.schedule, timeline, timeline.epochs)
 
 
-def abstract_data(config: Config, env: Any) -> Ring:
-    """Returns the shapes of the run's dataset in device memory."""
-    if config.data is not None:
-        rows = len(session.load_data(config, env).terminals)
-    else:
+def abstract_data(config: Config, env: Any) -> tuple[Ring, int]:
+    """Returns the shapes of the run's dataset in device memory, and how many such datasets are there at a time.
+
+    Of a dataset of several files that is the largest of them, and two: the one in use, and the next.
+    """
+    if config.data is None:
         each, lanes = record.lanes_of(config.data_steps, env.horizon)
-        rows = lanes * (each + each // env.horizon)
-    return jax.eval_shape(lambda: empty(1, rows + 1, env.spec.observation, env.spec.action))
+        episodes, entries = lanes * (each // env.horizon), {"observations": (env.spec.observation,)}
+        return task.abstract_ring(Sizes("", entries, lanes * each + episodes, episodes, env.horizon), env), 1
+    dataset = session.load_data(config, env)
+    if isinstance(dataset, Shards):
+        return task.abstract_ring(dataset.sizes, env), min(len(dataset.shards), 2)
+    return task.abstract_ring(task.sizes_of(dataset), env), 1
 
 
 def programs(config: Config, env: Any) -> Iterator[Any]:
     """Yields the run's programs, compiled, in the order in which it needs them."""
     agent, timeline, carry = abstract(config, env)
-    data, key, episodes = (
-        abstract_data(config, env),
-        jax.eval_shape(lambda: jax.random.key(0)),
-        config.schedule.eval_episodes,
-    )
+    data, _ = abstract_data(config, env)
+    key, episodes = jax.eval_shape(lambda: jax.random.key(0)), config.schedule.eval_episodes
     if config.data is None:
         arguments = record.arguments(env, config.behaviour, config.data_steps)
         yield record.recording.lower(*arguments, key).compile()
@@ -114,8 +120,16 @@ def programs(config: Config, env: Any) -> Iterator[Any]:
     for phase in timeline.phases:
         done += phase.epochs
         carry = session.abstract_carry(agent, env, config.schedule, timeline, done)
-        yield train.jitted_epoch.lower(agent, env, phase, carry, data).compile()
-        yield train.jitted_evaluate.lower(agent, env, episodes, carry.agent, key).compile()
+        if on_host(env) and phase.collects:
+            yield from (program.compile() for program in host.lowered(agent, env, phase, carry, data, key))
+        else:
+            yield train.jitted_epoch.lower(agent, env, phase, carry, data).compile()
+        if on_host(env):
+            count = host.side_by_side(episodes, pool.cores())
+            obs, turns = jnp.zeros((count, env.spec.observation)), jnp.zeros((count, 2), jnp.int32)
+            yield host.jitted_act_greedily.lower(agent, carry.agent, obs, key, turns).compile()
+        else:
+            yield train.jitted_evaluate.lower(agent, env, episodes, carry.agent, key).compile()
 
 
 def size(tree: PyTree) -> int:

@@ -5,6 +5,7 @@ Each compiled epoch is one call; evaluation, logging, checkpoint and the questio
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,34 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrl import checkpoint, pictures, rundir, stats, train
+from jaxrl import checkpoint, host, pictures, rundir, stats, train
 from jaxrl import rollout as ro
 from jaxrl.config import Config, to_dict
-from jaxrl.data import files, record
+from jaxrl.data import files, record, stream, task
 from jaxrl.data.files import Dataset
-from jaxrl.data.ring import Ring, from_dataset
+from jaxrl.data.ring import Ring
+from jaxrl.data.stream import Shards, Stream
 from jaxrl.errors import UserError
 from jaxrl.log import Log
+from jaxrl.pool import WorkerDied
 from jaxrl.signals import StopRequests
 from jaxrl.train import Carry, Phase, Schedule
-from jaxrl.types import Env
+from jaxrl.types import Env, on_host
 
 
 class StopRequested(Exception):  # noqa: N818  (not an error)
     """The run saved its carry and stopped because it was asked to."""
 
 
-def load_data(config: Config, env: Any) -> Dataset:
-    """Returns the run's dataset: the file that it names, or the recorded behaviour, which is kept under datasets/."""
+def load_data(config: Config, env: Any) -> Dataset | Shards:
+    """Returns the run's dataset: the file that it names, or the recorded behaviour, which is kept under datasets/.
+
+    Of a folder of files, or a pattern of their names, only the headers are read.
+    """
+    config = with_data(config, env)
+    if config.data is not None and (shards := stream.find(config.data)) is not None:
+        task.check_fits(shards.sizes, env)
+        return shards
     path = data_path(config.env, config.behaviour, config.data_steps) if config.data is None else Path(config.data)
     if config.data is None and not path.exists():
         record.behaviour_of(env, config.behaviour)  # refuses a level that does not exist
@@ -39,34 +49,33 @@ def load_data(config: Config, env: Any) -> Dataset:
         path.parent.mkdir(exist_ok=True)
         files.save(path, dataset)
     dataset = files.load(path)
-    check_fits(dataset, env)
+    task.check_fits(task.sizes_of(dataset), env)
     return dataset
+
+
+def with_data(config: Config, env: Any) -> Config:
+    """Returns the configuration with a dataset named: for a simulator on the CPU, one that is there already.
+
+    Raises UserError where there is none, saying how to get one.
+    """
+    if config.data is not None or not on_host(env):
+        return config
+    name = getattr(env, "dataset", None)
+    if name is None:
+        raise UserError(f"environment {config.env!r} has no behaviour to record: name a dataset file with --data")
+    places = [folder / f"{name}.npz" for folder in (Path("datasets"), Path.home() / ".ogbench" / "data")]
+    for path in places:
+        if path.exists():
+            return dataclasses.replace(config, data=str(path))
+    raise UserError(
+        f"no dataset for {config.env}, neither {places[0]} nor {places[1]}: make one, `jaxrl collect ogbench/{name}`, "
+        f"or get the official one, `python -c \"import ogbench; ogbench.download_datasets(['{name}'])\"`"
+    )
 
 
 def data_path(env: str, behaviour: str, steps: int, seed: int = 0) -> Path:
     """Returns where a recorded behaviour is kept."""
     return Path("datasets") / f"{rundir.plain(env)}-{behaviour}-{steps}-s{seed}.npz"
-
-
-def check_fits(dataset: Dataset, env: Env) -> None:
-    """Raises UserError where a dataset's sizes are not the environment's, or it lacks rewards that nothing supplies."""
-    for name, array, size in (
-        ("observations", dataset.observations, env.spec.observation),
-        ("actions", dataset.actions, env.spec.action),
-    ):
-        if array.shape[1] != size:
-            raise UserError(f"dataset {dataset.path}: {name} have {array.shape[1]} entries, the environment has {size}")
-    if dataset.rewards is None and not hasattr(env, "relabel"):
-        raise UserError(f"dataset {dataset.path}: has no rewards, and the environment cannot relabel it")
-
-
-def to_ring(dataset: Dataset, env: Any) -> Ring:
-    """Returns the dataset in device memory, with the environment's own rewards where it can relabel."""
-    if hasattr(env, "relabel"):
-        dataset = files.relabelled(dataset, env.relabel)
-    assert dataset.rewards is not None
-    ended = np.zeros(len(dataset.rewards), bool) if dataset.masks is None else dataset.masks == 0
-    return from_dataset(dataset, dataset.rewards, ended)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +144,13 @@ class Run:
     env: Any
     agent: Any
     timeline: Timeline
-    data: Ring
+    data: Ring | Stream
+    simulators: host.Simulators | None = None  # of an environment that steps on the CPU
+
+    def close(self) -> None:
+        """Ends the processes of the simulators, if there are any."""
+        if self.simulators is not None:
+            self.simulators.close()
 
     def first(self) -> Carry:
         """Returns the carry before the first epoch."""
@@ -156,21 +171,43 @@ class Run:
         phase, before = self.timeline.at(index)
         if before == 0:
             carry = train.jitted_enter(self.agent, phase, carry)
-        carry, metrics = train.jitted_epoch(self.agent, self.env, phase, carry, self.data)
+        data = self.data.at(index) if isinstance(self.data, Stream) else self.data
+        if self.simulators is not None and phase.collects:
+            carry, metrics = host.epoch(self.simulators, self.agent, phase, carry, data)
+        else:
+            carry, metrics = train.jitted_epoch(self.agent, self.env, phase, carry, data)
         row: dict[str, Any] = {"epoch": index + 1, "phase": phase.name}
         row |= {"updates": int(jax.device_get(carry.updates)), "steps": int(jax.device_get(carry.steps))}
         row |= {name: value.item() for name, value in sorted(jax.device_get(metrics).items())}
         due = (index + 1) % self.config.schedule.eval_every == 0 or self.timeline.closes_phase(index)
         if due and phase.name != "warmup":
-            row |= evaluation(episodes_of(self.config, self.agent, self.env, carry.agent))
+            row |= evaluation(episodes_of(self.config, self.agent, self.env, carry.agent, self.simulators))
         return carry, row
 
 
-def prepare(config: Config, env: Any, dataset: Dataset) -> Run:
-    """Returns the run of a configuration."""
+def prepare(config: Config, env: Any, dataset: Dataset | Shards) -> Run:
+    """Returns the run of a configuration. Raises UserError where no episode is as long as the agent's windows."""
     agent = train.on_device(config.agent)
-    timeline = Timeline(train.phases(config.schedule, agent.chunk))
-    return Run(config, env, agent, timeline, to_ring(dataset, env))
+    timeline = Timeline(train.phases(config.schedule, agent.chunk, (config.reward_scale, config.reward_shift)))
+    return Run(config, env, agent, timeline, in_memory(config, env, dataset, timeline.epochs), simulators_of(env))
+
+
+def simulators_of(env: Any) -> host.Simulators | None:
+    """Returns the simulators of an environment that steps on the CPU; they start when they are first needed."""
+    return host.Simulators(env) if on_host(env) else None
+
+
+def in_memory(config: Config, env: Any, dataset: Dataset | Shards, epochs: int) -> Ring | Stream:
+    """Returns the dataset in device memory, or what brings it there file by file."""
+    window = task.window_of(config.agent)
+    place = functools.partial(task.to_ring, env=env, scale=config.reward_scale, shift=config.reward_shift)
+    if isinstance(dataset, Dataset):
+        task.check_window(task.sizes_of(dataset), window)
+        return place(dataset)
+    for shard in dataset.shards:
+        task.check_window(shard.sizes, window)
+    room = (dataset.sizes.rows, dataset.sizes.episodes)
+    return Stream(dataset, functools.partial(place, room=room), config.seed, epochs)
 
 
 def start(config: Config, env: Any, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
@@ -189,7 +226,7 @@ def resume(config: Config, env: Any, path: Path, stop: StopRequests, wandb: bool
     return drive(prepare(config, env, dataset), path, stop, wandb)
 
 
-def check_same_data(path: Path, dataset: Dataset) -> None:
+def check_same_data(path: Path, dataset: Dataset | Shards) -> None:
     """Raises UserError where the dataset is not the one that the run began with."""
     known = rundir.read_json(path / "manifest.json", f"{path} is not a run directory").get("dataset_digest")
     if dataset.digest != known:
@@ -202,14 +239,20 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, An
     carry, done = run.restore(folder)
     checkpoint.keep(folder, [epoch for epoch in checkpoint.epochs(folder) if epoch <= done])
     rundir.rewind(path, done)
-    with contextlib.closing(Log(path, wandb, done)) as log:
+    with contextlib.closing(run), contextlib.closing(Log(path, wandb, done)) as log:
         if run.config.data is None and not rundir.rows(path / "metrics.jsonl"):
             log.row(evaluate_behaviour(run.config, run.env))
         for index in range(done, run.timeline.epochs):
             phase, before = run.timeline.at(index)
             if index == done or before == 0:
                 log.start(phase, before, run.agent.chunk, run.config.schedule.envs)
-            carry, row = run.epoch(carry, index)
+            try:
+                carry, row = run.epoch(carry, index)
+            except host.Interrupted as broken:  # amid an epoch, which is then repeated with what it has learnt so far
+                checkpoint.save(folder, index, broken.carry)
+                raise stopped_by(broken.__cause__) from broken
+            except WorkerDied as error:  # in an evaluation: the epoch is repeated from the newest checkpoint
+                raise stopped_by(error) from error
             log.row(row)
             last = index + 1 == run.timeline.epochs
             stopping = stop.requested and not last
@@ -218,6 +261,12 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, An
             if stopping:
                 raise StopRequested
     return finish(run, carry, path)
+
+
+def stopped_by(error: BaseException | None) -> StopRequested:
+    """Returns what stops a run that can go on later, having said in one line why."""
+    print(error, file=sys.stderr)
+    return StopRequested()
 
 
 def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
@@ -237,8 +286,11 @@ def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
             result[f"{phase}_interval"] = [evaluated[-1]["eval/success_low"], evaluated[-1]["eval/success_high"]]
     rundir.write_json(path / "result.json", result)
     pictures.curves(rows, path / "curves.png")
-    if hasattr(run.env, "draw"):
-        pictures.gif(run.env, episode(run.config, run.agent, run.env, carry.agent), path / "rollout.gif")
+    if on_host(run.env) or hasattr(run.env, "draw"):
+        try:
+            animate(run.config, run.agent, run.env, carry.agent, path / "rollout.gif")
+        except UserError as error:
+            print(f"no picture of an episode: {error}", file=sys.stderr)
     return result
 
 
@@ -271,13 +323,24 @@ def newest_state(config: Config, agent: Any, env: Any, path: Path) -> Any:
 def evaluate(config: Config, env: Any, path: Path) -> dict[str, Any]:
     """Returns the evaluation of a run's newest checkpoint, on the episodes that the configuration names."""
     agent = train.on_device(config.agent)
-    return evaluation(episodes_of(config, agent, env, newest_state(config, agent, env, path)))
+    state = newest_state(config, agent, env, path)
+    simulators = simulators_of(env)
+    with contextlib.closing(simulators) if simulators is not None else contextlib.nullcontext():
+        return evaluation(episodes_of(config, agent, env, state, simulators))
 
 
 def render(config: Config, env: Any, path: Path, out: Path) -> None:
     """Writes an episode of a run's newest checkpoint, the first that the configuration's evaluation begins."""
     agent = train.on_device(config.agent)
-    pictures.gif(env, episode(config, agent, env, newest_state(config, agent, env, path)), out)
+    animate(config, agent, env, newest_state(config, agent, env, path), out)
+
+
+def animate(config: Config, agent: Any, env: Any, state: Any, out: Path) -> None:
+    """Writes the first evaluation episode as an animation. Raises UserError where a simulator cannot be rendered."""
+    if on_host(env):
+        pictures.animation(host.film(env, agent, state, jax.random.key(config.schedule.eval_seed)), out)
+    else:
+        pictures.gif(env, episode(config, agent, env, state), out)
 
 
 def episode(config: Config, agent: Any, env: Any, state: Any) -> np.ndarray:
@@ -286,9 +349,13 @@ def episode(config: Config, agent: Any, env: Any, state: Any) -> np.ndarray:
     return np.asarray(episodes.track[: episodes.lengths[0] + 1])
 
 
-def episodes_of(config: Config, agent: Any, env: Any, state: Any) -> ro.Episodes:
+def episodes_of(
+    config: Config, agent: Any, env: Any, state: Any, simulators: host.Simulators | None = None
+) -> ro.Episodes:
     """Returns the evaluation episodes of an agent's state, on the host."""
     key = jax.random.key(config.schedule.eval_seed)
+    if simulators is not None:
+        return host.evaluate(simulators, agent, state, key, config.schedule.eval_episodes)
     return jax.device_get(train.jitted_evaluate(agent, env, config.schedule.eval_episodes, state, key))
 
 
@@ -302,10 +369,11 @@ def replay(config: Config, env: Any, path: Path, epochs: int) -> str | None:
     if len(recorded) + first < 2:
         raise UserError(f"{path} has no epoch yet that could be repeated")
     carry = run.first()
-    for epoch, was in enumerate(recorded, start=first):
-        carry, row = run.epoch(carry, epoch - 1) if epoch else (carry, evaluate_behaviour(config, env))
-        now = rundir.as_json(row)
-        for name in was | now:
-            if was.get(name) != now.get(name):
-                return f"epoch {epoch}, {name}: {was.get(name)} is recorded, {now.get(name)} is repeated"
+    with contextlib.closing(run):
+        for epoch, was in enumerate(recorded, start=first):
+            carry, row = run.epoch(carry, epoch - 1) if epoch else (carry, evaluate_behaviour(config, env))
+            now = rundir.as_json(row)
+            for name in was | now:
+                if was.get(name) != now.get(name):
+                    return f"epoch {epoch}, {name}: {was.get(name)} is recorded, {now.get(name)} is repeated"
     return None

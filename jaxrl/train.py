@@ -17,7 +17,7 @@ from jaxrl import rollout as ro
 from jaxrl.data import ring as rings
 from jaxrl.data.ring import Ring
 from jaxrl.errors import UserError
-from jaxrl.types import Env, Metrics, PyTree, pytree
+from jaxrl.types import Env, Metrics, PyTree, on_host, pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +68,14 @@ class Phase:
     iterations: int  # per epoch
     collects: bool  # whether an iteration executes one chunk in every environment
     updates: int  # gradient steps per iteration
+    reward: tuple[float, float] = (1.0, 0.0)  # (scale, shift) of rewards on their way into the replay
 
 
 @pytree
 class World:
     """What going online adds: the environments in flight, and what was seen in them."""
 
-    rollout: ro.Rollout
+    rollout: ro.Rollout | None  # None where the simulators live in worker processes
     replay: Ring
 
 
@@ -90,7 +91,7 @@ class Carry:
     epoch: jax.Array  # [] int32
 
 
-def phases(schedule: Schedule, chunk: int) -> tuple[Phase, ...]:
+def phases(schedule: Schedule, chunk: int, reward: tuple[float, float] = (1.0, 0.0)) -> tuple[Phase, ...]:
     """Returns the phases of a schedule, each with at least one epoch; sizes are rounded up to whole iterations."""
     result = []
     if schedule.offline_updates:
@@ -99,11 +100,11 @@ def phases(schedule: Schedule, chunk: int) -> tuple[Phase, ...]:
     if schedule.online_steps:
         per_iteration = schedule.envs * chunk
         if schedule.warmup_steps:
-            result.append(Phase("warmup", 1, -(-schedule.warmup_steps // per_iteration), True, 0))
+            result.append(Phase("warmup", 1, -(-schedule.warmup_steps // per_iteration), True, 0, reward))
         iterations = max(min(schedule.steps_per_epoch, schedule.online_steps) // per_iteration, 1)
         updates = max(round(schedule.utd * per_iteration), 1) if schedule.utd else 0
         epochs = -(-schedule.online_steps // (per_iteration * iterations))
-        result.append(Phase("online", epochs, iterations, True, updates))
+        result.append(Phase("online", epochs, iterations, True, updates, reward))
     return tuple(result)
 
 
@@ -114,7 +115,8 @@ def begin(agent: Any, env: Env, schedule: Schedule, key: jax.Array) -> Carry:
     if schedule.online_steps:
         rows = min(schedule.replay, 2 * schedule.online_steps) // schedule.envs + agent.chunk + 2
         replay = rings.empty(schedule.envs, rows, env.spec.observation, env.spec.action)
-        world = World(ro.start(env, ro.policy_of(agent, state), key_envs, schedule.envs), replay)
+        flight = None if on_host(env) else ro.start(env, ro.policy_of(agent, state), key_envs, schedule.envs)
+        world = World(flight, replay)
     zero = jnp.zeros((), jnp.int32)
     return Carry(state, key, world, zero, zero, zero)
 
@@ -131,34 +133,47 @@ def iteration(
 ) -> tuple[Carry, Metrics, Metrics]:
     """Returns the carry after one iteration, the updates' mean metrics and the collection's sums."""
     key_collect, key_update = jax.random.split(key)
-    world, sums, data = carry.world, {}, () if dataset is None else (dataset,)
-    if world is not None and phase.collects:
+    world, steps, sums = carry.world, None, {}
+    if world is not None and world.rollout is not None and phase.collects:
         policy = ro.policy_of(agent, carry.agent)
         rollout, steps, sums = ro.advance(env, policy, world.rollout, bank, key_collect)
-        world = World(rollout, rings.add(world.replay, steps))
+        carry = dataclasses.replace(carry, world=World(rollout, world.replay))
+    carry, metrics = learn(agent, phase, carry, dataset, steps, key_update)
+    return carry, metrics, sums
+
+
+def learn(
+    agent: Any, phase: Phase, carry: Carry, dataset: Ring | None, steps: rings.Steps | None, key: jax.Array
+) -> tuple[Carry, Metrics]:
+    """Returns the carry with what was collected stored and an iteration's updates made, and their mean metrics."""
+    world, data = carry.world, () if dataset is None else (dataset,)
+    if world is not None and steps is not None:
+        scale, shift = phase.reward
+        steps = dataclasses.replace(steps, rewards=scale * steps.rewards + shift)
+        world = World(world.rollout, rings.add(world.replay, steps))
         data = (*data, world.replay)
 
     def update(state: PyTree, key: jax.Array) -> tuple[PyTree, Metrics]:
         key_batch, key_step = jax.random.split(key)
         return agent.update(state, agent.sample(data, key_batch), key_step)
 
-    state, metrics = jax.lax.scan(update, carry.agent, jax.random.split(key_update, phase.updates))
+    state, metrics = jax.lax.scan(update, carry.agent, jax.random.split(key, phase.updates))
     carry = dataclasses.replace(
         carry,
         agent=state,
         world=world,
         updates=carry.updates + phase.updates,
-        steps=carry.steps + sums.get("steps", 0),
+        steps=carry.steps + (0 if steps is None else steps.taken.sum()),
     )
-    return carry, jax.tree.map(lambda x: x.mean(axis=0), metrics) if phase.updates else {}, sums
+    return carry, jax.tree.map(lambda x: x.mean(axis=0), metrics) if phase.updates else {}
 
 
 def epoch(agent: Any, env: Env, phase: Phase, carry: Carry, dataset: Ring | None) -> tuple[Carry, Metrics]:
     """Returns the carry after one epoch and its metrics: means over updates, episode statistics, a digest."""
     key, key_bank, key_iterations = jax.random.split(carry.key, 3)
     carry = dataclasses.replace(carry, key=key)
-    collects = carry.world is not None and phase.collects
-    bank = ro.resets(env, key_bank, len(carry.world.rollout.returns)) if collects else None
+    flight = carry.world.rollout if carry.world is not None and phase.collects else None
+    bank = None if flight is None else ro.resets(env, key_bank, len(flight.returns))
 
     def body(carry: Carry, key: jax.Array) -> tuple[Carry, tuple[Metrics, Metrics]]:
         carry, metrics, sums = iteration(agent, env, phase, carry, dataset, bank, key)
@@ -166,8 +181,14 @@ def epoch(agent: Any, env: Env, phase: Phase, carry: Carry, dataset: Ring | None
 
     carry, (metrics, sums) = jax.lax.scan(body, carry, jax.random.split(key_iterations, phase.iterations))
     metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics) | episode_metrics(jax.tree.map(jnp.sum, sums))
+    carry, word = close(carry)
+    return carry, metrics | {"digest": word}
+
+
+def close(carry: Carry) -> tuple[Carry, jax.Array]:
+    """Returns the carry at the end of an epoch, and its digest."""
     carry = dataclasses.replace(carry, epoch=carry.epoch + 1)
-    return carry, metrics | {"digest": digest(carry)}
+    return carry, digest(carry)
 
 
 def episode_metrics(sums: Metrics) -> Metrics:

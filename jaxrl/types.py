@@ -6,7 +6,7 @@ inheriting from a class of ours.
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -163,6 +163,38 @@ class Env(Protocol):
     def step(self, state: EnvState, action: jax.Array) -> EnvState:
         """Returns the environment after one action [A]."""
         ...
+
+
+@runtime_checkable
+class HostEnv(Protocol):
+    """A simulator that steps on the CPU in worker processes, such as Gymnasium's: many are run by `jaxrl.host`."""
+
+    @property
+    def spec(self) -> Spec:
+        """Sizes of observation, action and goal."""
+        ...
+
+    @property
+    def horizon(self) -> int:
+        """Steps after which an episode is truncated."""
+        ...
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks the episodes go through, numbered from 1; 0: the simulator has only one."""
+        ...
+
+    def builder(self, picture: int = 0) -> Callable[[], Any]:
+        """Returns what makes one simulator, see `jaxrl.pool`; with `picture`, one that renders in so many pixels.
+
+        It is pickled and called in worker processes, so it is a function of a module that imports no JAX.
+        """
+        ...
+
+
+def on_host(env: Any) -> bool:
+    """Whether an environment is a `HostEnv` rather than an `Env`."""
+    return hasattr(env, "builder")
 
 
 class Behaviour(Protocol):

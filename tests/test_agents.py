@@ -19,7 +19,7 @@ from jaxrl.types import Agent, Batch, Spec
 
 SPEC = Spec(observation=3, action=2)
 KEY = jax.random.key(0)
-SMALL = {"chunk": 3, "batch_size": 16, "num_samples": 4, "target_samples": 4, "warmup": 0, "curriculum": 4}
+SMALL = {"chunk": 3, "backup": 3, "batch_size": 16, "num_samples": 4, "target_samples": 4, "warmup": 0, "curriculum": 4}
 
 
 def small(name: str, **fields):

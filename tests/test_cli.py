@@ -57,7 +57,7 @@ def mistake(argv: list[str], capsys) -> str:
     ("line", "message"),
     [
         ("trian", "unknown command 'trian': did you mean 'train'? known are collect, data, doctor, eval"),
-        ("train fmqq", "unknown agent 'fmqq': did you mean 'fmq'? known are bc, fmq"),
+        ("train fmqq", "unknown agent 'fmqq': did you mean 'fmq'? known are bc, dqc, fmq"),
         ("train fmq pont", "unknown environment 'pont': did you mean 'point'? known are bandit"),
         (
             "train fmq point?dimension=3",
@@ -201,7 +201,7 @@ def test_damaged_configurations_are_refused(whole, tmp_path, monkeypatch, capsys
     for text, message in (
         ("[1]", "run is not a run directory: config.json holds no JSON object"),
         ('{"agent_name": "fmq"}', "run/config.json is damaged: 'agent' is missing"),
-        ('{"agent_name": "fqm"}', "unknown agent 'fqm': did you mean 'fmq'? known are bc, fmq"),
+        ('{"agent_name": "fqm"}', "unknown agent 'fqm': did you mean 'fmq'? known are bc, dqc, fmq"),
     ):
         Path("run/config.json").write_text(text)
         assert mistake(["eval", "run"], capsys) == message
@@ -389,7 +389,7 @@ def test_the_help_of_train_says_what_a_newcomer_needs(capsys):
     assert cli.main(["train", "bc", "--help"]) == 0
     text = capsys.readouterr().out
     for fact in (
-        "bc, fmq",
+        "bc, fmq, iql, qgf, fql, qc, dqc",
         "jaxrl list",
         "push?horizon=50",
         "my_package.my_module:make",

@@ -281,6 +281,36 @@ def test_samplers_ask_for_the_times_of_a_regular_grid():
     assert float(flow.euler(u, jnp.zeros((1, 1)), 4)[0, 0]) == pytest.approx(euler)
 
 
+def test_an_euler_step_follows_the_diagonal_at_its_beginning():
+    asked = []
+    step = flow.euler_step(lambda x, r, t: asked.append((x, r, t)) or 10 * x)
+    x, r, t = jnp.array([[2.0]]), jnp.array([[0.2]]), jnp.array([[0.5]])
+    np.testing.assert_allclose(step(x, r, t), [[2 + 0.3 * 20]], rtol=1e-6)
+    assert [float(value[0, 0]) for value in asked[0]] == pytest.approx([2, 0.2, 0.2])
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_euler_from_the_start_is_euler_and_from_the_end_it_is_nothing(steps):
+    x = jnp.linspace(-2, 2, 12).reshape(2, 3, 2)
+    start = jnp.zeros((2, 3, 1))
+    np.testing.assert_array_equal(flow.euler_from(exact, x, start, steps), flow.euler(exact, x, steps))
+    np.testing.assert_array_equal(flow.euler_from(exact, x, start + 1, steps), x)
+
+
+@pytest.mark.parametrize("steps", [5, 10])
+def test_euler_from_a_point_on_the_way_takes_the_steps_that_are_left(steps):
+    x = jnp.linspace(-2, 2, steps)[:, None]
+    starts = jnp.arange(steps)[:, None] / steps  # each row begins at a time of its own
+
+    def on(x, begin):
+        for i in range(begin, steps):
+            x = x + exact(x, i / steps, i / steps) / steps
+        return x
+
+    wanted = [on(float(x[i, 0]), i) for i in range(steps)]
+    np.testing.assert_allclose(flow.euler_from(exact, x, starts, steps)[:, 0], wanted, atol=3e-6)
+
+
 # Learning
 
 RADIUS, WIDTH, MODES = 1.0, 0.15, 8

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl import guidance
-from jaxrl.guidance import BeamSearch
+from jaxrl import flow, guidance
+from jaxrl.guidance import BeamSearch, QGuidance
 
 NEAR = jnp.array([0.3, -0.2])
 
@@ -119,6 +119,170 @@ def test_the_target_takes_no_gradient():
     total = lambda *args: guidance.trust_region_target(*args).sum()  # noqa: E731
     for gradient in jax.grad(total, argnums=(0, 1, 2))(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones(2)):
         np.testing.assert_array_equal(gradient, jnp.zeros_like(gradient))
+
+
+# Q-guided flow
+
+WAYS = ("one_step", "jacobian", "noisy", "bptt")
+START = jax.random.normal(jax.random.key(5), (40, 2))
+SLOPE = np.array([0.3, -0.5], np.float32)
+TURN = np.array([[-0.6, 0.5], [0.2, -0.9]], np.float32)
+
+
+def field(x, r, t):
+    """Returns a velocity that bends space and time."""
+    return jnp.tanh(x @ TURN.T) * (1 - 0.5 * t) - 0.4 * x
+
+
+def bump(actions):
+    """Returns a value whose gradient differs from place to place."""
+    return -jnp.square(actions - NEAR[(None,) * (actions.ndim - 1)]).sum(axis=-1)
+
+
+def plane(actions):
+    return actions @ SLOPE
+
+
+def slope_of(guide, v, value, x, t, steps=10):
+    """Returns g [B, D] at points x and time t."""
+    times = jnp.full((len(x), 1), t)
+    return guide.ascent(v, value, x, times, v(x, times, times), steps)
+
+
+@pytest.mark.parametrize("gradient", WAYS)
+def test_no_weight_is_the_behaviour_flow_bit_for_bit(gradient):
+    guided = jax.jit(lambda weight: QGuidance(weight, gradient).sample(field, bump, START, 10))
+    plain = jax.jit(lambda: jnp.clip(flow.euler(field, START, 10), -1, 1))()
+    np.testing.assert_array_equal(guided(0.0), plain)
+    assert float(jnp.abs(guided(0.3) - plain).max()) > 0.01
+
+
+def test_one_step_is_worked_out_by_hand():
+    x = 3 * np.asarray(START)
+    arrived = x + np.tanh(x @ TURN.T) - 0.4 * x
+    wanted = np.clip(arrived + 0.2 * 2 * (np.asarray(NEAR) - np.clip(arrived, -1, 1)), -1, 1)
+    np.testing.assert_allclose(QGuidance(0.2).sample(field, bump, jnp.asarray(x), 1), wanted, atol=2e-6)
+    assert 0.1 < (np.abs(arrived) > 1).mean() < 0.9
+
+
+@pytest.mark.parametrize("gradient", WAYS)
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_a_linear_critic_moves_the_whole_path_by_the_weight_times_its_slope(gradient, steps):
+    away = lambda x, r, t: jnp.broadcast_to(0.2 * t - 0.1, x.shape)  # noqa: E731  # does not depend on x
+    x = 0.1 * START
+    plain = flow.euler(away, x, steps)
+    moved = flow.euler(QGuidance(0.5, gradient).guided(away, plane, steps), x, steps)
+    np.testing.assert_allclose(moved - plain, np.tile(0.5 * SLOPE, (40, 1)), atol=1e-6)
+    assert float(jnp.abs(moved).max()) < 1
+
+
+def test_a_point_of_data_gives_way_by_one_step_of_guidance_only():
+    p, m, k = 0.2, 0.9, 1.0
+    v = lambda x, r, t: (p - x) / (1 - t)  # noqa: E731
+    value = lambda a: -k / 2 * jnp.square(a - m).sum(axis=-1)  # noqa: E731
+    for steps, wanted in ((10, 0.235), (5, 0.27), (70, 0.205)):
+        found = QGuidance(0.5).sample(v, value, 2 * START, steps)
+        np.testing.assert_allclose(found, np.full((40, 2), wanted), atol=2e-5)
+        assert wanted == pytest.approx(p + 0.5 * k * (m - p) / steps)
+
+
+@pytest.mark.parametrize("gradient", ["one_step", "jacobian", "noisy"])
+def test_gaussian_data_and_a_quadratic_critic_are_affine_in_the_noise(gradient):
+    mu, s, m, k, w, steps = 0.1, 0.12, 0.4, 1.5, 0.3, 10
+    noise = jax.random.normal(jax.random.key(6), (20_000, 1))
+
+    def pull(t):
+        return (t * s**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * s**2)  # v = mu + pull(t) (x - t mu)
+
+    found = QGuidance(w, gradient).sample(
+        lambda x, r, t: mu + pull(t) * (x - t * mu), lambda a: -k / 2 * jnp.square(a - m).sum(axis=-1), noise, steps
+    )
+    offset, factor = 0.0, 1.0  # x = offset + factor * noise
+    for t in np.arange(steps) / steps:
+        b = pull(t)
+        seen = {"noisy": (0.0, 1.0)}.get(gradient, ((1 - t) * (mu - b * t * mu), 1 + (1 - t) * b))
+        back = seen[1] if gradient == "jacobian" else 1.0  # g = back * k (m - seen_0 - seen_1 x)
+        change = 1 + (b - w * back * k * seen[1]) / steps
+        offset = change * offset + (mu - b * t * mu + w * back * k * (m - seen[0])) / steps
+        factor = change * factor
+    np.testing.assert_allclose(found, offset + factor * np.asarray(noise), atol=2e-5)
+    assert float(found.mean()) == pytest.approx(offset, abs=4 * factor / np.sqrt(20_000))
+    assert float(found.std()) == pytest.approx(factor, rel=0.03)
+
+
+def linear(x, r, t):
+    """Returns a velocity that is linear in x."""
+    return x @ TURN.T + 0.1
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.9, 1.0])
+def test_the_jacobian_pulls_the_gradient_back_through_the_jump(t):
+    x = 0.2 * START
+    plain = slope_of(QGuidance(), linear, bump, x, t)
+    jacobian = np.eye(2) + (1 - t) * TURN
+    pulled = slope_of(QGuidance(gradient="jacobian"), linear, bump, x, t)
+    np.testing.assert_allclose(pulled, np.asarray(plain) @ jacobian, atol=1e-6)
+
+
+def test_bptt_pulls_it_back_through_every_step_that_is_left():
+    x = 0.2 * START
+    for i in (0, 3, 9):
+        end = x
+        for _ in range(i, 10):
+            end = end + linear(end, None, None) / 10
+        whole = np.linalg.matrix_power(np.eye(2) + TURN / 10, 10 - i)
+        wanted = 2 * (np.asarray(NEAR) - np.asarray(end)) @ whole
+        found = slope_of(QGuidance(gradient="bptt"), linear, bump, x, i / 10)
+        np.testing.assert_allclose(found, wanted, atol=2e-6)
+
+
+def test_a_clipped_guess_is_still_pushed_except_through_the_jacobian():
+    x, still = jnp.array([[3.0, 0.2]]), lambda x, r, t: 0 * x
+    np.testing.assert_allclose(slope_of(QGuidance(), still, plane, x, 0.5), [SLOPE])
+    for gradient in ("jacobian", "bptt"):
+        np.testing.assert_allclose(slope_of(QGuidance(gradient=gradient), still, plane, x, 0.5), [[0, SLOPE[1]]])
+    bent = slope_of(QGuidance(), still, bump, x, 0.5)
+    np.testing.assert_allclose(bent, 2 * (NEAR[None] - jnp.array([[1.0, 0.2]])), atol=1e-6)  # seen where it is clipped
+
+
+def test_the_noisy_gradient_is_the_default_at_time_1_or_where_nothing_moves():
+    x, noisy, still = 0.3 * START, QGuidance(gradient="noisy"), lambda x, r, t: 0 * x
+    at = lambda guide, v, t: np.asarray(slope_of(guide, v, bump, x, t))  # noqa: E731
+    np.testing.assert_array_equal(at(noisy, field, 1.0), at(QGuidance(), field, 1.0))
+    assert np.abs(at(noisy, field, 0.9) - at(QGuidance(), field, 0.9)).max() > 0.01
+    np.testing.assert_array_equal(at(noisy, still, 0.3), at(QGuidance(), still, 0.3))
+
+
+def test_guidance_is_not_normalised_and_leaves_the_box_only_on_the_way():
+    still = lambda x, r, t: 0 * x  # noqa: E731
+    ascent = QGuidance(3.0)
+    steep = lambda a: 10 * plane(a)  # noqa: E731
+    path = flow.euler(ascent.guided(still, steep, 10), jnp.zeros((1, 2)), 10)
+    np.testing.assert_allclose(path, [30 * SLOPE], rtol=1e-5)
+    np.testing.assert_array_equal(ascent.sample(still, steep, jnp.zeros((1, 2)), 10), [[1, -1]])
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_ascent_afterwards_takes_clipped_steps_from_the_finished_action(count):
+    guide = QGuidance(weight=9.0, gradient="after", ascent_steps=count, ascent_size=0.4)
+    wanted = np.clip(flow.euler(field, 2 * START, 10), -1, 1)
+    for _ in range(count):
+        wanted = np.clip(wanted + 0.4 * 3 * SLOPE, -1, 1)
+    found = guide.sample(field, lambda a: 3 * plane(a), 2 * START, 10)
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
+
+
+def test_a_grid_of_weights_is_one_program_of_one_set_of_actions():
+    @jax.jit
+    def played(weights):
+        return jax.vmap(lambda weight: QGuidance(weight).sample(field, bump, START, 10))(weights)
+
+    weights = jnp.array([0.0, 0.2, 0.8])
+    grid = played(weights)
+    for row, weight in zip(grid, weights, strict=True):
+        np.testing.assert_allclose(row, QGuidance(weight).sample(field, bump, START, 10), atol=1e-6)
+    distance = np.linalg.norm(grid - NEAR[None, None], axis=-1).mean(axis=1)
+    assert distance[0] > distance[1] > distance[2]
 
 
 # Beam search

@@ -75,6 +75,104 @@ def test_cross_entropy_of_logits_is_stable():
     np.testing.assert_allclose(losses.bce_logit(logit, goal), wanted, rtol=1e-6)
 
 
+# Heads that say values, and heads that say logits of probabilities
+
+
+def test_a_heads_output_stands_for_a_value_or_for_a_probability():
+    output = jnp.array([-2.0, 0.0, 3.0])
+    np.testing.assert_array_equal(losses.value_of(output, "mse"), output)
+    np.testing.assert_allclose(losses.value_of(output, "bce"), 1 / (1 + np.exp([2.0, 0, -3])), rtol=1e-6)
+
+
+def test_targets_of_probabilities_stay_probabilities():
+    goal = jnp.array([-0.5, 0.0, 0.3, 1.0, 1.7])
+    np.testing.assert_array_equal(losses.bounded(goal, "mse"), goal)
+    np.testing.assert_array_equal(losses.bounded(goal, "bce"), jnp.array([0, 0, 0.3, 1, 1]))
+
+
+def test_regression_is_the_square_or_the_cross_entropy():
+    output, goal = jnp.array([0.0, 2.0]), jnp.array([0.3, 0.25])
+    np.testing.assert_allclose(losses.regression(output, goal, "mse"), [0.09, 1.75**2], rtol=1e-6)
+    np.testing.assert_array_equal(losses.regression(output, goal, "bce"), losses.bce_logit(output, goal))
+
+
+def test_a_tilt_weighs_targets_that_are_not_below_the_value():
+    weights = {  # of targets below, at and above the value 0.5, and above the logit 0.25 of a higher value
+        "mse": losses.tilt_weight(jnp.full(4, 0.5), jnp.array([0.4, 0.5, 0.6, 0.5]), 0.8, "mse"),
+        "bce": losses.tilt_weight(jnp.array([0, 0, 0, 0.25]), jnp.array([0.4, 0.5, 0.6, 0.5]), 0.8, "bce"),
+    }
+    np.testing.assert_allclose(weights["mse"], [0.2, 0.8, 0.8, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(weights["bce"], [0.2, 0.8, 0.8, 0.2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["mse", "bce"])
+@pytest.mark.parametrize("tilt", ["expectile", "quantile"])
+def test_a_tilted_error_is_the_error_of_its_head_times_the_weight(head, tilt):
+    output, goal = jnp.array([-1.0, 0.5, 2.0]), jnp.array([0.9, 0.1, 0.4])
+    weight = np.array([0.7, 0.3, 0.3])  # in values as in probabilities (0.27, 0.62, 0.88)
+    logit = np.log(np.asarray(goal) / (1 - np.asarray(goal)))
+    away = {
+        ("expectile", "mse"): np.square(goal - output),
+        ("expectile", "bce"): losses.bce_logit(output, goal),
+        ("quantile", "mse"): np.abs(goal - output),
+        ("quantile", "bce"): np.abs(logit - np.asarray(output)),
+    }
+    found = losses.tilted(output, goal, 0.7, head, tilt)
+    np.testing.assert_allclose(found, weight * np.asarray(away[tilt, head]), rtol=1e-5)
+    if (tilt, head) == ("expectile", "mse"):
+        np.testing.assert_allclose(found, losses.expectile(goal - output, 0.7), rtol=1e-6)
+
+
+def test_a_level_of_one_half_is_half_the_error():
+    output, goal = jnp.array([-1.0, 0.5, 2.0]), jnp.array([0.9, 0.1, 0.4])
+    np.testing.assert_allclose(losses.tilted(output, goal, 0.5, "mse"), 0.5 * np.square(goal - output), rtol=1e-6)
+
+
+def test_targets_of_zero_and_one_have_logits_as_far_away_as_the_margin_says():
+    goal = jnp.array([0.0, 1.0])
+    for margin in (1e-2, 1e-6):
+        edge = np.log((1 - margin) / margin)
+        found = losses.tilted(jnp.zeros(2), goal, 0.9, "bce", "quantile", margin)
+        np.testing.assert_allclose(found, [0.1 * edge, 0.9 * edge], rtol=2e-3)
+
+
+@pytest.mark.parametrize("head", ["mse", "bce"])
+@pytest.mark.parametrize("tilt", ["expectile", "quantile"])
+def test_a_tilted_error_pulls_the_output_and_not_the_target(head, tilt):
+    total = lambda output, goal: losses.tilted(output, goal, 0.7, head, tilt).sum()  # noqa: E731
+    output, goal = jnp.array([-1.0, 0.5, 2.0]), jnp.array([0.9, 0.1, 0.4])
+    pull, back = jax.grad(total, argnums=(0, 1))(output, goal)
+    np.testing.assert_array_equal(np.sign(pull), [-1, 1, 1])
+    np.testing.assert_array_equal(back, np.zeros(3))
+    outside = jax.grad(lambda output: losses.tilt_weight(output, goal, 0.7, head).sum())(output)
+    np.testing.assert_array_equal(outside, np.zeros(3))
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9])
+@pytest.mark.parametrize(("head", "tilt"), [("mse", "expectile"), ("bce", "expectile"), ("bce", "quantile")])
+def test_zeros_and_ones_lead_to_the_level_itself_and_probabilities_to_their_quantile(head, tilt, level):
+    if tilt == "expectile":
+        goal, wanted = jnp.array([0.0, 1.0]), level
+    else:
+        goal = jnp.linspace(0.1, 0.9, 401)
+        wanted = 0.1 + 0.8 * level
+
+    def objective(guess):
+        return float(losses.tilted(jnp.full_like(goal, guess), goal, level, head, tilt).mean())
+
+    least = scipy.optimize.minimize_scalar(objective, bounds=(-5, 5), method="bounded", options={"xatol": 1e-4}).x
+    assert float(losses.value_of(jnp.asarray(least), head)) == pytest.approx(wanted, abs=0.005)
+
+
+def test_a_gaussian_density_is_that_of_independent_entries():
+    x, mean = jnp.array([[0.5, -1.0], [0.0, 2.0]]), jnp.array([[0.0, 1.0], [0.0, 2.0]])
+    log_std = jnp.log(jnp.array([[1.0, 2.0], [0.5, 0.5]]))
+    away = [0.5 * 0.5**2 + 0.5 * 1 + np.log(2), 2 * np.log(0.5)]
+    np.testing.assert_allclose(
+        losses.gaussian_log_density(x, mean, log_std), -np.log(2 * np.pi) - np.array(away), rtol=1e-5
+    )
+
+
 def test_polyak_moves_the_target_by_tau():
     online, slow = {"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([5.0, 6.0])}
     np.testing.assert_allclose(losses.polyak(online, slow, 0.25)["a"], [4, 5])

@@ -6,7 +6,7 @@ actions, and that, with optimism `kappa_b` about the action, into a state value,
 bootstraps from. The policy is the best of N proposals of a behaviour flow over h_a actions.
 
 All values are probabilities of success, discounted; the networks say their logits, and rewards are 0 or 1. Special
-cases of the same code, presets of `jaxrl train` by these names: without the chunk critic and with h = h_a, `qc-dqc`
+cases of the same code, `jaxrl train dqc --variant NAME`: without the chunk critic and with h = h_a, `qc`
 is Q-chunking (QC); with h > h_a it is `qc-ns`; with h_a = 1 `ns` (n-step returns); with h = h_a = 1 `os` (one step).
 
 Deliberate differences from the official code:

@@ -1,0 +1,195 @@
+"""OGBench's simulators (Park et al., "OGBench: Benchmarking Offline Goal-Conditioned RL", 2024), by their datasets.
+
+    ogbench/cube-single-play-singletask-v0          the default task, with the task's reward
+    ogbench/cube-single-play-singletask-task2-v0    another of the five
+    ogbench/cube-single-play-v0                     goal-conditioned: a goal is a whole observation, appended to it
+    ogbench/cube-single-play-oraclerep-v0           a goal is what matters in it, such as where the cube is
+
+They step on the CPU, in worker processes (`jaxrl.host`). One is built in this process, to know sizes and tasks.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import re
+import warnings
+from collections.abc import Callable, Generator
+from typing import Any
+
+import numpy as np
+
+from envs import ogbench_scripts, ogbench_simulators, read_options
+from jaxrl.errors import UserError, unknown
+from jaxrl.types import Spec
+
+KINDS = {  # what datasets there are, by the beginning of the environment's name
+    "pointmaze": ("navigate", "stitch"),
+    "antmaze": ("navigate", "stitch", "explore"),
+    "humanoidmaze": ("navigate", "stitch"),
+    "antsoccer": ("navigate", "stitch"),
+    "cube": ("play", "noisy"),
+    "scene": ("play", "noisy"),
+    "puzzle": ("play", "noisy"),
+}
+SCRIPTS = {"pointmaze": ("navigate", "stitch"), "cube": ("play", "noisy"), "scene": ("play", "noisy")} | {
+    "puzzle": ("play", "noisy")
+}
+ARM, CUBE, BUTTON = 19, 9, 4  # entries of an observation: of the arm, then of each cube, then of each button
+JOINTS = 14  # entries of qpos before those of the cubes
+CENTRE, SCALE, DRAWER, WINDOW = np.array([0.425, 0, 0]), 10, 18, 15  # of positions in observations
+
+
+@dataclasses.dataclass(frozen=True)
+class OGBench:
+    """An environment of OGBench whose episodes go through its five tasks, with the goal observed."""
+
+    name: str
+    """As OGBench names it."""
+    simulator: str
+    """As Gymnasium names it."""
+    dataset: str
+    """The dataset that belongs to it, without .npz."""
+    oracle: bool
+    """Whether goals are OGBench's oracle representations rather than observations."""
+    spec: Spec
+    horizon: int
+    tasks: int
+    """How many tasks the episodes go through; 0 where there is one."""
+
+    def builder(self, picture: int = 0) -> Callable[[], ogbench_simulators.Simulator]:
+        """Returns what makes one simulator; with `picture`, one that renders in so many pixels."""
+        goal = bool(self.spec.goal)
+        return functools.partial(ogbench_simulators.build, self.simulator, goal, self.oracle, picture)
+
+    def recording(self, behaviour: str | None, steps: int) -> tuple[ogbench_scripts.Script, int]:
+        """Returns what records an episode of a scripted behaviour, and how many episodes have so many steps.
+
+        The behaviour is one of OGBench's kinds of data, by default the dataset's own, with options after a question
+        mark: `play?noise=0.2`. Raises UserError where there is no such script.
+        """
+        *thing, own, version = self.dataset.split("-")
+        kind, _, query = (behaviour or own).partition("?")
+        family = "maze" if thing[0] == "pointmaze" else "arm"
+        known = SCRIPTS.get(thing[0])
+        if known is None:
+            raise UserError(f"ogbench/{self.name}: its behaviour is a trained policy, scripts move {', '.join(SCRIPTS)}")
+        if kind not in known:
+            raise unknown("behaviour", kind, known)
+        noise = {"noise": ogbench_scripts.NOISE[family]} | read_options(query)
+        if list(noise) != ["noise"] or not isinstance(noise["noise"], int | float) or not 0 <= noise["noise"] < 10:
+            raise UserError(f"behaviour {behaviour!r}: its only option is noise, a number from 0 to 10")
+        rows = min(ogbench_scripts.ROWS.get(kind, 1001), steps + 1)
+        script = ogbench_scripts.Script("-".join([*thing, version]), kind, float(noise["noise"]), rows)
+        return script, -(-steps // (rows - 1))
+
+
+class OracleGoals(OGBench):
+    """One whose goals are what matters of an observation."""
+
+    def goal_of(self, states: np.ndarray) -> np.ndarray:
+        """Returns what states [N, S] are as goals [N, G], by OGBench's own function."""
+        from ogbench.relabel_utils import add_oracle_reps  # ty: ignore[unresolved-import]
+
+        env = _simulator(self.simulator, self.oracle).env
+        columns = _columns(self.simulator, env, states)
+        add_oracle_reps(self.simulator, env, columns)
+        return columns["oracle_reps"]
+
+
+class SingleTask(OGBench):
+    """One of the tasks, with its own reward."""
+
+    def relabel(
+        self, obs: np.ndarray, actions: np.ndarray, next_obs: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (rewards, terminated) [N] of steps, by OGBench's own function.
+
+        It looks at the state before the step, as the simulators of single tasks do: the step out of a state where the
+        task is solved gets reward 0 and ends the episode, any other -1 for each thing that is not in its place.
+        """
+        from ogbench.relabel_utils import relabel_dataset  # ty: ignore[unresolved-import]
+
+        env = _simulator(self.simulator, self.oracle).env
+        columns = _columns(self.simulator, env, obs)
+        with _quiet():
+            relabel_dataset(self.simulator, env, columns)
+        return columns["rewards"], columns["masks"] == 0
+
+
+def make(name: str) -> OGBench:
+    """Returns OGBench's environment of this name. Raises UserError where OGBench has none."""
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown OGBench environment {name!r}: did you mean 'ogbench/{near}'?")
+    words = name.split("-")
+    task = next((word for word in words if re.fullmatch(r"task\d", word)), None)
+    dataset = [word for word in words if word not in ("singletask", "oraclerep", task)]
+    simulator = "-".join(word for word in words if word not in ("oraclerep", dataset[-2]))
+    oracle, single = "oraclerep" in words, "singletask" in words
+    probe = _simulator(simulator, oracle)
+    with _quiet():
+        obs, info = probe.env.reset(seed=0)
+    goal = 0 if single else len(info["goal"])
+    kind = SingleTask if single else OracleGoals if oracle else OGBench
+    return kind(
+        name=name,
+        simulator=simulator,
+        dataset="-".join(dataset),
+        oracle=oracle,
+        spec=Spec(len(obs) + goal, probe.space.shape[0], goal),
+        horizon=probe.env.spec.max_episode_steps,
+        tasks=probe.env.unwrapped.num_tasks if goal else 0,
+    )
+
+
+def names() -> list[str]:
+    """Returns the names of all that observes numbers; pictures and the discrete Powderworld are left out."""
+    with _quiet():
+        import gymnasium
+        import ogbench  # noqa: F401
+
+        ids = [name for name, spec in gymnasium.registry.items() if str(spec.entry_point).startswith("ogbench.")]
+    result = []
+    for words in (simulator.split("-") for simulator in ids):
+        for kind in KINDS.get(words[0], ()):
+            at = words.index("singletask") if "singletask" in words else -1
+            result.append("-".join([*words[:at], kind, *words[at:]]))
+            if at == -1:
+                result.append("-".join([*words[:at], kind, "oraclerep", *words[at:]]))
+    return result
+
+
+def _columns(simulator: str, env: Any, states: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the columns of OGBench's files that say whether a task is solved, read from the observations alone."""
+    if simulator.startswith("antsoccer"):
+        return {"qpos": states[:, :22]}
+    if "maze" in simulator:
+        return {"qpos": states[:, :2]}
+    cubes, buttons = (getattr(env.unwrapped, f"_num_{thing}", 0) for thing in ("cubes", "buttons"))
+    qpos = np.zeros((len(states), JOINTS + 7 * cubes + buttons + 2))
+    for i in range(cubes):
+        at = ARM + CUBE * i
+        qpos[:, JOINTS + 7 * i : JOINTS + 7 * i + 3] = states[:, at : at + 3] / SCALE + CENTRE
+    rest = states[:, ARM + CUBE * cubes :]
+    pressed = [rest[:, BUTTON * i + 1] > 0.5 for i in range(buttons)]
+    if simulator.startswith("scene"):
+        qpos[:, -2], qpos[:, -1] = rest[:, BUTTON * buttons] / DRAWER, rest[:, BUTTON * buttons + 2] / WINDOW
+    return {"qpos": qpos, "button_states": np.stack(pressed, axis=1).astype(np.int64) if pressed else np.zeros(0)}
+
+
+@functools.lru_cache(maxsize=1)
+def _simulator(simulator: str, oracle: bool) -> ogbench_simulators.Simulator:
+    with _quiet():
+        return ogbench_simulators.build(simulator, False, oracle)
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Silences what OGBench's packages warn of, and keeps NumPy's global stream, from which it draws, as it was."""
+    random = np.random.get_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    np.random.set_state(random)

@@ -1,0 +1,76 @@
+"""OGBench's simulators, as worker processes make them. Imports no JAX."""
+
+import os
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+
+from jaxrl.errors import UserError
+
+
+class Simulator:
+    """An environment of OGBench whose observations end with the goal, if it has one, and whose resets are repeatable.
+
+    Before each episode OGBench takes random actions from a space that no seed reaches; here that space has the
+    episode's seed.
+    """
+
+    def __init__(self, env: Any, goal: bool) -> None:
+        """Takes the environment that Gymnasium made, and whether goals are observed."""
+        self.env, self.conditioned, self.goal = env, goal, np.zeros(0)
+        self.space = env.unwrapped.action_space
+        kind = type(env.unwrapped)
+        if isinstance(getattr(kind, "action_space", None), property):  # a new space for every access
+            env.unwrapped.__class__ = type(kind.__name__, (kind,), {"action_space": self.space})
+
+    def reset(self, seed: int, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """Returns the first observation of an episode."""
+        self.space.seed(seed)
+        obs, info = self.env.reset(seed=seed, options=options)
+        if self.conditioned:
+            self.goal = info["goal"]
+        return self.observed(obs), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Returns what one action leads to."""
+        obs, *rest = self.env.step(action)
+        return self.observed(obs), *rest
+
+    def render(self) -> np.ndarray:
+        """Returns a picture [height, width, 3] of the scene."""
+        return self.env.render()
+
+    def observed(self, obs: np.ndarray) -> np.ndarray:
+        """Returns the observation followed by the goal."""
+        return np.concatenate([obs, self.goal])
+
+
+def build(simulator: str, goal: bool, oracle: bool, picture: int = 0, **options: Any) -> Simulator:
+    """Returns the simulator that Gymnasium knows by this name; with `picture`, one that renders in so many pixels."""
+    if picture and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen; to be set before MuJoCo is imported
+    if oracle:
+        options["use_oracle_rep"] = True
+    if picture:
+        options |= {"width": picture, "height": picture}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what its packages say on import, and of a machine without a screen
+        try:
+            import gymnasium
+            import ogbench  # noqa: F401  (registers its environments)
+
+            env = Simulator(gymnasium.make(simulator, disable_env_checker=True, **options), goal)
+            if picture:
+                env.reset(seed=0)
+                env.render()
+            return env
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:
+            gl = os.environ.get("MUJOCO_GL")
+            raise UserError(
+                f"{simulator} cannot be {'rendered' if picture else 'built'} here, MUJOCO_GL being {gl}: "
+                f"{type(error).__name__}: {error}" + ("; install EGL, or set MUJOCO_GL to glfw or osmesa" if picture else "")
+            ) from error

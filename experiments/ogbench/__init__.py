@@ -1,0 +1,1 @@
+"""Study: offline methods on OGBench's own data and simulators."""

@@ -1,0 +1,128 @@
+"""A dataset as a task needs it: sizes held against the environment's, rewards and goals added, laid out as a ring."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl.data import files
+from jaxrl.data.files import Dataset
+from jaxrl.data.goals import Hindsight
+from jaxrl.data.ring import Ring, empty, from_dataset
+from jaxrl.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is known of a dataset without its content."""
+
+    path: str
+    entries: Mapping[str, tuple[int, ...]]  # the shape of one row of each column
+    rows: int
+    episodes: int
+    longest: int  # steps of the longest episode
+
+
+def sizes_of(dataset: Dataset) -> Sizes:
+    """Returns the sizes of a dataset in memory."""
+    first, last = files.episodes(dataset)
+    entries = {name: column.shape[1:] for name, column in files.to_columns(dataset).items()}
+    return Sizes(dataset.path, entries, len(dataset.terminals), len(last), int((last - first).max()))
+
+
+def check_fits(sizes: Sizes, env: Any) -> None:
+    """Raises UserError where a dataset's sizes are not the environment's, or it lacks what nothing supplies."""
+    spec, where = env.spec, f"dataset {sizes.path}"
+    (entries,), (actions,) = sizes.entries["observations"], sizes.entries["actions"]
+    states = spec.observation - spec.goal
+    if entries not in (spec.observation, states):
+        without = f", {states} without the goal" if spec.goal else ""
+        raise UserError(
+            f"{where}: observations have {entries} entries, the environment has {spec.observation}{without}"
+        )
+    if actions != spec.action:
+        raise UserError(f"{where}: actions have {actions} entries, the environment has {spec.action}")
+    if spec.goal:
+        goal_source(sizes, env)
+    elif "rewards" not in sizes.entries and not hasattr(env, "relabel"):
+        raise UserError(f"{where}: has no rewards, and the environment cannot relabel it")
+
+
+def goal_source(sizes: Sizes, env: Any) -> Literal["environment", "file", "states"]:
+    """Returns where it is said what a dataset's states are as goals: in the environment's `goal_of`, in the file's
+    column oracle_reps, or nowhere, where a goal is a whole state. Raises UserError where it has to be said.
+    """
+    goal = env.spec.goal
+    if hasattr(env, "goal_of"):
+        return "environment"
+    if sizes.entries.get("oracle_reps") == (goal,):
+        return "file"
+    if env.spec.observation == 2 * goal:
+        return "states"
+    raise UserError(
+        f"dataset {sizes.path}: nothing says what its states are as goals, which have {goal} entries in the "
+        f"environment: it has no column 'oracle_reps' [rows, {goal}], and the environment no goal_of(states)"
+    )
+
+
+def window_of(agent: Any) -> int:
+    """Returns how many steps the windows have that an agent learns from: its chunk's, or its backup's."""
+    return max(agent.chunk, getattr(agent, "backup", 0))
+
+
+def check_window(sizes: Sizes, window: int) -> None:
+    """Raises UserError where no episode is as long as the windows that the agent learns from."""
+    if sizes.longest < window:
+        raise UserError(
+            f"dataset {sizes.path}: its longest episode has {sizes.longest} steps, the agent's windows have {window}: "
+            "lower agent.chunk, or agent.backup where there is one"
+        )
+
+
+def to_ring(dataset: Dataset, env: Any, scale: float = 1.0, shift: float = 0.0, room: tuple[int, int] = (0, 0)) -> Ring:
+    """Returns the dataset in device memory, with the environment's own rewards where it can relabel.
+
+    Rewards r become scale * r + shift. In a goal-conditioned environment goals are drawn in hindsight, and rewards
+    with them. `room` is the rows and the episodes that there is place for, so that datasets of several sizes are alike.
+    """
+    if env.spec.goal:
+        states, goals = states_and_goals(dataset, env)
+        none = np.zeros(len(states), bool)
+        return from_dataset(dataclasses.replace(dataset, observations=states), none, none, goals=goals, room=room)
+    if hasattr(env, "relabel"):
+        dataset = files.relabelled(dataset, env.relabel)
+    assert dataset.rewards is not None
+    ended = np.zeros(len(dataset.rewards), bool) if dataset.masks is None else dataset.masks == 0
+    return from_dataset(dataset, scale * dataset.rewards + shift, ended, room=room)
+
+
+def states_and_goals(dataset: Dataset, env: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (states [N, S], what they are as goals [N, G]); the same array where a goal is a whole state.
+
+    Observations that hold the goal that was pursued lose it.
+    """
+    size, states = env.spec.observation - env.spec.goal, dataset.observations
+    if states.shape[1] > size:
+        states = states[:, :size]
+    source = goal_source(sizes_of(dataset), env)
+    if source == "environment":
+        return states, np.asarray(env.goal_of(states), np.float32)
+    return states, np.asarray(dataset.extra["oracle_reps"], np.float32) if source == "file" else states
+
+
+def abstract_ring(sizes: Sizes, env: Any) -> Ring:
+    """Returns the shapes of what `to_ring` makes of a dataset of these sizes."""
+    spec, rows = env.spec, sizes.rows + 1
+
+    def build() -> Ring:
+        ring = empty(1, rows, spec.observation - spec.goal, spec.action)
+        if not spec.goal:
+            return ring
+        goals = None if goal_source(sizes, env) == "states" else jnp.zeros((rows, spec.goal))
+        episodes = jnp.zeros(sizes.episodes, jnp.int32)
+        return dataclasses.replace(ring, hindsight=Hindsight(goals, episodes, episodes))
+
+    return jax.eval_shape(build)

@@ -1,0 +1,115 @@
+"""What tests of agents are written with: networks that are formulas, and small batches of which every number is known.
+
+An agent's networks come from methods of its own (`critic`, `value`, ...), so a subclass that returns a `Formula` there
+has losses that are known by hand.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrl.agents.common import State
+from jaxrl.types import Batch, PyTree, Spec
+
+KEY = jax.random.key(0)
+NARROW = Spec(observation=1, action=1)
+WIDE = Spec(observation=3, action=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Formula:
+    """A network whose output is a function of its parameters and its inputs."""
+
+    of: Callable[..., Any]
+
+    def apply(self, params: PyTree, *inputs: jax.Array) -> Any:
+        """Returns the output."""
+        return self.of(params, *inputs)
+
+
+def linear_heads(bias: jax.Array, slope: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns bias_j + slope_j x of shape [K, ...]."""
+    return jnp.stack([b + c * x for b, c in zip(bias, slope, strict=True)])
+
+
+def batch_of(rewards, valid=None, terminated=None, **fields) -> Batch:
+    """Returns windows with rewards [B, H], one observation and one action; what is not said is 0, valid and goes on."""
+    rewards = jnp.asarray(rewards, jnp.float32)
+    count, length = rewards.shape
+    valid = jnp.ones_like(rewards) if valid is None else jnp.asarray(valid, jnp.float32)
+    empty = Batch(
+        obs=jnp.zeros((count, 1)),
+        actions=jnp.zeros((count, length, 1)),
+        rewards=rewards * valid,
+        valid=valid,
+        terminated=jnp.zeros(count, bool) if terminated is None else jnp.asarray(terminated, bool),
+        next_obs=jnp.zeros((count, 1)),
+        steps=valid.sum(axis=1).astype(jnp.int32),
+    )
+    return dataclasses.replace(empty, **{name: jnp.asarray(value, jnp.float32) for name, value in fields.items()})
+
+
+def random_batch(seed: int, count: int = 16, length: int = 3, spec: Spec = WIDE, probabilities=False) -> Batch:
+    """Returns windows of random content; some were cut by termination, some by truncation."""
+    rng = np.random.default_rng(seed)
+    steps = rng.integers(1, length + 1, count)
+    valid = np.arange(length) < steps[:, None]
+    rewards = rng.random((count, length)) / length if probabilities else rng.normal(size=(count, length))
+    columns = {
+        "obs": rng.normal(size=(count, spec.observation)),
+        "actions": rng.uniform(-1, 1, (count, length, spec.action)),
+        "rewards": rewards * valid,
+        "valid": valid,
+        "next_obs": rng.normal(size=(count, spec.observation)),
+    }
+    columns = {key: jnp.asarray(value, jnp.float32) for key, value in columns.items()}
+    return Batch(**columns, terminated=jnp.asarray(rng.random(count) < 0.3), steps=jnp.asarray(steps, jnp.int32))
+
+
+def state_of(params: dict[str, PyTree], target: PyTree = None, optimizer=None, spec: Spec = NARROW) -> State:
+    """Returns the state with these parameters; the target is a copy of the critic unless given."""
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    target = params["critic"] if target is None else jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), target)
+    opt = (optax.adam(0.0) if optimizer is None else optimizer).init(params)
+    return State(spec, params, target, opt, jnp.zeros((), jnp.int32))
+
+
+@contextlib.contextmanager
+def quick_to_compile() -> Iterator[None]:
+    """Has programs compiled without most optimisations, for those that run once or twice."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def fitted(loss: Callable[[PyTree], jax.Array], params: PyTree, updates: int = 1000, lr: float = 0.1) -> PyTree:
+    """Returns the parameters after so many steps of Adam on a loss, ever smaller ones."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(lr, updates))
+
+    @jax.jit
+    def train(params: PyTree) -> PyTree:
+        def step(carry: tuple, _: None) -> tuple[tuple, None]:
+            params, opt = carry
+            updates, opt = optimizer.update(jax.grad(loss)(params), opt)
+            return (optax.apply_updates(params, updates), opt), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), None, updates)[0][0]
+
+    return train(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params))
+
+
+def pull_of(agent: Any, state: State, batch: Batch, draws: dict) -> dict[str, PyTree]:
+    """Returns the gradient of the joint loss, by network."""
+    return jax.grad(lambda params: agent.loss(params, state, batch, draws)[0])(state.params)
+
+
+def same(a: PyTree, b: PyTree) -> bool:
+    """Returns whether two trees are equal, bit for bit."""
+    equal = lambda x, y: np.array_equal(np.asarray(x), np.asarray(y), equal_nan=True)  # noqa: E731
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(equal, a, b))
