@@ -47,7 +47,7 @@ _FAMILIES = {
     ),
     "ogbench": _Entry("envs.ogbench:make", "OGBench on the CPU, such as ogbench/cube-single-play-singletask-v0", True),
 }
-_EXTRAS = {"mujoco_playground": "playground", "ogbench": "ogbench"}
+_EXTRAS = {"mujoco_playground": "playground", "ogbench": "ogbench", "gymnasium": "ogbench"}
 
 
 def names() -> list[tuple[str, str]]:
@@ -65,7 +65,7 @@ def make(name: str) -> AnyEnv:
     Raises UserError for a name, an option or a package that does not exist.
     """
     base, _, query = name.partition("?")
-    options = _options(query)
+    options = read_options(query)
     family, _, member = base.partition("/")
     base = _ALIASES.get(base, base)
     if ":" in base:
@@ -81,7 +81,7 @@ def make(name: str) -> AnyEnv:
     return env
 
 
-def _options(query: str) -> dict[str, Any]:
+def read_options(query: str) -> dict[str, Any]:
     """Returns the options in `key=value&key=value`, values read as int, float, bool or else str."""
     options = {}
     for part in filter(None, query.split("&")):

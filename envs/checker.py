@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.types import Env, EnvState, Spec
+from jaxrl.pool import Pool
+from jaxrl.types import Env, EnvState, HostEnv, Spec, on_host
 
 STEPS, COPIES = 64, 8  # of the rollout that is looked at
 SHOWN = 3  # places named in one finding, at most
@@ -31,19 +32,20 @@ class Finding:
         return f"FAIL  {self.rule}: {self.problem}" if self.problem else f"ok    {self.rule}"
 
 
-def check(env: Env) -> list[Finding]:
+def check(env: Any) -> list[Finding]:
     """Returns a finding per rule, in the order of checking. It ends early where the next rules cannot be looked at."""
     findings = []
-    for stage in (_sizes, _states, _rollouts):
+    for stage in (_sizes, _simulations) if on_host(env) else (_sizes, _states, _rollouts):
         findings += stage(env)
         if not all(finding.ok for finding in findings):
             break
     return findings
 
 
-def _sizes(env: Env) -> Iterator[Finding]:
-    missing = [part for part in ("spec", "horizon", "reset", "step") if not hasattr(env, part)]
-    yield Finding("has spec, horizon, reset and step", f"add {', '.join(missing)}" if missing else "")
+def _sizes(env: Any) -> Iterator[Finding]:
+    parts = ("spec", "horizon", "tasks", "builder") if on_host(env) else ("spec", "horizon", "reset", "step")
+    missing = [part for part in parts if not hasattr(env, part)]
+    yield Finding(f"has {', '.join(parts[:-1])} and {parts[-1]}", f"add {', '.join(missing)}" if missing else "")
     if missing:
         return
     spec = env.spec
@@ -59,6 +61,33 @@ def _sizes(env: Env) -> Iterator[Finding]:
     yield Finding(
         "can be a static argument of jit",
         "" if _hashable(env) else "it has no hash: make it a dataclass with frozen=True, eq=False",
+    )
+
+
+def _simulations(env: HostEnv) -> Iterator[Finding]:
+    """Looks at four simulators in a worker process: pairs with equal seeds and actions, of which one acts at a bound."""
+    slots, seeds = np.arange(4), np.zeros(4, np.int64)
+    chunks = np.random.default_rng(0).uniform(-1, 1, (2, STEPS, env.spec.action)).astype(np.float32)
+    chunks[1] = 1
+    try:
+        with Pool(env.builder(), env.horizon, workers=1) as pool:
+            start = pool.reset("check", slots, seeds, np.full(4, min(env.tasks, 1)))
+            seen = pool.execute("check", slots, np.repeat(chunks, 2, axis=0))
+    except Exception as error:
+        yield Finding("simulators run in a worker process", _because(error))
+        return
+    yield Finding("simulators run in a worker process")
+    entries = start.shape[1:]
+    fits = entries == (env.spec.observation,)
+    yield Finding(
+        "observations have the size of spec", "" if fits else f"theirs is {entries}: flatten, or correct spec"
+    )
+    finite = np.isfinite(start).all() and seen["valid"][seen["taken"]].all()
+    yield Finding("all numbers are finite", "" if finite else "a step gave a number that is not: end the episode there")
+    same = (start == start[0]).all() and (seen["obs"][::2] == seen["obs"][1::2]).all()
+    yield Finding(
+        "an episode depends on its seed and its actions alone",
+        "" if same else "two differ: draw from a generator that reset(seed=...) makes, or from NumPy's global stream",
     )
 
 

@@ -56,11 +56,13 @@ class OGBench:
     horizon: int
     tasks: int
     """How many tasks the episodes go through; 0 where there is one."""
+    sparse: bool = False
+    """Whether the reward is -1 until all is in its place, rather than -1 for each thing that is not."""
 
     def builder(self, picture: int = 0) -> Callable[[], ogbench_simulators.Simulator]:
         """Returns what makes one simulator; with `picture`, one that renders in so many pixels."""
         goal = bool(self.spec.goal)
-        return functools.partial(ogbench_simulators.build, self.simulator, goal, self.oracle, picture)
+        return functools.partial(ogbench_simulators.build, self.simulator, goal, self.oracle, picture, self.sparse)
 
     def recording(self, behaviour: str | None, steps: int) -> tuple[ogbench_scripts.Script, int]:
         """Returns what records an episode of a scripted behaviour, and how many episodes have so many steps.
@@ -73,7 +75,9 @@ class OGBench:
         family = "maze" if thing[0] == "pointmaze" else "arm"
         known = SCRIPTS.get(thing[0])
         if known is None:
-            raise UserError(f"ogbench/{self.name}: its behaviour is a trained policy, scripts move {', '.join(SCRIPTS)}")
+            raise UserError(
+                f"ogbench/{self.name}: its behaviour is a trained policy, scripts move {', '.join(SCRIPTS)}"
+            )
         if kind not in known:
             raise unknown("behaviour", kind, known)
         noise = {"noise": ogbench_scripts.NOISE[family]} | read_options(query)
@@ -89,7 +93,7 @@ class OracleGoals(OGBench):
 
     def goal_of(self, states: np.ndarray) -> np.ndarray:
         """Returns what states [N, S] are as goals [N, G], by OGBench's own function."""
-        from ogbench.relabel_utils import add_oracle_reps  # ty: ignore[unresolved-import]
+        from ogbench.relabel_utils import add_oracle_reps
 
         env = _simulator(self.simulator, self.oracle).env
         columns = _columns(self.simulator, env, states)
@@ -100,25 +104,27 @@ class OracleGoals(OGBench):
 class SingleTask(OGBench):
     """One of the tasks, with its own reward."""
 
-    def relabel(
-        self, obs: np.ndarray, actions: np.ndarray, next_obs: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def relabel(self, obs: np.ndarray, actions: np.ndarray, next_obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns (rewards, terminated) [N] of steps, by OGBench's own function.
 
         It looks at the state before the step, as the simulators of single tasks do: the step out of a state where the
         task is solved gets reward 0 and ends the episode, any other -1 for each thing that is not in its place.
         """
-        from ogbench.relabel_utils import relabel_dataset  # ty: ignore[unresolved-import]
+        from ogbench.relabel_utils import relabel_dataset
 
         env = _simulator(self.simulator, self.oracle).env
         columns = _columns(self.simulator, env, obs)
         with _quiet():
             relabel_dataset(self.simulator, env, columns)
-        return columns["rewards"], columns["masks"] == 0
+        rewards = columns["rewards"]
+        return np.sign(rewards) if self.sparse else rewards, columns["masks"] == 0
 
 
-def make(name: str) -> OGBench:
-    """Returns OGBench's environment of this name. Raises UserError where OGBench has none."""
+def make(name: str, sparse: bool = False) -> OGBench:
+    """Returns OGBench's environment of this name. Raises UserError where OGBench has none.
+
+    `sparse` (single tasks) makes rewards -1 until all is solved and 0 then, as Q-chunking's experiments have them.
+    """
     known = names()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -128,6 +134,8 @@ def make(name: str) -> OGBench:
     dataset = [word for word in words if word not in ("singletask", "oraclerep", task)]
     simulator = "-".join(word for word in words if word not in ("oraclerep", dataset[-2]))
     oracle, single = "oraclerep" in words, "singletask" in words
+    if sparse and not single:
+        raise UserError(f"environment 'ogbench/{name}': only single tasks have a reward that can be sparse")
     probe = _simulator(simulator, oracle)
     with _quiet():
         obs, info = probe.env.reset(seed=0)
@@ -141,14 +149,16 @@ def make(name: str) -> OGBench:
         spec=Spec(len(obs) + goal, probe.space.shape[0], goal),
         horizon=probe.env.spec.max_episode_steps,
         tasks=probe.env.unwrapped.num_tasks if goal else 0,
+        sparse=sparse,
     )
 
 
 def names() -> list[str]:
     """Returns the names of all that observes numbers; pictures and the discrete Powderworld are left out."""
     with _quiet():
-        import gymnasium
-        import ogbench  # noqa: F401
+        import ogbench  # noqa: F401  (first: it is what is named where it is not installed)
+
+        import gymnasium  # isort: skip
 
         ids = [name for name, spec in gymnasium.registry.items() if str(spec.entry_point).startswith("ogbench.")]
     result = []
@@ -189,7 +199,9 @@ def _simulator(simulator: str, oracle: bool) -> ogbench_simulators.Simulator:
 def _quiet() -> Generator[None]:
     """Silences what OGBench's packages warn of, and keeps NumPy's global stream, from which it draws, as it was."""
     random = np.random.get_state()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    np.random.set_state(random)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        np.random.set_state(random)

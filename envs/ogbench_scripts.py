@@ -32,6 +32,12 @@ class Script:
     noise: float
     rows: int
 
+    @property
+    def dataset(self) -> str:
+        """As OGBench would name what is recorded."""
+        *thing, version = self.simulator.split("-")
+        return "-".join([*thing, self.kind, version])
+
     def __call__(self, job: tuple[int, int]) -> dict[str, np.ndarray]:
         """Returns the columns of an episode."""
         play, env = stage(self)
@@ -85,14 +91,16 @@ def oracles_of(script: Script, simulator: Simulator) -> dict[str, Any]:
     """Returns OGBench's oracle for each thing that there is to move."""
     name, style = script.simulator.split("-")[0], "markov" if script.kind == "noisy" else "plan"
     things = {"cube": ["cube"], "puzzle": ["button"], "scene": ["cube", "button", "drawer", "window"]}[name]
-    options: dict[str, Any] = {"min_norm": 0.4} if style == "markov" else {"noise": script.noise, "noise_smoothing": 0.5}
+    options: dict[str, Any] = (
+        {"min_norm": 0.4} if style == "markov" else {"noise": script.noise, "noise_smoothing": 0.5}
+    )
     if name == "puzzle":
         options["gripper_always_closed"] = True
     oracles = {}
     for thing in things:
         module = importlib.import_module(f"ogbench.manipspace.oracles.{style}.{thing}_{style}")
         extra = {"max_step": 100} if (name, thing, style) == ("scene", "cube", "markov") else {}
-        oracles[thing] = getattr(module, f"{thing.title()}{style.title()}Oracle")(simulator.env, **options, **extra)
+        oracles[thing] = getattr(module, f"{thing.title()}{style.title()}Oracle")(env=simulator.env, **options, **extra)
     return oracles
 
 
@@ -139,7 +147,9 @@ def _cells_away(maze: Any, start: tuple, cells: list[tuple]) -> list[tuple]:
     return [cell for cell in cells if distance[cell] == STITCH] or [start]
 
 
-def _step(simulator: Simulator, rows: list[dict[str, Any]], obs: np.ndarray, action: np.ndarray) -> tuple[bool, Any, Any]:
+def _step(
+    simulator: Simulator, rows: list[dict[str, Any]], obs: np.ndarray, action: np.ndarray
+) -> tuple[bool, Any, Any]:
     """Returns (over, observation, info) after a step, having added its row."""
     action = np.clip(action, -1, 1)
     after, _, terminated, truncated, info = simulator.step(action)

@@ -1,8 +1,11 @@
 """OGBench's simulators, as worker processes make them. Imports no JAX."""
 
+import contextlib
 import os
 import sys
+import tempfile
 import warnings
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -17,9 +20,9 @@ class Simulator:
     episode's seed.
     """
 
-    def __init__(self, env: Any, goal: bool) -> None:
-        """Takes the environment that Gymnasium made, and whether goals are observed."""
-        self.env, self.conditioned, self.goal = env, goal, np.zeros(0)
+    def __init__(self, env: Any, goal: bool, sparse: bool = False) -> None:
+        """Takes the environment that Gymnasium made, whether goals are observed, and whether rewards are -1 or 0."""
+        self.env, self.conditioned, self.sparse, self.goal = env, goal, sparse, np.zeros(0)
         self.space = env.unwrapped.action_space
         kind = type(env.unwrapped)
         if isinstance(getattr(kind, "action_space", None), property):  # a new space for every access
@@ -35,8 +38,8 @@ class Simulator:
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Returns what one action leads to."""
-        obs, *rest = self.env.step(action)
-        return self.observed(obs), *rest
+        obs, reward, *rest = self.env.step(action)
+        return self.observed(obs), np.sign(reward) if self.sparse else reward, *rest
 
     def render(self) -> np.ndarray:
         """Returns a picture [height, width, 3] of the scene."""
@@ -47,7 +50,20 @@ class Simulator:
         return np.concatenate([obs, self.goal])
 
 
-def build(simulator: str, goal: bool, oracle: bool, picture: int = 0, **options: Any) -> Simulator:
+@contextlib.contextmanager
+def _temporary_files() -> Generator[None]:
+    """Removes what is written to temporary files meanwhile: OGBench leaves one there for every maze."""
+    before = tempfile.tempdir
+    try:
+        with tempfile.TemporaryDirectory() as tempfile.tempdir:
+            yield
+    finally:
+        tempfile.tempdir = before
+
+
+def build(
+    simulator: str, goal: bool, oracle: bool, picture: int = 0, sparse: bool = False, **options: Any
+) -> Simulator:
     """Returns the simulator that Gymnasium knows by this name; with `picture`, one that renders in so many pixels."""
     if picture and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen; to be set before MuJoCo is imported
@@ -61,7 +77,8 @@ def build(simulator: str, goal: bool, oracle: bool, picture: int = 0, **options:
             import gymnasium
             import ogbench  # noqa: F401  (registers its environments)
 
-            env = Simulator(gymnasium.make(simulator, disable_env_checker=True, **options), goal)
+            with _temporary_files():
+                env = Simulator(gymnasium.make(simulator, disable_env_checker=True, **options), goal, sparse)
             if picture:
                 env.reset(seed=0)
                 env.render()
@@ -72,5 +89,6 @@ def build(simulator: str, goal: bool, oracle: bool, picture: int = 0, **options:
             gl = os.environ.get("MUJOCO_GL")
             raise UserError(
                 f"{simulator} cannot be {'rendered' if picture else 'built'} here, MUJOCO_GL being {gl}: "
-                f"{type(error).__name__}: {error}" + ("; install EGL, or set MUJOCO_GL to glfw or osmesa" if picture else "")
+                f"{type(error).__name__}: {error}"
+                + ("; install EGL, or set MUJOCO_GL to glfw or osmesa" if picture else "")
             ) from error

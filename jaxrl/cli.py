@@ -38,6 +38,7 @@ class TrainOptions(Generic[A]):
         jaxrl train bc push --seed 1                another agent, another environment
         jaxrl train fmq maze-large --preset paper   the published sizes, for an accelerator
         jaxrl train --resume runs/NAME              on from the newest checkpoint, exactly as if it had never stopped
+                                                    (but that simulators on the CPU, ogbench/NAME, begin new episodes)
 
         AGENT        {agents}
         ENVIRONMENT  a name of `jaxrl list`, with options after a question mark ("push?horizon=50"),
@@ -88,16 +89,17 @@ class CollectOptions:
     """Record a scripted behaviour of an environment as a dataset.
 
     jaxrl collect maze-medium --behaviour good --steps 100000
+    jaxrl collect ogbench/cube-single-play-v0 --behaviour 'play?noise=0.2'
     """
 
-    behaviour: str = "medium"
-    """Level of the behaviour, see `jaxrl list`."""
+    behaviour: str | None = None
+    """Level of the behaviour, see `jaxrl list`; by default medium, and for OGBench the kind that its name holds."""
     steps: int = 1_000_000
     """Steps to record, at least."""
     seed: int = 0
     """Seed."""
     out: Path | None = None
-    """File to write (.npz); by default datasets/ENVIRONMENT-BEHAVIOUR-STEPS-sSEED.npz."""
+    """File to write (.npz); by default datasets/ENVIRONMENT-BEHAVIOUR-STEPS-sSEED.npz, or OGBench's own name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,16 +215,23 @@ def collect(args: list[str]) -> int:
         raise UserError("collect: name an environment, for example `jaxrl collect maze-medium`")
     if options.steps < 1:
         raise UserError(f"steps = {options.steps}: must be at least 1")
-    from jaxrl import session
+    from jaxrl import host, session
     from jaxrl.data import files, record
 
-    path = options.out or session.data_path(names[0], options.behaviour, options.steps, options.seed)
+    environment, behaviour = _make(names[0]), options.behaviour or "medium"
+    if on_host(environment):
+        script, episodes = host.script_of(environment, options.behaviour, options.steps)
+        path = options.out or Path("datasets") / f"{script.dataset}.npz"
+    else:
+        path = options.out or session.data_path(names[0], behaviour, options.steps, options.seed)
     if path.suffix != ".npz":
         raise UserError(f"--out {path}: the name of a dataset file ends in .npz")
     if path.exists():
         raise UserError(f"{path} exists: name another file with --out")
-    environment = _make(names[0])
-    dataset = record.record(environment, options.behaviour, options.steps, options.seed)
+    if on_host(environment):
+        dataset = host.record(script, episodes, options.seed)
+    else:
+        dataset = record.record(environment, behaviour, options.steps, options.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.save(path, dataset)
     print(files.format_report(files.describe(files.load(path), getattr(environment, "relabel", None))))

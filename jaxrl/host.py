@@ -8,7 +8,7 @@ resumed begins new episodes, and only its offline phase is, bit for bit, what it
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -103,10 +103,10 @@ def resume(carry: Carry) -> Carry:
     ring = carry.world.replay
     lanes, rows = ring.valid.shape
     before = (jnp.arange(lanes), (ring.head - 1) % rows)
-    cut = (ring.count > 0) & ring.valid[before]
+    cut = (ring.count > 0) & ring.valid[before]  # else the row before the head has closed an episode
     replay = dataclasses.replace(
         ring,
-        truncated=ring.truncated.at[before].set(ring.truncated[before] | (cut & ~ring.terminated[before])),
+        truncated=ring.truncated.at[before].set(ring.truncated[before] | cut),
         head=(ring.head + cut) % rows,
         count=jnp.minimum(ring.count + cut, rows - 1),
     )
@@ -128,7 +128,9 @@ def epoch(
     Raises Interrupted, with the carry as it was then, where a worker dies.
     """
     key, key_starts, key_iterations = jax.random.split(carry.key, 3)
-    random, history, sums = generator(key_starts), [], []
+    random = generator(key_starts)
+    history: list[Any] = []
+    sums: list[dict[str, Any]] = []
     try:
         if simulators.flight is None:
             carry = jitted_resume(carry)
@@ -145,9 +147,9 @@ def epoch(
         simulators.flight = None
         raise Interrupted(carry) from error
     carry, word = jitted_close(carry)
-    means = {name: np.mean([values[name] for values in jax.device_get(history)]) for name in history[0]}
+    means: Metrics = {name: np.mean([values[name] for values in jax.device_get(history)]) for name in history[0]}
     totals = {name: jnp.asarray(np.sum([values[name] for values in sums])) for name in sums[0]}
-    return carry, means | train.episode_metrics(totals) | {"digest": word}
+    return carry, {**means, **train.episode_metrics(totals), "digest": word}
 
 
 def lanes_of(carry: Carry) -> int:
@@ -163,9 +165,7 @@ def take_off(simulators: Simulators, random: np.random.Generator, count: int) ->
     return Flight(obs, np.zeros(count, np.float32))
 
 
-def advance(
-    simulators: Simulators, chunks: np.ndarray, random: np.random.Generator
-) -> tuple[Steps, dict[str, np.ndarray]]:
+def advance(simulators: Simulators, chunks: np.ndarray, random: np.random.Generator) -> tuple[Steps, dict[str, Any]]:
     """Returns the steps for the ring, and sums over the episodes that ended, which are followed by new ones."""
     flight, slots = simulators.flight, np.arange(len(chunks))
     assert flight is not None
@@ -254,26 +254,30 @@ def lowered(agent: Any, env: HostEnv, phase: Phase, carry: Carry, dataset: Ring,
     yield jitted_learn.lower(agent, phase, carry, dataset, steps, key)
 
 
-def collect(env: Any, behaviour: str | None, steps: int, seed: int) -> Dataset:
-    """Returns at least `steps` steps of an environment's scripted behaviour, recorded in worker processes."""
+def script_of(env: Any, behaviour: str | None, steps: int) -> tuple[Any, int]:
+    """Returns an environment's scripted behaviour, and how many of its episodes have so many steps.
+
+    A script names its `dataset`, and script((seed, episode)) are an episode's columns. Raises UserError where there is
+    none.
+    """
     if not hasattr(env, "recording"):
         raise UserError(f"{type(env).__name__} has no scripted behaviour to record")
-    record, episodes = env.recording(behaviour, steps)
+    return env.recording(behaviour, steps)
+
+
+def record(script: Callable[[tuple[int, int]], dict[str, np.ndarray]], episodes: int, seed: int) -> Dataset:
+    """Returns episodes of a script, recorded in worker processes."""
     with Pool() as pool:
-        jobs = pool.map(record, [(seed, episode) for episode in range(episodes)])
+        jobs = pool.map(script, [(seed, episode) for episode in range(episodes)])
         parts = list(tqdm(jobs, "recording", episodes, unit="episode", disable=None))
     return from_columns({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
 def _no_episodes(count: int) -> Any:
-    """Returns the record of episodes that have not begun."""
-    return ro.Episodes(
-        success=np.zeros(count, bool),
-        returns=np.zeros(count, np.float32),
-        lengths=np.zeros(count, np.int32),
-        broken=np.zeros(count, bool),
-        track=np.zeros(0),
-    )
+    """Returns the record of episodes that have not begun, to be written into."""
+    kinds = {"success": bool, "returns": np.float32, "lengths": np.int32, "broken": bool}
+    columns: dict[str, Any] = {name: np.zeros(count, kind) for name, kind in kinds.items()}
+    return ro.Episodes(**columns, track=jnp.zeros(0))
 
 
 def _record(result: Any, episodes: np.ndarray, steps: dict[str, np.ndarray]) -> None:

@@ -25,17 +25,18 @@ import numpy as np
 
 from jaxrl.errors import UserError
 
-Job, Result = TypeVar("Job"), TypeVar("Result")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # one each: the workers are the parallelism
 PATIENCE = 5.0  # seconds that a worker has to leave by itself
 
 
-class WorkerDied(UserError):
+class WorkerDied(UserError):  # noqa: N818  (nobody's error)
     """A worker process is gone: killed, out of memory, or crashed in a simulator's native code."""
 
 
-class SimulatorFailed(UserError):
+class SimulatorFailed(UserError):  # noqa: N818
     """A simulator raised an exception; unless it was a UserError, the worker has printed where."""
 
 

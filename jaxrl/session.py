@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrl import checkpoint, host, pictures, rundir, stats, train
+from jaxrl import checkpoint, host, pictures, pool, rundir, stats, train
 from jaxrl import rollout as ro
 from jaxrl.config import Config, to_dict
 from jaxrl.data import files, record, stream, task
@@ -22,7 +22,6 @@ from jaxrl.data.ring import Ring
 from jaxrl.data.stream import Shards, Stream
 from jaxrl.errors import UserError
 from jaxrl.log import Log
-from jaxrl.pool import WorkerDied
 from jaxrl.signals import StopRequests
 from jaxrl.train import Carry, Phase, Schedule
 from jaxrl.types import Env, on_host
@@ -189,18 +188,27 @@ def prepare(config: Config, env: Any, dataset: Dataset | Shards) -> Run:
     """Returns the run of a configuration. Raises UserError where no episode is as long as the agent's windows."""
     agent = train.on_device(config.agent)
     timeline = Timeline(train.phases(config.schedule, agent.chunk, (config.reward_scale, config.reward_shift)))
-    return Run(config, env, agent, timeline, in_memory(config, env, dataset, timeline.epochs), simulators_of(env))
+    return Run(
+        config, env, agent, timeline, in_memory(config, env, dataset, timeline.epochs), simulators_of(config, env)
+    )
 
 
-def simulators_of(env: Any) -> host.Simulators | None:
+def simulators_of(config: Config, env: Any) -> host.Simulators | None:
     """Returns the simulators of an environment that steps on the CPU; they start when they are first needed."""
-    return host.Simulators(env) if on_host(env) else None
+    most = max(config.schedule.envs, config.schedule.eval_episodes)
+    return host.Simulators(env, min(pool.cores(), most)) if on_host(env) else None
 
 
 def in_memory(config: Config, env: Any, dataset: Dataset | Shards, epochs: int) -> Ring | Stream:
     """Returns the dataset in device memory, or what brings it there file by file."""
     window = task.window_of(config.agent)
-    place = functools.partial(task.to_ring, env=env, scale=config.reward_scale, shift=config.reward_shift)
+    place = functools.partial(
+        task.to_ring,
+        env=env,
+        scale=config.reward_scale,
+        shift=config.reward_shift,
+        probabilities=getattr(config.agent, "head", "mse") == "bce",
+    )
     if isinstance(dataset, Dataset):
         task.check_window(task.sizes_of(dataset), window)
         return place(dataset)
@@ -248,15 +256,17 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, An
                 log.start(phase, before, run.agent.chunk, run.config.schedule.envs)
             try:
                 carry, row = run.epoch(carry, index)
-            except host.Interrupted as broken:  # amid an epoch, which is then repeated with what it has learnt so far
-                checkpoint.save(folder, index, broken.carry)
+            except host.Interrupted as broken:  # amid an epoch, which will be repeated with what it has learnt so far
+                if before:  # else the newest checkpoint is the one before the phase, of another shape maybe
+                    checkpoint.save(folder, index, broken.carry)
                 raise stopped_by(broken.__cause__) from broken
-            except WorkerDied as error:  # in an evaluation: the epoch is repeated from the newest checkpoint
+            except pool.WorkerDied as error:  # in an evaluation: the newest checkpoint is what there is to go on from
                 raise stopped_by(error) from error
             log.row(row)
             last = index + 1 == run.timeline.epochs
             stopping = stop.requested and not last
-            if stopping or last or (index + 1) % run.config.checkpoint_every == 0:
+            closes = run.simulators is not None and run.timeline.closes_phase(index)
+            if stopping or last or closes or (index + 1) % run.config.checkpoint_every == 0:
                 checkpoint.save(folder, index + 1, carry)
             if stopping:
                 raise StopRequested
@@ -324,7 +334,7 @@ def evaluate(config: Config, env: Any, path: Path) -> dict[str, Any]:
     """Returns the evaluation of a run's newest checkpoint, on the episodes that the configuration names."""
     agent = train.on_device(config.agent)
     state = newest_state(config, agent, env, path)
-    simulators = simulators_of(env)
+    simulators = simulators_of(config, env)
     with contextlib.closing(simulators) if simulators is not None else contextlib.nullcontext():
         return evaluation(episodes_of(config, agent, env, state, simulators))
 

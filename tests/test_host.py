@@ -1,4 +1,4 @@
-"""Simulators in worker processes: what a chunk does in them, episodes that are evaluated, epochs, and workers that die."""
+"""Simulators in worker processes: chunks in them, episodes that are evaluated, epochs, and workers that die."""
 
 import contextlib
 import dataclasses
@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ import tiny
 import walk
 
 import envs
-from jaxrl import checkpoint, cli, host, pool, rundir
+from envs.checker import check
+from jaxrl import checkpoint, cli, host, pool
 from jaxrl import train as training
 from jaxrl.data import files, ring
 from jaxrl.errors import UserError
@@ -25,17 +27,29 @@ from jaxrl.types import Env, HostEnv, Spec, on_host, pytree
 
 @dataclasses.dataclass(frozen=True)
 class WalkEnv:
-    """What the command line is given: `test_host:make`."""
+    """What the command line is given: `test_host:make`. Trouble makes it no other environment to a program."""
 
-    trouble: str = ""
-    fuse: str = ""
-    blind: bool = False
+    trouble: str = dataclasses.field(default="", compare=False)
+    fuse: str = dataclasses.field(default="", compare=False)
+    blind: bool = dataclasses.field(default=False, compare=False)
     tasks: int = 2
-    spec: Spec = Spec(observation=3, action=1)
-    horizon: int = walk.HORIZON
+    spec: ClassVar[Spec] = Spec(observation=3, action=1)
+    horizon: ClassVar[int] = walk.HORIZON
 
     def builder(self, picture=0):
         return functools.partial(walk.Blind if self.blind else walk.Walk, self.trouble, self.fuse, picture)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong:
+    """One that says the wrong sizes."""
+
+    spec: Spec
+    horizon: int = 3
+    tasks: int = 0
+
+    def builder(self, picture=0):
+        return walk.Walk
 
 
 def make(trouble: str = "", fuse: str = "", tasks: int = 2) -> WalkEnv:
@@ -229,13 +243,14 @@ def test_an_episode_that_was_cut_off_ends_as_by_the_clock():
             ended=np.array([ended, False]),
         )
 
-    replay = ring.add(ring.empty(2, 12, 1, 1), steps(0, True))  # the second lane's episode is under way
+    replay = jax.jit(ring.add)(ring.empty(2, 12, 1, 1), steps(0, True))  # the second lane's episode is under way
     counters = (jnp.zeros((), jnp.int32) for _ in range(3))
     carry = training.Carry((), jax.random.key(0), training.World(None, replay), *counters)
     resumed = host.jitted_resume(carry).world.replay
     assert resumed.head.tolist() == [3, 3] and resumed.count.tolist() == [3, 3]
     assert resumed.truncated[:, 1].tolist() == [False, True]
-    windows = ring.window_at(ring.add(resumed, steps(7, False)), jnp.array([0, 1, 1]), jnp.array([1, 1, 3]), 3)
+    more = jax.jit(ring.add)(resumed, steps(7, False))
+    windows = jax.jit(ring.window_at, static_argnums=3)(more, jnp.array([0, 1, 1]), jnp.array([1, 1, 3]), 3)
     assert windows.next_obs[:, 0].tolist() == [2, 2, 9]
     assert windows.valid.sum(axis=1).tolist() == [1, 1, 2] and windows.terminated.tolist() == [True, False, False]
 
@@ -282,8 +297,9 @@ def train(folder: Path, *more: str, env: str = "test_host:make") -> int:
 def finished(tmp_path_factory) -> Path:
     """A run of two epochs offline, a warm-up and three epochs online."""
     folder = tmp_path_factory.mktemp("host")
-    with tiny.quick():
+    with tiny.quick(), tiny.compilations() as compiled:
         assert train(folder, f"--out={folder / 'run'}") == 0
+    (folder / "compiled.json").write_text(json.dumps(compiled[:-1]))
     return folder / "run"
 
 
@@ -343,48 +359,48 @@ def test_a_run_that_was_stopped_begins_new_episodes(finished, tmp_path, capsys):
     assert now[4]["digest"] != was[4]["digest"] and now[5]["steps"] > was[4]["steps"]
 
 
-def test_a_run_whose_worker_dies_is_saved_and_goes_on(tmp_path, capsys):
+@pytest.mark.parametrize("broken", [3, 4])
+def test_a_run_whose_worker_dies_is_saved_and_goes_on(finished, tmp_path, capsys, broken):
+    """It dies in the second iteration of an epoch: of the first one online, or of the second."""
     fuse, run = tmp_path / "fuse", tmp_path / "run"
-    write_data(tmp_path / "data.npz")
     env = f"test_host:make?trouble=kill&fuse={fuse}"
     # nobody walks as far as 0.3 before the simulators are pushed there
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "advance", lighting(fuse, host.advance))
-        assert train(tmp_path, f"--out={run}", env=env) == cli.SAVED
+        patch.setattr(host, "advance", lighting(fuse, host.advance, 2 + (broken - 3) * 4 + 2))
+        assert train(finished.parent, "--checkpoint-every=9", f"--out={run}", env=env) == cli.SAVED
     error = capsys.readouterr().err.splitlines()
     assert [line.split(" (")[0] for line in error if line.startswith("worker")] == ["worker 0 of 2"]
     assert error[-1] == f"stopped and saved; go on with: jaxrl train --resume {run}"
     last = tiny.rows(run)[-1]
-    assert checkpoint.epochs(run / "checkpoints")[-1] == last["epoch"] == 4
-    saved = tiny.carry(run, 4)
-    assert saved[".steps"] > last["steps"] and saved[".updates"] > last["updates"]  # of the broken epoch too
+    assert checkpoint.epochs(run / "checkpoints")[-1] == last["epoch"] == broken
+    saved, more = tiny.carry(run, broken), broken == 4
+    # of the broken epoch too, unless it is the first of its phase
+    assert saved[".steps"] - last["steps"] == 6 * more and saved[".updates"] - last["updates"] == 2 * more
     assert cli.main(["train", "--resume", str(run)]) == 0
     assert tiny.rows(run)[-1]["epoch"] == 6 and not fuse.exists()
 
 
-def lighting(fuse: Path, advance):
-    """Returns `advance` that in the eleventh iteration walks until a worker dies."""
+def lighting(fuse: Path, advance, iteration: int):
+    """Returns `advance` that walks until a worker dies, in an iteration counted from the first that collects."""
     calls = []
 
     def lit(simulators, chunks, random):
         calls.append(1)
-        if len(calls) == 2 + 4 + 2:
+        if len(calls) == iteration:
             fuse.touch()
-            for _ in range(3):
-                simulators.pool.execute("training", np.arange(1), np.ones((1, 2, 1), np.float32))
+            simulators.pool.execute("training", np.arange(1), np.ones((1, 8, 1), np.float32))
         return advance(simulators, chunks, random)
 
     return lit
 
 
-def test_a_worker_that_dies_in_an_evaluation_stops_the_run_as_well(tmp_path, capsys):
+def test_a_worker_that_dies_in_an_evaluation_stops_the_run_as_well(finished, tmp_path, capsys):
     env = f"test_host:make?trouble=kill&fuse={tmp_path / 'fuse'}"
-    assert train(tmp_path, f"--out={tmp_path / 'run'}", "--plan", env=env) == 0
     (tmp_path / "fuse").touch()
     walks = Constant(chunk=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "jitted_act_greedily", lambda agent, state, obs, key, turns: walks.act(1.0, obs, key))
-        assert train(tmp_path, f"--out={tmp_path / 'run'}", env=env) == cli.SAVED
+        assert train(finished.parent, f"--out={tmp_path / 'run'}", env=env) == cli.SAVED
     assert "worker" in capsys.readouterr().err
     assert [row["epoch"] for row in tiny.rows(tmp_path / "run")] == [1]
     assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
@@ -401,6 +417,36 @@ def test_commands_on_a_finished_run(finished, tmp_path, capsys):
     assert (tmp_path / "walk.gif").stat().st_size > 0
 
 
+def test_the_programs_are_compiled_once_per_phase(finished):
+    compiled = json.loads((finished.parent / "compiled.json").read_text())
+    # what learns compiles in the warm-up and again in the first epoch online, what acts once, what evaluates once
+    for program, counts in (("learn", [0, 0, 1, 1, 0, 0]), ("act", [0, 0, 1, 0, 0, 0]), ("epoch", [1, 0, 0, 0, 0, 0])):
+        assert [line.count(f"jit({program})") for line in compiled] == counts
+    assert [line.count("jit(act_greedily)") for line in compiled] == [0, 1, 0, 0, 0, 0]
+    assert compiled[5] == []
+
+
+def test_the_plan_counts_what_is_on_the_device(finished, capsys):
+    schedule = ["--schedule.offline-updates=0", "--schedule.warmup-steps=0"]
+    assert train(finished.parent, *schedule, "--plan") == 0
+    planned = dict(line.rsplit(maxsplit=2)[:2] for line in capsys.readouterr().out.splitlines())
+    assert planned["environments"] == "0.0" and float(planned["process at its peak, having compiled all"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("env", "found"),
+    [
+        (WalkEnv(), []),
+        (WalkEnv("nan"), ["all numbers are finite: a step gave a number that is not"]),
+        (WalkEnv("raise"), ["simulators run in a worker process: SimulatorFailed: a simulator failed: RuntimeError"]),
+        (Wrong(Spec(2, 1)), ["observations have the size of spec: theirs is (3,)"]),
+    ],
+)
+def test_the_checker_looks_at_simulators_too(env, found):
+    failed = [str(finding) for finding in check(env) if not finding.ok]
+    assert [line.startswith(f"FAIL  {start}") for line, start in zip(failed, found, strict=True)] == [True] * len(found)
+
+
 def test_what_lacks_a_dataset_says_so(capsys):
     assert cli.main(["train", "bc", "test_host:make"]) == 2
     assert "name a dataset file with --data" in capsys.readouterr().err
@@ -409,7 +455,7 @@ def test_what_lacks_a_dataset_says_so(capsys):
 def test_an_environment_is_of_one_kind_or_the_other():
     assert on_host(WalkEnv()) and isinstance(WalkEnv(), HostEnv)
     assert not on_host(envs.make("point")) and isinstance(envs.make("point"), Env)
-    with pytest.raises(UserError, match="lacks tasks; .* spec, horizon, tasks and builder"):
+    with pytest.raises(UserError, match=r"lacks tasks; .* spec, horizon, tasks and builder"):
         envs.make("test_host:lacking")
 
 

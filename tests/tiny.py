@@ -71,15 +71,10 @@ def write_data(path: Path) -> Path:
     return path
 
 
-@functools.cache
-def finished(temporary: Path) -> Path:
-    """Returns the directory of the run, driven to its end without a break; its data.npz and a compiled.json beside it.
-
-    The latter holds the names of the programs that were compiled before each row of metrics was written, and after.
-    """
-    folder = temporary / "tiny"
-    folder.mkdir()
-    compiled: list[list[str]] = []
+@contextlib.contextmanager
+def compilations():
+    """A context that gives the names of the programs compiled in it: before each row of metrics, and after the last."""
+    compiled: list[list[str]] = [[]]
     seen = logging.Handler()
     seen.emit = lambda record: compiled[-1].append(record.getMessage().split()[1])
     seen.addFilter(lambda record: record.getMessage().startswith("Compiling"))
@@ -89,11 +84,22 @@ def finished(temporary: Path) -> Path:
         compiled.append([])
         row(log, new)
 
-    compiled.append([])
     logging.getLogger("jax").addHandler(seen)
-    with quick(), jax.log_compiles(), mock.patch.object(Log, "row", counted):
-        assert cli.main([*flags(write_data(folder / "data.npz")), f"--out={folder / 'whole'}"]) == 0
+    with jax.log_compiles(), mock.patch.object(Log, "row", counted):
+        yield compiled
     logging.getLogger("jax").removeHandler(seen)
+
+
+@functools.cache
+def finished(temporary: Path) -> Path:
+    """Returns the directory of the run, driven to its end without a break; its data.npz and a compiled.json beside it.
+
+    The latter holds the names of the programs that were compiled before each row of metrics was written, and after.
+    """
+    folder = temporary / "tiny"
+    folder.mkdir()
+    with quick(), compilations() as compiled:
+        assert cli.main([*flags(write_data(folder / "data.npz")), f"--out={folder / 'whole'}"]) == 0
     (folder / "compiled.json").write_text(json.dumps(compiled))
     return folder / "whole"
 

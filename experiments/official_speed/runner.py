@@ -1,6 +1,6 @@
 """The training loop of an official implementation at its leanest: sample on the host, update, nothing else.
 
-Runs in the official code's own environment, imports its classes, and nothing of jaxrl. It answers each line of its
+Runs in the official code's own environment, and imports its classes and nothing of jaxrl. It answers each line of its
 standard input, a number of seconds, with a line of JSON: how many loops it made, in how many seconds.
 
     python runner.py METHOD REPOSITORY DATA WIDTHS BATCH CHUNK BACKUP
@@ -10,17 +10,21 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+Sampler = Callable[[], dict]
 
-def columns(path):
-    """Returns observations, actions and ends of episodes, in OGBench's layout: each episode's last row only observes."""
+
+def columns(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns observations, actions and the ends of episodes: an episode's last row is only observed."""
     with np.load(path) as file:
         return file["observations"], file["actions"], file["terminals"].astype(bool)
 
 
-def transitions(path):
+def transitions(path: str) -> dict[str, np.ndarray]:
     """Returns one row per step, as single-task datasets are; the task is never solved."""
     obs, actions, last = columns(path)
     at = np.flatnonzero(~last)
@@ -36,10 +40,10 @@ def transitions(path):
     }
 
 
-def qgf(path, widths, batch, chunk, backup):
+def qgf(path: str, widths: tuple[int, ...], batch: int, chunk: int, backup: int) -> tuple[Any, Sampler]:
     """Returns QGF's agent and what samples its batches."""
-    from agents.qgf import QGFAgent, get_config
-    from utils.datasets import Dataset
+    from agents.qgf import QGFAgent, get_config  # ty: ignore[unresolved-import]
+    from utils.datasets import Dataset  # ty: ignore[unresolved-import]
 
     assert chunk == backup, "the official QGF has one horizon"
     config = get_config()
@@ -51,10 +55,10 @@ def qgf(path, widths, batch, chunk, backup):
     return agent, lambda: data.sample_sequence(batch, sequence_length=chunk, discount=config.discount)
 
 
-def dqc(path, widths, batch, chunk, backup):
+def dqc(path: str, widths: tuple[int, ...], batch: int, chunk: int, backup: int) -> tuple[Any, Sampler]:
     """Returns DQC's agent and what samples its batches; a goal is a whole observation."""
-    from agents.dqc import DQCAgent, get_config
-    from utils.datasets import CGCDataset, Dataset
+    from agents.dqc import DQCAgent, get_config  # ty: ignore[unresolved-import]
+    from utils.datasets import CGCDataset, Dataset  # ty: ignore[unresolved-import]
 
     config = get_config()
     config.batch_size, config.policy_chunk_size, config.backup_horizon = batch, chunk, backup
@@ -66,10 +70,10 @@ def dqc(path, widths, batch, chunk, backup):
     return DQCAgent.create(0, data.sample(1), config), lambda: data.sample(batch)
 
 
-def fql(path, widths, batch, chunk, backup):
+def fql(path: str, widths: tuple[int, ...], batch: int, chunk: int, backup: int) -> tuple[Any, Sampler]:
     """Returns FQL's agent and what samples its batches."""
-    from agents.fql import FQLAgent, get_config
-    from utils.datasets import Dataset
+    from agents.fql import FQLAgent, get_config  # ty: ignore[unresolved-import]
+    from utils.datasets import Dataset  # ty: ignore[unresolved-import]
 
     assert chunk == backup == 1, "the official FQL has neither chunks nor n-step returns"
     config = get_config()
@@ -79,7 +83,7 @@ def fql(path, widths, batch, chunk, backup):
     return FQLAgent.create(0, one["observations"], one["actions"], config), lambda: data.sample(batch)
 
 
-def run(agent, sample, seconds):
+def run(agent: Any, sample: Sampler, seconds: float) -> tuple[Any, int, float]:
     """Returns the agent after the loops of so many seconds, how many they were, and the seconds until all were done."""
     import jax
 
@@ -91,7 +95,7 @@ def run(agent, sample, seconds):
     return agent, loops, time.perf_counter() - began
 
 
-def main():
+def main() -> None:
     """Builds, warms up, then measures as often as it is asked to."""
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever the official code prints is no answer
     method, repository, path, widths, *sizes = sys.argv[1:]

@@ -87,6 +87,15 @@ def unflatten(chunk: jax.Array, action: int) -> jax.Array:
     return chunk.reshape(len(chunk), -1, action)
 
 
+def check_goals(agent: Any) -> None:
+    """Raises UserError where the law of the goals is out of range, or its rewards do not fit the values' head."""
+    agent.goals.check()
+    if agent.head == "bce" and agent.goals.negative:
+        raise UserError(
+            f"{type(agent).__name__}.goals.negative = True: values are probabilities, rewards must be 0 and 1"
+        )
+
+
 def check_range(agent: Any, **bounds: tuple[float | None, float | None]) -> None:
     """Raises UserError for the first field whose value lies outside its closed [low, high]; None leaves a side open."""
     for name, (low, high) in bounds.items():

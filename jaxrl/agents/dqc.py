@@ -31,7 +31,6 @@ from jaxrl.networks import Activation, Critic, Norm, TimeFeatures, Value, Veloci
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 Tilt = Literal["expectile", "quantile"]
-HEAD: losses.Head = "bce"
 
 
 @pytree
@@ -64,12 +63,17 @@ class DQC:
     valid_index: Literal["step", "flat"] = "step"  # where the mask is looked up
     goals: Goals = Goals()  # how goals are drawn where the task has some
 
+    @property
+    def head(self) -> losses.Head:
+        """All values are probabilities."""
+        return "bce"
+
     def check(self) -> None:
         """Raises UserError where a value is out of range."""
         counts = ("chunk", "actor_hidden", "critic_hidden", "critics", "batch_size", "flow_steps", "num_samples")
         common.check_range(self, **dict.fromkeys(counts, (1, None)), backup=(self.chunk, None), time_size=(4, None))
         common.check_range(self, lr=(0, None), discount=(0, 1), tau=(0, 1), kappa_d=(0, 1), kappa_b=(0, 1))
-        self.goals.check()
+        common.check_goals(self)
 
     def actor(self, spec: Spec) -> Velocity:
         """Returns the behaviour flow's velocity v(s, a_t, t), which never sees the goal."""
@@ -146,14 +150,14 @@ class DQC:
 
     def td_target(self, state: State, batch: Batch) -> jax.Array:
         """Returns y [B]: the return within the window and the online value after it, a probability."""
-        next_value = losses.value_of(apply(self.value(), state.params["value"], batch.next_obs), HEAD)
+        next_value = losses.value_of(apply(self.value(), state.params["value"], batch.next_obs), self.head)
         y = losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
-        return losses.bounded(y, HEAD)
+        return losses.bounded(y, self.head)
 
     def chunk_critic_loss(self, params: PyTree, state: State, batch: Batch) -> jax.Array:
         """Returns the TD loss of the critic over h actions."""
         output = apply(self.critic(), params, batch.obs, common.flat_actions(batch))
-        error = losses.regression(output, self.td_target(state, batch)[None], HEAD)
+        error = losses.regression(output, self.td_target(state, batch)[None], self.head)
         return losses.masked_mean(error.mean(axis=0), self.whole_weight(batch))
 
     def distillation_target(self, state: State, batch: Batch) -> jax.Array:
@@ -161,13 +165,13 @@ class DQC:
         if not self.chunk_critic:
             return jnp.broadcast_to(self.td_target(state, batch)[None], (self.critics, len(batch.obs)))
         output = apply(self.critic(), state.params["chunk_critic"], batch.obs, common.flat_actions(batch))
-        return losses.value_of(output, HEAD)
+        return losses.value_of(output, self.head)
 
     def distillation_loss(self, critic: PyTree, state: State, batch: Batch) -> jax.Array:
         """Returns the loss of the critic over h_a actions, an optimistic summary of how chunks go on."""
         output = apply(self.critic(), critic, batch.obs, common.flat_actions(batch, self.chunk))
         target = self.distillation_target(state, batch)
-        error = losses.tilted(output, target, self.kappa_d, HEAD, self.distill, margin=1e-5)
+        error = losses.tilted(output, target, self.kappa_d, self.head, self.distill, margin=1e-5)
         weight = self.short_weight(batch)
         if self.chunk_critic and self.valid_index == "step":
             weight = self.whole_weight(batch)  # the target has seen the whole chunk
@@ -176,13 +180,13 @@ class DQC:
     def backup_target(self, state: State, batch: Batch) -> jax.Array:
         """Returns the slow short critic's aggregate [B], a probability."""
         output = apply(self.critic(), state.target, batch.obs, common.flat_actions(batch, self.chunk))
-        return losses.aggregate(losses.value_of(output, HEAD), self.agg)
+        return losses.aggregate(losses.value_of(output, self.head), self.agg)
 
     def value_loss(self, value: PyTree, state: State, batch: Batch) -> jax.Array:
         """Returns the implicit backup: V becomes an optimistic summary over the data's actions."""
         output = apply(self.value(), value, batch.obs)
         target = self.backup_target(state, batch)
-        error = losses.tilted(output, target, self.kappa_b, HEAD, self.implicit_backup)
+        error = losses.tilted(output, target, self.kappa_b, self.head, self.implicit_backup)
         return losses.masked_mean(error, self.short_weight(batch))
 
     def cloning_loss(self, actor: PyTree, spec: Spec, batch: Batch, draws: Draws) -> jax.Array:

@@ -54,7 +54,7 @@ class FQL:
         counts = ("chunk", "actor_hidden", "critic_hidden", "critics", "batch_size", "flow_steps")
         common.check_range(self, **dict.fromkeys(counts, (1, None)), backup=(self.chunk, None), time_size=(4, None))
         common.check_range(self, lr=(0, None), alpha=(0, None), discount=(0, 1), tau=(0, 1))
-        self.goals.check()
+        common.check_goals(self)
 
     def behaviour(self, spec: Spec) -> Velocity:
         """Returns the behaviour flow's velocity v(s, a_t, t)."""

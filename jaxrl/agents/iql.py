@@ -61,7 +61,7 @@ class IQL:
         common.check_range(self, **dict.fromkeys(counts, (1, None)), backup=(self.chunk, None))
         common.check_range(self, lr=(0, None), alpha=(0, None), eval_temperature=(0, None))
         common.check_range(self, discount=(0, 1), tau=(0, 1), expectile=(0, 1))
-        self.goals.check()
+        common.check_goals(self)
 
     def actor(self, spec: Spec) -> Gaussian:
         """Returns pi(a | s)."""

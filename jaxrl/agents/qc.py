@@ -61,7 +61,7 @@ class QC:
         counts = ("chunk", "actor_hidden", "critic_hidden", "critics", "batch_size", "flow_steps", "num_samples")
         common.check_range(self, **dict.fromkeys(counts, (1, None)), backup=(self.chunk, None), time_size=(4, None))
         common.check_range(self, lr=(0, None), weight_decay=(0, None), alpha=(0, None), discount=(0, 1), tau=(0, 1))
-        self.goals.check()
+        common.check_goals(self)
 
     def behaviour(self, spec: Spec) -> Velocity:
         """Returns the behaviour flow's velocity v(s, a_t, t)."""

@@ -62,7 +62,7 @@ class QGF:
         common.check_range(self, actor_lr=(0, None), critic_lr=(0, None), value_lr=(0, None))
         common.check_range(self, discount=(0, 1), tau=(0, 1), expectile=(0, 1))
         common.check_range(self.guide, weight=(0, None), ascent_steps=(0, None), ascent_size=(0, None))
-        self.goals.check()
+        common.check_goals(self)
 
     def actor(self, spec: Spec) -> Velocity:
         """Returns the behaviour flow's velocity v(s, a_t, t)."""

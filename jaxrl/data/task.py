@@ -82,11 +82,19 @@ def check_window(sizes: Sizes, window: int) -> None:
         )
 
 
-def to_ring(dataset: Dataset, env: Any, scale: float = 1.0, shift: float = 0.0, room: tuple[int, int] = (0, 0)) -> Ring:
+def to_ring(
+    dataset: Dataset,
+    env: Any,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    room: tuple[int, int] = (0, 0),
+    probabilities: bool = False,
+) -> Ring:
     """Returns the dataset in device memory, with the environment's own rewards where it can relabel.
 
-    Rewards r become scale * r + shift. In a goal-conditioned environment goals are drawn in hindsight, and rewards
-    with them. `room` is the rows and the episodes that there is place for, so that datasets of several sizes are alike.
+    Rewards r become scale * r + shift; with `probabilities`, UserError where they then leave [0, 1]. In a
+    goal-conditioned environment goals are drawn in hindsight, and rewards with them. `room` is the rows and the
+    episodes that there is place for, so that datasets of several sizes are alike.
     """
     if env.spec.goal:
         states, goals = states_and_goals(dataset, env)
@@ -96,7 +104,21 @@ def to_ring(dataset: Dataset, env: Any, scale: float = 1.0, shift: float = 0.0, 
         dataset = files.relabelled(dataset, env.relabel)
     assert dataset.rewards is not None
     ended = np.zeros(len(dataset.rewards), bool) if dataset.masks is None else dataset.masks == 0
-    return from_dataset(dataset, scale * dataset.rewards + shift, ended, room=room)
+    rewards = scale * dataset.rewards + shift
+    if probabilities:
+        check_probabilities(rewards[~dataset.terminals], dataset.path)
+    return from_dataset(dataset, rewards, ended, room=room)
+
+
+def check_probabilities(rewards: np.ndarray, path: str) -> None:
+    """Raises UserError where rewards leave [0, 1], for agents whose values are probabilities of success."""
+    low, high = rewards.min(), rewards.max()
+    if low < 0 or high > 1:
+        hint = ": give --reward-shift 1" if (low, high) == (-1, 0) else ""
+        raise UserError(
+            f"dataset {path}: rewards lie in [{low:g}, {high:g}], the agent's values are probabilities of success and "
+            f"need rewards in [0, 1]{hint}"
+        )
 
 
 def states_and_goals(dataset: Dataset, env: Any) -> tuple[np.ndarray, np.ndarray]:

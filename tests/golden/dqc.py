@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxrl import flow, losses
 from jaxrl.agents import DQC
 from jaxrl.agents.common import flat_actions
-from jaxrl.agents.dqc import HEAD
 from jaxrl.networks import apply, repeat_for
 from jaxrl.types import Batch
 from tests.golden.recorded import Recorded
@@ -101,14 +100,14 @@ def intermediate(agent: DQC, state, batch: Batch, draws) -> dict[str, Any]:
     q, v = apply(agent.critic(), params["critic"], batch.obs, short), apply(agent.value(), params["value"], batch.obs)
     distilled, backed_up = agent.distillation_target(state, batch), agent.backup_target(state, batch)
     values = {
-        "next_v": losses.value_of(apply(agent.value(), params["value"], batch.next_obs), HEAD),
+        "next_v": losses.value_of(apply(agent.value(), params["value"], batch.next_obs), agent.head),
         "nstep_target": agent.td_target(state, batch),
         "distill_target": distilled if agent.chunk_critic else distilled[0],
         "action_critic_logit": q,
-        "distill_weight": losses.tilt_weight(q, distilled, agent.kappa_d, HEAD),
+        "distill_weight": losses.tilt_weight(q, distilled, agent.kappa_d, agent.head),
         "target_action_q": backed_up,
         "value_logit": v,
-        "backup_weight": losses.tilt_weight(v, backed_up, agent.kappa_b, HEAD),
+        "backup_weight": losses.tilt_weight(v, backed_up, agent.kappa_b, agent.head),
         "valid_weight": agent.short_weight(batch),
         "bc_x_t": x_t,
         "bc_velocity_pred": agent.velocity(state.spec, params["actor"], batch.obs)(x_t, draws["t"], draws["t"]),

@@ -1,0 +1,118 @@
+"""The recordings of the official implementations are replayed, and a replay that is wrong or incomplete is told."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import golden
+from tests.known import quick_to_compile
+
+FOLDER = Path(golden.__file__).parent
+FILES = sorted(FOLDER.glob("*.npz"))
+SMALL = FOLDER / "bc_chunk.npz"
+ARRAY = "expected/sample/actions"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_to_compile():
+        yield
+
+
+def changed(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    """Returns the path of a copy of the small file with some arrays in place of its own, or more of them."""
+    with np.load(SMALL) as file:
+        content = {name: file[name] for name in file.files}
+    np.savez(path, **(content | arrays))
+    return path
+
+
+def expected(path: Path) -> set[str]:
+    """Returns the names of all that a file expects, arrays and single numbers."""
+    with np.load(path) as file:
+        return {name for name in {*file.files, *json.loads(str(file["scalars"]))} if name.startswith("expected/")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_recorded_number_is_computed_again(path):
+    outcome = golden.replay(path)
+    assert outcome.passed, str(outcome)
+    assert outcome.quantities >= len(expected(path)) > 5
+
+
+def test_every_method_has_a_recording_and_every_recording_a_method():
+    found = {prefix for prefix in golden.METHODS for path in FILES if path.name.startswith(prefix)}
+    assert found == set(golden.METHODS)
+
+
+def test_a_number_that_is_wrong_fails_and_is_named(tmp_path):
+    with np.load(SMALL) as file:
+        wrong = file[ARRAY].copy()
+    wrong.flat[3] += 1e-3 * np.abs(wrong).max()
+    outcome = golden.replay(changed(tmp_path / "bc_wrong.npz", {ARRAY: wrong}))
+    assert not outcome.passed and outcome.where == ARRAY and outcome.worst == pytest.approx(1e-3, rel=0.1)
+    assert str(outcome).startswith("bc_wrong.npz") and str(outcome).endswith(f"FAIL: {ARRAY}")
+
+
+def test_a_number_that_nobody_computes_fails_and_is_named(tmp_path):
+    outcome = golden.replay(changed(tmp_path / "bc_more.npz", {"expected/step0/secret": np.zeros(3)}))
+    assert not outcome.passed and outcome.missing == ("expected/step0/secret",) and outcome.worst < golden.TOLERANCE
+    assert str(outcome).endswith("FAIL: 1 not computed, such as expected/step0/secret")
+
+
+def test_a_file_that_expects_nothing_has_not_passed():
+    assert not golden.Outcome("bc_empty.npz", 0, 0.0, "").passed
+    assert golden.Outcome("bc_one.npz", 1, 0.0, "").passed
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "error"),
+    [
+        ([1.0, 2.0], [1.0, 2.1], 0.1 / 2.1),
+        ([1e-3], [0.0], 1e-2),  # small numbers are compared absolutely
+        ([1.0, 2.0], [1.0], np.inf),
+        ([np.nan], [1.0], np.inf),
+    ],
+)
+def test_errors_are_relative_to_the_largest_number_of_an_array(got, expected, error):
+    assert golden.error(got, expected) == pytest.approx(error)
+
+
+def test_a_file_of_an_unknown_method_is_told_apart_from_one_that_fails(tmp_path):
+    path = tmp_path / "mystery_method.npz"
+    path.write_bytes(b"")
+    outcome = golden.replay(path)
+    assert not outcome.known and not outcome.passed and str(outcome).endswith("unknown method")
+
+
+def command(folder: Path) -> subprocess.CompletedProcess:
+    """Returns what became of `python -m tests.golden FOLDER`."""
+    return subprocess.run(
+        [sys.executable, "-m", "tests.golden", str(folder)], cwd=FOLDER.parent.parent, capture_output=True, text=True
+    )
+
+
+def test_the_command_counts_what_passed_failed_and_is_unknown(tmp_path):
+    shutil.copy(SMALL, tmp_path)
+    changed(tmp_path / "bc_more.npz", {"expected/step0/secret": np.zeros(3)})
+    (tmp_path / "mystery_method.npz").write_bytes(b"")
+    done = command(tmp_path)
+    *lines, last = done.stdout.splitlines()
+    assert (done.returncode, last) == (1, "golden: 1 passed, 1 failed, 1 unknown"), done.stderr
+    assert [line.split()[0] for line in lines] == ["bc_chunk.npz", "bc_more.npz", "mystery_method.npz"]
+
+
+def test_the_command_does_not_fail_for_a_file_of_an_unknown_method(tmp_path):
+    (tmp_path / "mystery_method.npz").write_bytes(b"")
+    done = command(tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "golden: 0 passed, 0 failed, 1 unknown"), done.stderr
+
+
+def test_the_command_refuses_a_folder_without_recordings(tmp_path):
+    done = command(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and "no .npz file" in done.stderr
