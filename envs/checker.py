@@ -65,7 +65,7 @@ def _sizes(env: Any) -> Iterator[Finding]:
 
 
 def _simulations(env: HostEnv) -> Iterator[Finding]:
-    """Looks at four simulators in a worker process: pairs with equal seeds and actions, of which one acts at a bound."""
+    """Looks at four simulators in a worker process, two pairs of equal seeds and actions; one pair acts at a bound."""
     slots, seeds = np.arange(4), np.zeros(4, np.int64)
     chunks = np.random.default_rng(0).uniform(-1, 1, (2, STEPS, env.spec.action)).astype(np.float32)
     chunks[1] = 1

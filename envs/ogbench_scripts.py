@@ -53,7 +53,7 @@ class Script:
 @functools.lru_cache(maxsize=1)
 def stage(script: Script) -> tuple[Callable[..., list[dict[str, Any]]], Simulator]:
     """Returns what plays an episode, and the simulator for it, which a worker keeps."""
-    options = {"terminate_at_goal": False, "max_episode_steps": script.rows}
+    options: dict[str, Any] = {"terminate_at_goal": False, "max_episode_steps": script.rows}
     if "maze" in script.simulator:
         return play_point, build(script.simulator, False, False, **options)
     return play_arm, build(script.simulator, False, False, mode="data_collection", **options)

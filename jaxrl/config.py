@@ -55,7 +55,7 @@ Preset = Literal["quick", "paper"]
 
 _SMALL = (128, 128, 128)
 _WIDE = (1024, 1024, 1024, 1024)
-_NETS = {"actor_hidden": _SMALL, "critic_hidden": _SMALL}
+_NETS: dict[str, Any] = {"actor_hidden": _SMALL, "critic_hidden": _SMALL}
 _MINUTES = Schedule(
     offline_updates=12_000,
     online_steps=64_000,

@@ -143,7 +143,7 @@ class Gaussian(nn.Module):
 
 def apply(network: nn.Module, params: PyTree, *inputs: jax.Array) -> jax.Array:
     """Returns the output of a network with parameters from its `init(key, *example)`."""
-    return network.apply(params, *inputs)  # ty: ignore[invalid-return-type]
+    return network.apply(params, *inputs)  # ty: ignore[invalid-explicit-return]
 
 
 def repeat_for(candidates: jax.Array, obs: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Facts about jaxrl.data.goals: the law of starts and goals, the windows towards them, and datasets that bring them."""
 
 import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -14,6 +14,7 @@ Rates are medians over rounds, ratios medians of each round's. Writes results.js
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import re
@@ -207,8 +208,11 @@ def multiplying(agent: Any, ring: Ring, spec: Spec) -> tuple[Callable[[], Any], 
 
         return lax.scan(body, (lefts, multiplied(lefts, rights)), jnp.arange(UPDATES, dtype=jnp.float32))[0]
 
-    compiled, costs = jax.jit(repeated), jax.jit(multiplied).lower(lefts, rights).cost_analysis()
-    return lambda: compiled(lefts, rights), costs["flops"]
+    results = jax.eval_shape(multiplied, lefts, rights)
+    summed = [math.prod(left[i] for i in contracted) for left, _, ((contracted, _), _) in found]
+    operations = sum(2 * result.size * terms for result, terms in zip(results, summed, strict=True))
+    compiled = jax.jit(repeated)
+    return lambda: compiled(lefts, rights), operations
 
 
 def pieces(agent: Any, ring: Ring, spec: Spec) -> tuple[dict[str, Measure], float]:

@@ -42,8 +42,8 @@ def transitions(path: str) -> dict[str, np.ndarray]:
 
 def qgf(path: str, widths: tuple[int, ...], batch: int, chunk: int, backup: int) -> tuple[Any, Sampler]:
     """Returns QGF's agent and what samples its batches."""
-    from agents.qgf import QGFAgent, get_config  # ty: ignore[unresolved-import]
-    from utils.datasets import Dataset  # ty: ignore[unresolved-import]
+    from agents.qgf import QGFAgent, get_config
+    from utils.datasets import Dataset
 
     assert chunk == backup, "the official QGF has one horizon"
     config = get_config()
@@ -57,8 +57,8 @@ def qgf(path: str, widths: tuple[int, ...], batch: int, chunk: int, backup: int)
 
 def dqc(path: str, widths: tuple[int, ...], batch: int, chunk: int, backup: int) -> tuple[Any, Sampler]:
     """Returns DQC's agent and what samples its batches; a goal is a whole observation."""
-    from agents.dqc import DQCAgent, get_config  # ty: ignore[unresolved-import]
-    from utils.datasets import CGCDataset, Dataset  # ty: ignore[unresolved-import]
+    from agents.dqc import DQCAgent, get_config
+    from utils.datasets import CGCDataset, Dataset
 
     config = get_config()
     config.batch_size, config.policy_chunk_size, config.backup_horizon = batch, chunk, backup
@@ -72,8 +72,8 @@ def dqc(path: str, widths: tuple[int, ...], batch: int, chunk: int, backup: int)
 
 def fql(path: str, widths: tuple[int, ...], batch: int, chunk: int, backup: int) -> tuple[Any, Sampler]:
     """Returns FQL's agent and what samples its batches."""
-    from agents.fql import FQLAgent, get_config  # ty: ignore[unresolved-import]
-    from utils.datasets import Dataset  # ty: ignore[unresolved-import]
+    from agents.fql import FQLAgent, get_config
+    from utils.datasets import Dataset
 
     assert chunk == backup == 1, "the official FQL has neither chunks nor n-step returns"
     config = get_config()

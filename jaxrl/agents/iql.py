@@ -9,7 +9,7 @@ and a Gaussian actor imitates the data weighted by the advantage (Eq. 7), or cli
 
 Deliberate differences from the official code (the one of FQL's authors, which the recorded values are from):
 - Chunks of actions and n-step returns, as in Q-chunking; with chunk = backup = 1 it is plain IQL.
-- Windows that a time limit cuts short train neither actor nor critic; "drop" also drops what termination cuts.
+- Windows train where the chunk's actions happened, or the task ended within them; "drop" asks for the whole window.
 - One joint step on losses that all see the parameters from before it, as there; Kostrikov's own code goes V, actor, Q.
 """
 
@@ -155,7 +155,8 @@ class IQL:
             return -jnp.mean(self.advantage_weight(state, batch) * density), jnp.zeros(())
         action = jnp.clip(mean if self.unit_width else mean + jnp.exp(log_std) * noise, -1, 1)
         q = self.q(state.params["critic"], batch.obs, action)
-        return -self.alpha * density.mean(), -q.mean() / jax.lax.stop_gradient(jnp.abs(q).mean())
+        climb = losses.masked_mean(q, batch.valid[:, 0]) / jax.lax.stop_gradient(jnp.abs(q).mean())
+        return -self.alpha * density.mean(), -climb
 
     def choose(self, state: State, obs: jax.Array, noise: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
         """Returns the best [B, D] of the N clipped samples that the noise [B, N, D] gives."""

@@ -155,7 +155,7 @@ class QGF:
         return losses.masked_mean(error, common.critic_weight(batch, self.chunk, self.cut_windows))
 
     def score(self, state: State, obs: jax.Array) -> guidance.Value:
-        """Returns the slow critic's aggregate as a function of flat chunks: what guides, and what chooses."""
+        """Returns the slow critic's aggregate (of logits, if it says those) by chunk: what guides, and what chooses."""
         return lambda action: losses.aggregate(self.heads(state.target, obs)(action), self.agg)
 
     def choose(self, state: State, obs: jax.Array, noise: jax.Array) -> jax.Array:
