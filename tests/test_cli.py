@@ -201,7 +201,7 @@ def test_damaged_configurations_are_refused(whole, tmp_path, monkeypatch, capsys
     for text, message in (
         ("[1]", "run is not a run directory: config.json holds no JSON object"),
         ('{"agent_name": "fmq"}', "run/config.json is damaged: 'agent' is missing"),
-        ('{"agent_name": "fqm"}', "unknown agent 'fqm': did you mean 'fmq'? known are bc, dqc, fmq"),
+        ('{"agent_name": "fqm"}', "unknown agent 'fqm': did you mean 'fql'? known are bc, dqc, fmq, fql, iql, qc, qgf"),
     ):
         Path("run/config.json").write_text(text)
         assert mistake(["eval", "run"], capsys) == message

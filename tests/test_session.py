@@ -58,6 +58,7 @@ class Killed(BaseException):
 
 
 def test_a_run_stopped_after_every_epoch_equals_one_that_was_not(whole, tmp_path, caplog):
+    drive(whole, tmp_path / "before", StopAfter(100))  # whose programs are there, unless other tests cleared them
     with jax.log_compiles():
         for epoch in range(1, tiny.EPOCHS):
             with pytest.raises(session.StopRequested):
