@@ -67,7 +67,7 @@ class QGuidance:
     """
 
     weight: Scalar = 1.0  # w = 1 / beta; the gradient is not normalised
-    gradient: Literal["one_step", "jacobian", "noisy", "bptt", "after"] = "one_step"
+    gradient: Literal["one_step", "jacobian", "noisy", "bptt", "after"] = "one_step"  # where it is taken, and how
     ascent_steps: int = 3  # of "after"
     ascent_size: Scalar = 0.01  # of "after"
 

@@ -32,7 +32,7 @@ class BC:
 
     chunk: int = 5  # H: actions per decision, executed open loop
     hidden: tuple[int, ...] = (512, 512, 512, 512)  # widths of the velocity network
-    activation: Activation = "gelu"
+    activation: Activation = "gelu"  # of all networks
     norm: Norm = "none"  # layer norm in the velocity network
     time: TimeFeatures = "fourier"  # how it sees the time
     time_size: int = TIME_FEATURES  # number of time features, unless raw

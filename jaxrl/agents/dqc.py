@@ -42,7 +42,7 @@ class DQC:
     chunk_critic: bool = True  # whether there is a critic over all h actions
     actor_hidden: tuple[int, ...] = (1024, 1024, 1024, 1024)  # widths of the flow
     critic_hidden: tuple[int, ...] = (1024, 1024, 1024, 1024)  # widths of each critic head and of the value
-    activation: Activation = "gelu"
+    activation: Activation = "gelu"  # of all networks
     actor_norm: Norm = "after"  # layer norm in the flow
     critic_norm: Norm = "after"  # layer norm in critics and value
     time: TimeFeatures = "raw"  # how the flow sees the time

@@ -31,7 +31,7 @@ class FQL:
     backup: int = 1  # steps of the return in the TD target, at least `chunk`
     actor_hidden: tuple[int, ...] = (512, 512, 512, 512)  # widths of flow and policy
     critic_hidden: tuple[int, ...] = (512, 512, 512, 512)  # widths of each critic head
-    activation: Activation = "gelu"
+    activation: Activation = "gelu"  # of all networks
     actor_norm: Norm = "none"  # layer norm in flow and policy
     critic_norm: Norm = "after"  # layer norm in the critic
     time: TimeFeatures = "raw"  # how the flow sees the time

@@ -36,7 +36,7 @@ class IQL:
     backup: int = 1  # steps of the return in the TD target, at least `chunk`
     actor_hidden: tuple[int, ...] = (512, 512, 512, 512)  # widths of the actor
     critic_hidden: tuple[int, ...] = (512, 512, 512, 512)  # widths of each critic head and of the value
-    activation: Activation = "gelu"
+    activation: Activation = "gelu"  # of all networks
     actor_norm: Norm = "none"  # layer norm in the actor
     critic_norm: Norm = "after"  # layer norm in critic and value
     critics: int = 2  # number of critic heads

@@ -37,7 +37,7 @@ class QC:
     actor: Literal["best_of_n", "distill"] = "best_of_n"  # how actions come from the flow and the critic
     actor_hidden: tuple[int, ...] = (512, 512, 512, 512)  # widths of flow and policy
     critic_hidden: tuple[int, ...] = (512, 512, 512, 512)  # widths of each critic head
-    activation: Activation = "gelu"
+    activation: Activation = "gelu"  # of all networks
     actor_norm: Norm = "none"  # layer norm in flow and policy
     critic_norm: Norm = "after"  # layer norm in the critic
     time: TimeFeatures = "raw"  # how the flow sees the time

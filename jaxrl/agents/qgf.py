@@ -33,7 +33,7 @@ class QGF:
     backup: int = 5  # steps of the return in the TD target, at least `chunk`
     actor_hidden: tuple[int, ...] = (512, 512, 512, 512)  # widths of the flow
     critic_hidden: tuple[int, ...] = (512, 512, 512, 512)  # widths of each critic head and of the value
-    activation: Activation = "gelu"
+    activation: Activation = "gelu"  # of all networks
     actor_norm: Norm = "before_but_last"  # layer norm in the flow
     critic_norm: Norm = "before"  # layer norm in critic and value
     time: TimeFeatures = "sinusoidal"  # how the flow sees the time
