@@ -6,7 +6,27 @@ import types
 import typing
 from typing import Any, Generic, Literal, TypeVar
 
-from jaxrl.agents import AGENTS, BC, DQC, FMQ, FQL, IQL, QC, QGF
+from jaxrl.agents import (
+    A2PR,
+    AGENTS,
+    AWAC,
+    BC,
+    CFPI,
+    CQL,
+    DQC,
+    FMQ,
+    FQL,
+    IQL,
+    ODICE,
+    PRDC,
+    QC,
+    QGF,
+    TD3BC,
+    FamO2O,
+    ReBRAC,
+)
+from jaxrl.cfpi import ClosedForm
+from jaxrl.data.weighting import Weighting
 from jaxrl.errors import UserError, unknown
 from jaxrl.guidance import QGuidance
 from jaxrl.train import Schedule
@@ -23,7 +43,7 @@ class Config(Generic[A]):
     """Environment, as `jaxrl list` names them; options follow a question mark, such as push?reward=dense."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     data: str | None = None
-    """Dataset file (.npz), or a folder or quoted pattern of files, one per epoch; else a behaviour is recorded."""
+    """Dataset file, or a folder or quoted pattern of .npz files, one per epoch; else a behaviour is recorded."""
     behaviour: str = "medium"
     """Level of the scripted behaviour that is recorded, see `jaxrl list`."""
     data_steps: int = 200_000
@@ -32,6 +52,7 @@ class Config(Generic[A]):
     """Factor of all rewards that the agent learns from, those of the dataset and of the environment."""
     reward_shift: float = 0.0
     """What is then added to them: 1 makes rewards of -1 and 0 into 0 and 1. Returns of evaluation stay as they are."""
+    weighting: Weighting = dataclasses.field(default_factory=Weighting)
     seed: int = 0
     """Seed of everything but the data and the evaluation episodes."""
     checkpoint_every: int = 1
@@ -41,6 +62,7 @@ class Config(Generic[A]):
         """Raises UserError for the first value that is out of range, before anything is built."""
         self.agent.check()  # ty: ignore[missing-attribute]
         self.schedule.check()
+        self.weighting.check()
         for name in ("reward_scale", "reward_shift"):
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name} = {getattr(self, name)}: must be finite")
@@ -56,6 +78,7 @@ Preset = Literal["quick", "paper"]
 _SMALL = (128, 128, 128)
 _WIDE = (1024, 1024, 1024, 1024)
 _NETS: dict[str, Any] = {"actor_hidden": _SMALL, "critic_hidden": _SMALL}
+_FAST: dict[str, Any] = {"actor_lr": 1e-3, "critic_lr": 1e-3}
 _MINUTES = Schedule(
     offline_updates=12_000,
     online_steps=64_000,
@@ -84,6 +107,17 @@ PRESETS: dict[str, dict[str, Config]] = {
         "dqc": Config(
             DQC(**_NETS, lr=1e-3, backup=10, batch_size=256, discount=0.99), schedule=_OFFLINE, reward_shift=1.0
         ),
+        "td3bc": Config(TD3BC(**_NETS, **_FAST), schedule=_OFFLINE),
+        "rebrac": Config(ReBRAC(**_NETS, **_FAST), schedule=_OFFLINE),
+        "prdc": Config(PRDC(**_NETS, **_FAST), schedule=_OFFLINE),
+        "a2pr": Config(A2PR(**_NETS, **_FAST, vae_hidden=_SMALL, value_lr=1e-3), schedule=_OFFLINE),
+        "cql": Config(CQL(**_NETS, actor_lr=3e-4, critic_lr=1e-3), schedule=_OFFLINE),
+        "awac": Config(AWAC(**_NETS, **_FAST), schedule=_OFFLINE),
+        "odice": Config(
+            ODICE(actor_hidden=_SMALL, value_hidden=_SMALL, actor_lr=1e-3, value_lr=1e-3), schedule=_OFFLINE
+        ),
+        "famo2o": Config(FamO2O(**_NETS, lr=1e-3), schedule=_MINUTES),
+        "cfpi": Config(CFPI(actor_hidden=_SMALL, critic_hidden=_SMALL[:2], **_FAST), schedule=_OFFLINE),
     },
     "paper": {  # the published sizes, for an accelerator
         "bc": Config(BC(), schedule=_LONG, data_steps=1_000_000),
@@ -97,6 +131,15 @@ PRESETS: dict[str, dict[str, Config]] = {
         "fql": Config(FQL(), data_steps=1_000_000),
         "qc": Config(QC(), data_steps=1_000_000),
         "dqc": Config(DQC(), schedule=_LONG, data_steps=1_000_000, reward_shift=1.0),
+        "td3bc": Config(TD3BC(), schedule=_LONG, data_steps=1_000_000),
+        "rebrac": Config(ReBRAC(), schedule=_LONG, data_steps=1_000_000),
+        "prdc": Config(PRDC(), schedule=_LONG, data_steps=1_000_000),
+        "a2pr": Config(A2PR(), schedule=_LONG, data_steps=1_000_000),
+        "cql": Config(CQL(), schedule=_LONG, data_steps=1_000_000),
+        "awac": Config(AWAC(), schedule=_LONG, data_steps=1_000_000),
+        "odice": Config(ODICE(), schedule=_LONG, data_steps=1_000_000),
+        "famo2o": Config(FamO2O(), data_steps=1_000_000),
+        "cfpi": Config(CFPI(), schedule=_LONG, data_steps=1_000_000),
     },
 }
 
@@ -114,6 +157,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "grad-step": {"guide": QGuidance(gradient="after")},
     },
     "qc": {"distill": {"actor": "distill"}},
+    "cfpi": {  # one Gaussian, from which the critic chooses how far to go
+        "single": {"components": 1, "operator": ClosedForm(bound="jensen", delta=0.2, delta_high=2.0, draws=10)},
+    },
+    "cql": {  # as their papers have them for tasks with sparse rewards, which go on to learn online
+        "antmaze": {"conservatism": 5.0, "lagrange": True, "gap": 0.8, "max_target": True, "lowest_gap": -200.0},
+        "cal-ql": {"conservatism": 5.0, "lagrange": True, "gap": 0.8, "max_target": True, "calibrated": True},
+    },
 }
 """Named settings of an agent's fields, by agent: `jaxrl train AGENT --variant NAME`."""
 

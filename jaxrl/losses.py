@@ -1,5 +1,6 @@
 """Losses as functions of arrays: no network, no configuration, no agent."""
 
+import math
 from typing import Literal, TypeAlias
 
 import jax
@@ -60,6 +61,19 @@ def quantile(error: Float[Array, "*n"], level: Scalar) -> Float[Array, "*n"]:
     return jnp.where(error < 0, 1 - level, level) * jnp.abs(error)
 
 
+def quantile_huber(
+    z: Float[Array, "b n"], target: Float[Array, "b m"], level: Float[Array, "b n"], share: Float[Array, "b m"]
+) -> Float[Array, " b"]:
+    """Returns mean_i sum_j share_j |level_i - 1(z_i > y_j)| H(y_j - z_i), H the Huber loss with threshold 1.
+
+    Quantiles z at their levels learn a law that puts the shares on the targets y (Dabney et al., arXiv 1806.06923).
+    Targets carry no gradient here.
+    """
+    error = jax.lax.stop_gradient(target)[:, None] - z[..., None]
+    tilt = jnp.abs(level[..., None] - (error < 0))
+    return (share[:, None] * tilt * optax.huber_loss(error)).sum(axis=-1).mean(axis=-1)
+
+
 def value_of(output: Float[Array, "*n"], head: Head) -> Float[Array, "*n"]:
     """Returns the value that a network's output stands for: itself, or the probability whose logit it is."""
     return jax.nn.sigmoid(output) if head == "bce" else output
@@ -107,6 +121,12 @@ def tilt_weight(
 def gaussian_log_density(x: Float[Array, "*n d"], mean: Float[Array, "*n d"], log_std: Float[Array, "*n d"]):
     """Returns log N(x; mean, std) summed over the last axis."""
     return jax.scipy.stats.norm.logpdf(x, mean, jnp.exp(log_std)).sum(axis=-1)
+
+
+def tanh_log_density(u: Float[Array, "*n d"], mean: Float[Array, "*n d"], log_std: Float[Array, "*n d"]):
+    """Returns the log density of tanh(u), summed over the last axis, where u ~ N(mean, std)."""
+    change = 2 * (math.log(2) - u - jax.nn.softplus(-2 * u))  # log(1 - tanh(u)^2), stable
+    return gaussian_log_density(u, mean, log_std) - change.sum(axis=-1)
 
 
 def bce_logit(logit: Float[Array, "*n"], target: Float[Array, "*#n"]) -> Float[Array, "*n"]:

@@ -1,13 +1,13 @@
 """The networks. flax.linen lives in this file and nowhere else: agents see `network.init(key, *example)`,
 which returns parameters, and `apply(network, params, *inputs)`.
 
-Initialisation, the places of LayerNorm and the time features are those of the official code of FMQ, FQL, QC, DQC and
-QGF, so that recorded values can be replayed.
+Initialisation, the places of LayerNorm and the time features are those of the official code of FMQ, FQL, QC, DQC, QGF
+and of the offline regularizers, so that recorded values can be replayed.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,9 @@ Activation: TypeAlias = Literal["gelu", "mish", "relu"]
 Norm: TypeAlias = Literal["none", "after", "before", "before_but_last"]
 """Where LayerNorm stands: after the activations (FQL, QC, DQC), before them (QGF's critics), or before all but the
 last hidden one (QGF's policy)."""
+Init: TypeAlias = Literal["glorot", "lecun"]
+"""How layers begin: weights uniform within sqrt(6 / (inputs + outputs)) and biases 0 (the flow methods), or both
+uniform within 1 / sqrt(inputs), as PyTorch's linear layers (the offline regularizers)."""
 TimeFeatures: TypeAlias = Literal["fourier", "sinusoidal", "raw"]
 """How a network sees the time: slow waves (QC), fast ones (QGF), or the number itself (FQL, DQC)."""
 
@@ -31,24 +34,33 @@ class MLP(nn.Module):
     widths: Sequence[int]
     norm: Norm = "none"
     activation: Activation = "gelu"
-    last_scale: float = 1.0  # of the last layer's initial weights
+    last_scale: float = 1.0  # of the last layer's initial weights, where they are glorot
+    initial: Init = "glorot"
+    epsilon: float = 1e-6  # of LayerNorm
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns [..., widths[-1]]."""
         *hidden, last = self.widths
         for i, width in enumerate(hidden):
-            x = nn.Dense(width, kernel_init=_initializer())(x)
+            x = _dense(width, x.shape[-1], self.initial)(x)
             if self.norm == "before" or (self.norm == "before_but_last" and i + 1 < len(hidden)):
-                x = nn.LayerNorm()(x)
+                x = nn.LayerNorm(self.epsilon)(x)
             x = {"gelu": nn.gelu, "mish": jax.nn.mish, "relu": nn.relu}[self.activation](x)
             if self.norm == "after":
-                x = nn.LayerNorm()(x)
-        return nn.Dense(last, kernel_init=_initializer(self.last_scale))(x)
+                x = nn.LayerNorm(self.epsilon)(x)
+        return _dense(last, x.shape[-1], self.initial, self.last_scale)(x)
 
 
-def _initializer(scale: float = 1.0) -> nn.initializers.Initializer:
-    return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
+def _dense(width: int, inputs: int, initial: Init, scale: float = 1.0) -> nn.Dense:
+    if initial == "glorot":
+        return nn.Dense(width, kernel_init=nn.initializers.variance_scaling(scale, "fan_avg", "uniform"))
+    bound = inputs**-0.5
+
+    def uniform(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nn.Dense(width, kernel_init=uniform, bias_init=uniform)
 
 
 def time_features(t: jax.Array, kind: TimeFeatures = "fourier", size: int = TIME_FEATURES) -> jax.Array:
@@ -93,10 +105,12 @@ class Critic(nn.Module):
     hidden: Sequence[int]
     norm: Norm = "after"
     activation: Activation = "gelu"
+    initial: Init = "glorot"
+    epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, obs: jax.Array, action: jax.Array) -> jax.Array:
-        """Returns [heads, ...] for observations [..., O] and flat chunks [..., D]."""
+    def __call__(self, obs: jax.Array, *action: jax.Array) -> jax.Array:
+        """Returns [heads, ...] for observations [..., O] and flat chunks [..., D]; without these, of states alone."""
         ensemble = nn.vmap(
             MLP,
             variable_axes={"params": 0},
@@ -105,8 +119,49 @@ class Critic(nn.Module):
             out_axes=0,
             axis_size=self.heads,
         )
-        values = ensemble((*self.hidden, 1), self.norm, self.activation)(jnp.concatenate([obs, action], axis=-1))
-        return values[..., 0]
+        layers = ensemble((*self.hidden, 1), self.norm, self.activation, 1.0, self.initial, self.epsilon)
+        return layers(jnp.concatenate([obs, *action], axis=-1))[..., 0]
+
+
+class QuantileCritic(nn.Module):
+    """An ensemble of independent critics that say any quantile Z_j(s, a, level) of the return (IQN, 1806.06923)."""
+
+    heads: int
+    hidden: Sequence[int]
+    initial: Init = "lecun"
+
+    @nn.compact
+    def __call__(self, obs: jax.Array, action: jax.Array, level: jax.Array) -> jax.Array:
+        """Returns [heads, ..., N] for observations [..., O], flat chunks [..., D] and levels [..., N] in [0, 1]."""
+        ensemble = nn.vmap(
+            _Quantiles,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            out_axes=0,
+            axis_size=self.heads,
+        )
+        return ensemble(self.hidden, self.initial)(jnp.concatenate([obs, action], axis=-1), level)
+
+
+class _Quantiles(nn.Module):
+    """One of them: features of the input times features of the level, cosines of 64 frequencies."""
+
+    hidden: Sequence[int]
+    initial: Init
+
+    @nn.compact
+    def __call__(self, x: jax.Array, level: jax.Array) -> jax.Array:
+        for width in self.hidden:
+            x = nn.relu(self.normed(width, x))
+        frequency = jnp.arange(1, TIME_FEATURES + 1).reshape((1,) * level.ndim + (TIME_FEATURES,))
+        waves = jnp.cos(jnp.pi * frequency * level[..., None])
+        x = x[..., None, :] * nn.sigmoid(self.normed(self.hidden[-1], waves))
+        x = nn.relu(self.normed(self.hidden[-1], x))
+        return _dense(1, x.shape[-1], self.initial)(x)[..., 0]
+
+    def normed(self, width: int, x: jax.Array) -> jax.Array:
+        return nn.LayerNorm(1e-5)(_dense(width, x.shape[-1], self.initial)(x))
 
 
 class Value(nn.Module):
@@ -115,11 +170,44 @@ class Value(nn.Module):
     hidden: Sequence[int]
     norm: Norm = "after"
     activation: Activation = "gelu"
+    initial: Init = "glorot"
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> jax.Array:
         """Returns [...] for observations [..., O]."""
-        return MLP((*self.hidden, 1), self.norm, self.activation)(obs)[..., 0]
+        return MLP((*self.hidden, 1), self.norm, self.activation, 1.0, self.initial)(obs)[..., 0]
+
+
+class Policy(nn.Module):
+    """A deterministic policy pi(s), squashed into the box by tanh."""
+
+    size: int
+    hidden: Sequence[int]
+    norm: Norm = "none"
+    activation: Activation = "relu"
+    last_scale: float = 1.0
+    initial: Init = "lecun"
+
+    @nn.compact
+    def __call__(self, *inputs: jax.Array) -> jax.Array:
+        """Returns [..., size] in [-1, 1] for observations [..., O], and what else it depends on."""
+        layers = MLP((*self.hidden, self.size), self.norm, self.activation, self.last_scale, self.initial)
+        return jnp.tanh(layers(jnp.concatenate(inputs, axis=-1)))
+
+
+class Encoder(nn.Module):
+    """The latent Gaussian q(z | s, a) of a variational autoencoder."""
+
+    size: int
+    hidden: Sequence[int]
+
+    @nn.compact
+    def __call__(self, obs: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns mean and logarithm of the standard deviation, [..., size] each, the latter within [-4, 15]."""
+        x = jnp.concatenate([obs, action], axis=-1)
+        mean_and_log_std = MLP((*self.hidden, 2 * self.size), "none", "relu", 1.0, "lecun")(x)
+        mean, log_std = jnp.split(mean_and_log_std, 2, axis=-1)
+        return mean, jnp.clip(log_std, -4, 15)
 
 
 class Gaussian(nn.Module):
@@ -130,15 +218,80 @@ class Gaussian(nn.Module):
     norm: Norm = "none"
     activation: Activation = "gelu"
     unit_width: bool = True  # standard deviation 1, not learned
+    initial: Init = "glorot"
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns mean and logarithm of the standard deviation, [..., size] each, for observations [..., O]."""
-        mean = MLP((*self.hidden, self.size), self.norm, self.activation, last_scale=1e-2)(obs)
+        mean = MLP((*self.hidden, self.size), self.norm, self.activation, 1e-2, self.initial)(obs)
         if self.unit_width:
             return mean, jnp.zeros_like(mean)
         log_std = jnp.clip(self.param("log_std", nn.initializers.zeros, (self.size,)), -5, 2)
         return mean, jnp.broadcast_to(log_std, mean.shape)
+
+
+class TemporalUNet(nn.Module):
+    """A field over trajectories: convolutions over time, coarser and coarser and back (policy-guided diffusion's).
+
+    Trajectories have at least 2^(levels - 1) steps, and any number above.
+    """
+
+    widths: Sequence[int]  # of the levels, multiples of 8; the time is seen through as many features as the first
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        """Returns [B, H, F] for noisy trajectories [B, H, F] and times [B, 1]."""
+        first, size = self.widths[0], x.shape[-1]
+        t = nn.Dense(first)(time_features(t, size=first // 4))
+        t = nn.silu(nn.Dense(first)(nn.silu(t)))
+        skips = []
+        for width in self.widths:
+            if skips:
+                x = nn.max_pool(skips[-1], (2,), (2,))
+            skips.append(_convolve(_convolve(x, width, 3, t), width, 3))
+        x = skips.pop()
+        for skip in reversed(skips):
+            x = jax.image.resize(x, (*skip.shape[:-1], x.shape[-1]), "nearest")
+            x = jnp.concatenate([_convolve(x, skip.shape[-1], 2, t), skip], axis=-1)
+            x = _convolve(_convolve(x, skip.shape[-1], 3), skip.shape[-1], 3)
+        return nn.Dense(size)(x)
+
+
+def neighbours(x: jax.Array, reach: int) -> jax.Array:
+    """Returns [B, H, reach * F]: each step of x [B, H, F] with those around it, 0 beyond the ends.
+
+    An even reach takes one more step after than before, as convolutions of XLA do.
+    """
+    before = (reach - 1) // 2
+    padded = jnp.pad(x, ((0, 0), (before, reach - 1 - before), (0, 0)))
+    return jnp.concatenate([padded[:, i : i + x.shape[1]] for i in range(reach)], axis=-1)
+
+
+def _convolve(x: jax.Array, width: int, reach: int, t: jax.Array | None = None) -> jax.Array:
+    """Returns a convolution over time, moved by features [B, T] of the noise's level, normalised and rectified.
+
+    It is a dense layer over each step's neighbours, whose gradient is far quicker on CPUs than a convolution's.
+    """
+    x = nn.Dense(width)(neighbours(x, reach))
+    if t is not None:
+        x = x + nn.Dense(width)(t)[:, None]
+    return nn.relu(nn.GroupNorm(8)(x))
+
+
+class Squashed(nn.Module):
+    """A diagonal Gaussian whose width depends on the state as well, made to be squashed by tanh."""
+
+    size: int
+    hidden: Sequence[int]
+    activation: Activation = "relu"
+
+    @nn.compact
+    def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns mean and logarithm of the standard deviation before tanh, [..., size] each, the latter in [-20, 2]."""
+        mean, log_std = jnp.split(
+            MLP((*self.hidden, 2 * self.size), "none", self.activation, 1.0, "lecun")(obs), 2, axis=-1
+        )
+        return mean, jnp.clip(log_std, -20, 2)
 
 
 def apply(network: nn.Module, params: PyTree, *inputs: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxrl import host, pool, session, train
 from jaxrl import rollout as ro
 from jaxrl.config import Config
-from jaxrl.data import record, task
+from jaxrl.data import forest, record, task
 from jaxrl.data.ring import Ring
 from jaxrl.data.stream import Shards
 from jaxrl.data.task import Sizes
@@ -26,6 +26,7 @@ KNOBS = {  # what takes memory, and what it grows with
     "dataset": "data_steps",
     "replay": "schedule.replay",
     "environments": "schedule.envs",
+    "search trees": "the rows of the dataset",
     "working memory": "the agent's batch_size, schedule.eval_episodes",
 }
 
@@ -54,12 +55,16 @@ def held(config: Config, env: Any) -> dict[str, int]:
     """Returns the bytes on the device that a run holds from its first epoch to its last, by what they are for."""
     *_, carry = abstract(config, env)
     dataset, copies = abstract_data(config, env)
-    return {
+    amounts = {
         "agent": size(carry.agent),
         "dataset": size(dataset) * copies,
         "replay": size(carry.world and carry.world.replay),
         "environments": size(carry.world and carry.world.rollout),
     }
+    if dataset.forest is None:
+        return amounts
+    entries = dataset.obs.shape[-1] + dataset.actions.shape[-1]
+    return amounts | {"search trees": forest.size_of_tree(dataset.valid.size, entries)}
 
 
 def require(amounts: dict[str, int]) -> None:
@@ -98,11 +103,12 @@ def abstract_data(config: Config, env: Any) -> tuple[Ring, int]:
     if config.data is None:
         each, lanes = record.lanes_of(config.data_steps, env.horizon)
         episodes, entries = lanes * (each // env.horizon), {"observations": (env.spec.observation,)}
-        return task.abstract_ring(Sizes("", entries, lanes * each + episodes, episodes, env.horizon), env), 1
+        sizes = Sizes("", entries, lanes * each + episodes, episodes, env.horizon)
+        return task.abstract_ring(sizes, env, config.weighting, session.asks_trees(config)), 1
     dataset = session.load_data(config, env)
     if isinstance(dataset, Shards):
-        return task.abstract_ring(dataset.sizes, env), min(len(dataset.shards), 2)
-    return task.abstract_ring(task.sizes_of(dataset), env), 1
+        return task.abstract_ring(dataset.sizes, env, config.weighting), min(len(dataset.shards), 2)
+    return task.abstract_ring(task.sizes_of(dataset), env, config.weighting, session.asks_trees(config)), 1
 
 
 def programs(config: Config, env: Any) -> Iterator[Any]:

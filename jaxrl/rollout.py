@@ -34,6 +34,11 @@ def policy_of(agent: Any, state: PyTree, greedy: bool = False) -> Policy:
     return Policy(lambda states, key: (), act, agent.chunk)
 
 
+def from_function(act: Callable[[jax.Array, jax.Array], jax.Array], chunk: int = 1) -> Policy:
+    """Returns the policy of a function that says chunks [N, chunk, A] for observations [N, O] and a key."""
+    return Policy(lambda states, key: (), lambda memory, states, key: (memory, act(states.obs, key)), chunk)
+
+
 def scripted(behaviour: Behaviour) -> Policy:
     """Returns the policy of a scripted behaviour, which decides at every step."""
 

@@ -154,6 +154,9 @@ class Run:
     def first(self) -> Carry:
         """Returns the carry before the first epoch."""
         carry = train.jitted_begin(self.agent, self.env, self.config.schedule, jax.random.key(self.config.seed))
+        if hasattr(self.agent, "fit"):
+            data = self.data.at(0) if isinstance(self.data, Stream) else self.data
+            carry = train.jitted_fit(self.agent, carry, data)
         return jax.device_put(carry, jax.devices()[0])  # a restored one is bound to its device: else two programs
 
     def restore(self, folder: Path) -> tuple[Carry, int]:
@@ -199,6 +202,14 @@ def simulators_of(config: Config, env: Any) -> host.Simulators | None:
     return host.Simulators(env, min(pool.cores(), most)) if on_host(env) else None
 
 
+def asks_trees(config: Config) -> bool:
+    """Returns whether the agent searches all of the data in KD-trees on the host: where its device is a CPU.
+
+    Not where the data come file by file: a program is made for its trees, and each file would need its own.
+    """
+    return getattr(config.agent, "searches", False) and jax.default_backend() == "cpu"
+
+
 def in_memory(config: Config, env: Any, dataset: Dataset | Shards, epochs: int) -> Ring | Stream:
     """Returns the dataset in device memory, or what brings it there file by file."""
     window = task.window_of(config.agent)
@@ -208,10 +219,12 @@ def in_memory(config: Config, env: Any, dataset: Dataset | Shards, epochs: int) 
         scale=config.reward_scale,
         shift=config.reward_shift,
         probabilities=getattr(config.agent, "head", "mse") == "bce",
+        weighting=config.weighting,
+        columns=getattr(config.agent, "columns", None),
     )
     if isinstance(dataset, Dataset):
         task.check_window(task.sizes_of(dataset), window)
-        return place(dataset)
+        return place(dataset, searched=asks_trees(config))
     for shard in dataset.shards:
         task.check_window(shard.sizes, window)
     room = (dataset.sizes.rows, dataset.sizes.episodes)

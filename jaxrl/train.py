@@ -121,9 +121,14 @@ def begin(agent: Any, env: Env, schedule: Schedule, key: jax.Array) -> Carry:
     return Carry(state, key, world, zero, zero, zero)
 
 
+def fit(agent: Any, carry: Carry, dataset: Ring) -> Carry:
+    """Returns the carry with what the state of an agent that has `fit` holds of the data, such as their spread."""
+    return dataclasses.replace(carry, agent=agent.fit(carry.agent, (dataset,)))
+
+
 def enter(agent: Any, phase: Phase, carry: Carry) -> Carry:
-    """Returns the carry at the start of a phase: an agent that has an online phase enters it before going online."""
-    if phase.name == "offline" or not hasattr(agent, "start_online") or getattr(carry.agent, "anchor", ()) is not None:
+    """Returns the carry at the start of a phase: an agent that has an online phase is in it from the first step on."""
+    if phase.name == "offline" or not hasattr(agent, "start_online"):
         return carry
     return dataclasses.replace(carry, agent=agent.start_online(carry.agent))
 
@@ -165,7 +170,12 @@ def learn(
         updates=carry.updates + phase.updates,
         steps=carry.steps + (0 if steps is None else steps.taken.sum()),
     )
-    return carry, jax.tree.map(lambda x: x.mean(axis=0), metrics) if phase.updates else {}
+    return carry, jax.tree.map(mean, metrics) if phase.updates else {}
+
+
+def mean(values: jax.Array) -> jax.Array:
+    """Returns the mean over the first axis of what was measured: not every update measures all that an agent does."""
+    return jnp.nanmean(values, axis=0)
 
 
 def epoch(agent: Any, env: Env, phase: Phase, carry: Carry, dataset: Ring | None) -> tuple[Carry, Metrics]:
@@ -180,7 +190,7 @@ def epoch(agent: Any, env: Env, phase: Phase, carry: Carry, dataset: Ring | None
         return carry, (metrics, sums)
 
     carry, (metrics, sums) = jax.lax.scan(body, carry, jax.random.split(key_iterations, phase.iterations))
-    metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics) | episode_metrics(jax.tree.map(jnp.sum, sums))
+    metrics = jax.tree.map(mean, metrics) | episode_metrics(jax.tree.map(jnp.sum, sums))
     carry, word = close(carry)
     return carry, metrics | {"digest": word}
 
@@ -207,6 +217,8 @@ def episode_metrics(sums: Metrics) -> Metrics:
 def run(agent: Any, env: Env, schedule: Schedule, key: jax.Array, dataset: Ring | None) -> tuple[Carry, list[Metrics]]:
     """Returns the carry at the end of a whole run and each phase's metrics [epochs, ...]; pure, to be vmapped."""
     carry, history = begin(agent, env, schedule, key), []
+    if dataset is not None and hasattr(agent, "fit"):
+        carry = fit(agent, carry, dataset)
     for phase in phases(schedule, agent.chunk):
         step = functools.partial(epoch, agent, env, phase)
         carry = enter(agent, phase, carry)
@@ -246,6 +258,7 @@ def on_device(agent: Any) -> Any:
 
 
 jitted_begin = jax.jit(begin, static_argnames=("env", "schedule"))
+jitted_fit = jax.jit(fit)
 jitted_enter = jax.jit(enter, static_argnames=("phase",))
 jitted_epoch = jax.jit(epoch, static_argnames=("env", "phase"), donate_argnames=("carry",))
 jitted_evaluate = jax.jit(evaluate, static_argnames=("env", "episodes"))

@@ -58,14 +58,18 @@ class Spec:
 
 
 def _shapes_the_program(hint: Any) -> bool:
-    """True for annotations whose values select code: int, bool, str, None, Literal, Spec, and compounds of these."""
+    """True for annotations whose values select code: int, bool, str, None, Literal, Spec, and compounds of these.
+
+    And for classes that say of themselves, by an attribute `by_identity`, that the program calls their objects on the
+    host: two of them are two programs.
+    """
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) is Literal:
         return True
     if get_origin(hint) in (tuple, Union, types.UnionType):
         return all(_shapes_the_program(part) for part in get_args(hint) if part is not Ellipsis)
-    return hint in (int, bool, str, type(None), Spec)
+    return hint in (int, bool, str, type(None), Spec) or getattr(hint, "by_identity", False)
 
 
 T = TypeVar("T")
@@ -76,8 +80,8 @@ State = TypeVar("State")
 def pytree(cls: type[T]) -> type[T]:
     """Returns `cls` as a frozen dataclass registered with JAX.
 
-    Fields annotated `int`, `bool`, `str`, `Spec`, `Literal` (or tuples and unions of these) are static: they shape the
-    program. Every other field, `Scalar` included, is a leaf or a subtree.
+    Fields annotated `int`, `bool`, `str`, `Spec`, `Literal`, by a class that is `by_identity`, or by tuples and unions
+    of these, are static: they shape the program. Every other field, `Scalar` included, is a leaf or a subtree.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     fields = dataclasses.fields(cls)
@@ -111,6 +115,10 @@ class Batch:
     terminated: jax.Array  # [B] bool: the task was over after k steps, no bootstrap
     next_obs: jax.Array  # [B, O] after k steps, never from another episode
     steps: jax.Array  # [B] int32: k, the steps that happened, or fewer where a goal was reached on the way
+    next_action: jax.Array | None = None  # [B, A] that the data take at next_obs; means nothing where none is taken
+    followed: jax.Array | None = None  # [B] float, 1 where one is
+    extra: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # [B, ...] at the first step, `Ring.extra`
+    rings: PyTree = ()  # what the windows were cut from, for agents that look things up in all of the data
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ has losses that are known by hand.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 import optax
 
 from jaxrl.agents.common import State
+from jaxrl.data.files import Dataset
+from jaxrl.data.ring import Ring, from_dataset
 from jaxrl.types import Batch, PyTree, Spec
 
 KEY = jax.random.key(0)
@@ -69,7 +72,23 @@ def random_batch(seed: int, count: int = 16, length: int = 3, spec: Spec = WIDE,
         "next_obs": rng.normal(size=(count, spec.observation)),
     }
     columns = {key: jnp.asarray(value, jnp.float32) for key, value in columns.items()}
-    return Batch(**columns, terminated=jnp.asarray(rng.random(count) < 0.3), steps=jnp.asarray(steps, jnp.int32))
+    terminated = jnp.asarray(rng.random(count) < 0.3)
+    following = {
+        "next_action": jnp.asarray(rng.uniform(-1, 1, (count, spec.action)), jnp.float32),
+        "followed": 1.0 - terminated,
+        "rings": (some_data(spec),),
+    }
+    return Batch(**columns, **following, terminated=terminated, steps=jnp.asarray(steps, jnp.int32))
+
+
+@functools.cache
+def some_data(spec: Spec) -> Ring:
+    """Returns 20 random transitions in two episodes, whose states lack the goal."""
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(22, spec.observation - spec.goal)).astype(np.float32)
+    actions = rng.uniform(-1, 1, (22, spec.action)).astype(np.float32)
+    data = Dataset(states, actions, np.arange(22) % 11 == 10)
+    return from_dataset(data, np.zeros(22), np.zeros(22, bool))
 
 
 def state_of(params: dict[str, PyTree], target: PyTree = None, optimizer=None, spec: Spec = NARROW) -> State:

@@ -60,6 +60,8 @@ class Phased(Toy):
     """A toy that has an online phase."""
 
     def start_online(self, state: ToyState) -> ToyState:
+        if state.anchor is not None:
+            return state
         return dataclasses.replace(state, anchor=jnp.copy(state.w), starts=state.starts + 1)
 
 

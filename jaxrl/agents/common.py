@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from jaxrl import losses
+from jaxrl.data.ring import Rings
 from jaxrl.errors import UserError
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
@@ -20,14 +21,29 @@ Draws: TypeAlias = dict[str, jax.Array]
 
 
 @pytree
+class Normalizer:
+    """What observations are measured in."""
+
+    mean: jax.Array  # [O]
+    std: jax.Array  # [O]
+
+    def __call__(self, obs: jax.Array) -> jax.Array:
+        """Returns observations [..., O] less their mean, in standard deviations."""
+        lead = (1,) * (obs.ndim - 1)
+        return (obs - self.mean.reshape(*lead, -1)) / self.std.reshape(*lead, -1)
+
+
+@pytree
 class State:
     """What an update of an actor-critic changes."""
 
     spec: Spec
     params: dict[str, PyTree]  # by network
-    target: PyTree  # the slow copy of the critic
-    opt: PyTree
+    target: PyTree  # the slow copy of the critic, or slow copies by network
+    opt: PyTree  # of one optimiser for all networks, or of each network's by its name
     step: jax.Array  # [] int32
+    normalizer: Normalizer | None = None
+    online: bool = False  # of agents that learn differently there
 
 
 def start(
@@ -54,6 +70,92 @@ def descend(
     params = optax.apply_updates(state.params, updates)
     target = losses.polyak(state.params[slow], state.target, tau)
     return dataclasses.replace(state, params=params, target=target, opt=opt, step=state.step + 1), metrics
+
+
+# One gradient step per network, in turn
+
+
+def start_each(
+    spec: Spec, params: dict[str, PyTree], optimizers: dict[str, optax.GradientTransformation], *slow: str
+) -> State:
+    """Returns the state before the first update of networks with an optimiser each; the networks `slow` have a target.
+
+    Observations stand as they are, until `fit` knows the data.
+    """
+    target = {name: jax.tree.map(jnp.copy, params[name]) for name in slow}
+    opt = {name: optimizer.init(params[name]) for name, optimizer in optimizers.items()}
+    as_it_is = Normalizer(jnp.zeros(spec.observation), jnp.ones(spec.observation))
+    return State(spec, params, target, opt, jnp.zeros((), jnp.int32), as_it_is)
+
+
+def step(
+    state: State,
+    name: str,
+    loss: Callable[[PyTree], tuple[jax.Array, Metrics]],
+    optimizer: optax.GradientTransformation,
+) -> tuple[State, Metrics]:
+    """Returns the state after one gradient step of one network on a loss of its parameters."""
+    gradient, metrics = jax.grad(loss, has_aux=True)(state.params[name])
+    updates, opt = optimizer.update(gradient, state.opt[name], state.params[name])
+    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
+    return dataclasses.replace(state, params=params, opt=state.opt | {name: opt}), metrics
+
+
+def counted(state: State) -> State:
+    """Returns the state with one more update counted."""
+    return dataclasses.replace(state, step=state.step + 1)
+
+
+def follow(state: State, tau: Scalar, *slow: str) -> State:
+    """Returns the state after one Polyak step of the targets of some networks, towards what these are now."""
+    target = {name: losses.polyak(state.params[name], state.target[name], tau) for name in slow}
+    return dataclasses.replace(state, target=state.target | target)
+
+
+def every(
+    period: int, state: State, change: Callable[[State], tuple[State, Metrics]]
+) -> tuple[State, Metrics]:
+    """Returns the state after a change that only every `period`-th update makes; NaN as the metrics of the others."""
+    if period == 1:
+        return change(state)
+    _, shapes = jax.eval_shape(change, state)
+    nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
+    return jax.lax.cond((state.step + 1) % period == 0, change, lambda state: (state, nothing), state)
+
+
+# Observations in units of the data's spread
+
+
+def fit(state: State, data: Rings, epsilon: float = 1e-3) -> State:
+    """Returns the state with the normaliser that a dataset asks for: mean, and standard deviation plus epsilon.
+
+    Rows from which no transition leaves do not count. A column that never changes is left in its own units: divided
+    by epsilon, the least deviation from it would drown all others. What is read are the offline data, `data[0]`; in
+    tasks with goals the goal's part is measured as a goal of any row.
+    """
+    ring = data[0]
+    obs = ring.obs
+    if obs.shape[-1] < state.spec.observation:
+        goals = obs[0] if ring.hindsight is None or ring.hindsight.goals is None else ring.hindsight.goals
+        obs = jnp.concatenate([obs, goals[None]], axis=-1)
+    counts = ring.valid[..., None]
+    rows = jnp.maximum(ring.valid.sum(), 1)
+    mean = jnp.sum(obs * counts, axis=(0, 1)) / rows
+    spread = (obs - mean[None, None]) * counts
+    mean = mean + spread.sum(axis=(0, 1)) / rows  # float32 sums of a million rows err: a second pass mends the first
+    std = jnp.sqrt(jnp.sum(jnp.square(obs - mean[None, None]) * counts, axis=(0, 1)) / rows)
+    constant = std <= 1e-6 * jnp.maximum(1, jnp.abs(mean))
+    return dataclasses.replace(state, normalizer=Normalizer(mean, jnp.where(constant, 1.0, std + epsilon)))
+
+
+def normalized(state: State, batch: Batch) -> Batch:
+    """Returns a batch with its observations normalised."""
+    assert state.normalizer is not None
+    obs, next_obs = state.normalizer(batch.obs), state.normalizer(batch.next_obs)
+    return dataclasses.replace(batch, obs=obs, next_obs=next_obs)
+
+
+# Views of a batch
 
 
 def flat_actions(batch: Batch, chunk: int | None = None) -> jax.Array:

@@ -129,7 +129,9 @@ class FMQ:
         return FMQState(spec, params, target, self.optimizer().init(params), jnp.zeros((), jnp.int32))
 
     def start_online(self, state: FMQState) -> FMQState:
-        """Returns the state online: the actor is copied to the anchor, all else goes on (Eq. 11)."""
+        """Returns the state online: the actor is copied to the anchor, once, and all else goes on (Eq. 11)."""
+        if state.anchor is not None:
+            return state
         return dataclasses.replace(state, anchor=jax.tree.map(jnp.copy, state.params["actor"]))
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:

@@ -1,5 +1,7 @@
 """Offline datasets on disk, in OGBench's npz layout: read and checked, written, described. Host side, numpy only.
 
+HDF5 files of other projects are read too: see `jaxrl.data.hdf5`.
+
 Layout (OGBench calls it compact; Park et al., "OGBench: Benchmarking Offline Goal-Conditioned RL", 2024): whole
 episodes one after the other. Row t is an observation, the action taken there, and what the step from row t to row
 t + 1 brought (reward, mask). The last row of an episode, where `terminals` is true, holds the final observation; its
@@ -22,16 +24,18 @@ import hashlib
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from jaxrl.data import hdf5
 from jaxrl.errors import UserError
 
 REQUIRED = ("observations", "actions", "terminals")
 RANKS = {"observations": 2, "next_observations": 2, "actions": 2, "terminals": 1, "rewards": 1, "masks": 1}
+SUFFIXES = (".npz", *hdf5.SUFFIXES)
 ACTION_TOLERANCE = 1e-5  # rounding that is clipped away; also how near to a bound counts as at the bound
 
 
@@ -46,6 +50,7 @@ class Dataset:
     masks: np.ndarray | None = None  # [N] float32, 0 where that step ended the task, else 1
     extra: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # [N, ...], their own dtypes
     path: str = ""
+    parts: str = ""  # what an observation is put together from, where the file holds several arrays
 
     @functools.cached_property
     def digest(self) -> str:
@@ -61,17 +66,27 @@ Relabel: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[Any, A
 """An environment's own (rewards, terminated) [n] of steps (observations [n, O], actions [n, A], next [n, O])."""
 
 
-def load(path: str | os.PathLike[str]) -> Dataset:
-    """Returns the dataset in an .npz file (compact or full layout), checked.
+def load(path: str | os.PathLike[str], keys: Sequence[str] = ()) -> Dataset:
+    """Returns the dataset in an .npz file (compact or full layout) or an HDF5 file (`jaxrl.data.hdf5`), checked.
+
+    `keys` chooses among the named arrays of which observations consist in some HDF5 files, and orders them.
 
     Raises:
-        UserError: no such file (the nearest one is named), one that may not be read, is no .npz file or is damaged,
-            and all that `from_columns` refuses.
+        UserError: no such file (the nearest one is named), one that may not be read, is of another format or is
+            damaged, and all that `from_columns` and `hdf5.read` refuse.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(_no_such_file(path))
     try:
+        if path.stat().st_size == 0:
+            raise UserError("the file is empty (0 bytes)")
+        path.open("rb").close()  # may it be read?
+        if path.suffix.lower() in hdf5.SUFFIXES:
+            columns, parts = hdf5.read(path, keys)
+            return from_columns(columns, str(path), parts)
+        if keys:
+            raise UserError("an .npz file has no observation keys to choose from")
         return from_columns(_read(path), str(path))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -108,7 +123,7 @@ def save(path: str | os.PathLike[str], dataset: Dataset) -> None:
         partial.unlink(missing_ok=True)
 
 
-def from_columns(columns: Mapping[str, np.ndarray], path: str = "") -> Dataset:
+def from_columns(columns: Mapping[str, np.ndarray], path: str = "", parts: str = "") -> Dataset:
     """Returns the dataset made of named columns, in the compact or the full layout; other names become `extra`.
 
     Actions beyond [-1, 1] by rounding (1e-5) are clipped.
@@ -144,6 +159,7 @@ def from_columns(columns: Mapping[str, np.ndarray], path: str = "") -> Dataset:
         masks=arrays.pop("masks", None),
         extra=arrays,
         path=path,
+        parts=parts,
     )
 
 
@@ -169,13 +185,19 @@ def relabelled(dataset: Dataset, relabel: Relabel) -> Dataset:
     )
     rewards[before] = np.asarray(reward)
     masks[before] = 1 - np.asarray(terminated, np.float32)
-    return from_columns(to_columns(dataset) | {"rewards": rewards, "masks": masks}, dataset.path)
+    return from_columns(to_columns(dataset) | {"rewards": rewards, "masks": masks}, dataset.path, dataset.parts)
 
 
 def episodes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Returns (first, last), the rows [E] at which each episode begins and ends; last - first is its steps."""
     last = np.flatnonzero(dataset.terminals)
     return np.concatenate([[0], last[:-1] + 1]), last
+
+
+def episode_returns(dataset: Dataset) -> np.ndarray:
+    """Returns the undiscounted return [E] of each episode, float64, of a dataset that has rewards."""
+    assert dataset.rewards is not None
+    return np.add.reduceat(np.where(dataset.terminals, 0.0, dataset.rewards), episodes(dataset)[0], dtype=np.float64)
 
 
 def describe(dataset: Dataset, relabel: Relabel | None = None) -> dict[str, Any]:
@@ -204,7 +226,7 @@ def describe(dataset: Dataset, relabel: Relabel | None = None) -> dict[str, Any]
         "ends": _ends(judged),
         "rewards": source,
         "returns": _returns(judged),
-        "observations": _ranges(dataset.observations),
+        "observations": _ranges(dataset.observations) | ({"parts": dataset.parts} if dataset.parts else {}),
         "actions": _ranges(actions) | {"at_bound": at_bound.mean(axis=0).tolist()},
         "extra": {name: f"{column.dtype} {list(column.shape)}" for name, column in dataset.extra.items()},
     }
@@ -225,6 +247,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines.append(("rewards", report["rewards"]))
     if returns is not None:
         lines.append(("returns", f"min {returns['min']:.4g}, mean {returns['mean']:.4g}, max {returns['max']:.4g}"))
+    if "parts" in report["observations"]:
+        lines.append(("observations", report["observations"]["parts"]))
     lines += [(f"column {name}", shape) for name, shape in report["extra"].items()]
     width = 2 + max(len(name) for name, _ in lines)
     head = "\n".join(f"{name:<{width}}{value}" for name, value in lines)
@@ -234,7 +258,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 def _no_such_file(path: Path) -> str:
     if path.is_dir():
         return f"{path} is a folder: a dataset is one .npz file"
-    names = sorted(other.name for other in path.parent.glob("*.npz"))
+    names = sorted(other.name for suffix in SUFFIXES for other in path.parent.glob(f"*{suffix}"))
     if not names:
         return f"no file {path}: its folder holds no .npz file" if path.parent.is_dir() else f"no folder {path.parent}"
     return f"no file {path}: did you mean {difflib.get_close_matches(path.name, names, n=1, cutoff=0.0)[0]!r}?"
@@ -242,8 +266,6 @@ def _no_such_file(path: Path) -> str:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     """Returns the arrays of an .npz file; pickled objects are never loaded."""
-    if path.stat().st_size == 0:
-        raise UserError("the file is empty (0 bytes)")
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as stream:
             begins_well = stream.read(4) == b"PK\x03\x04"
@@ -340,7 +362,7 @@ def _ends(dataset: Dataset) -> dict[str, int]:
 def _returns(dataset: Dataset) -> dict[str, float] | None:
     if dataset.rewards is None:
         return None
-    returns = np.add.reduceat(np.where(dataset.terminals, 0.0, dataset.rewards), episodes(dataset)[0], dtype=np.float64)
+    returns = episode_returns(dataset)
     return {"min": float(returns.min()), "mean": float(returns.mean()), "max": float(returns.max())}
 
 

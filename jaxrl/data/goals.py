@@ -115,6 +115,8 @@ def window_at(
     step = jnp.arange(length)[None]
     goals = (obs if hindsight.goals is None else hindsight.goals)[goal]
     rewards = jnp.where(step < k[:, None], -1, 0) if law.negative else reached[:, None] & (step == k[:, None])
+    ends = jax.lax.cummax(hindsight.first + hindsight.steps)  # the closing rows; episodes without steps come last
+    closes = ends[jnp.searchsorted(ends, start + k)] == start + k
     return Batch(
         obs=jnp.concatenate([obs[start], goals], axis=-1),
         actions=actions[start[:, None] + step],
@@ -123,4 +125,6 @@ def window_at(
         terminated=reached,
         next_obs=jnp.concatenate([obs[start + k], goals], axis=-1),
         steps=k,
+        next_action=actions[start + k],
+        followed=(~closes).astype(obs.dtype),
     )

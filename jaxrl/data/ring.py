@@ -16,6 +16,8 @@ the next `add`: every transition in the ring is complete at all times, and no wi
 A dataset whose goals are drawn in hindsight is one lane that also knows its episodes (`jaxrl.data.goals`).
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import jax
@@ -24,7 +26,9 @@ import numpy as np
 
 from jaxrl.data import files
 from jaxrl.data.files import Dataset
+from jaxrl.data.forest import Forest
 from jaxrl.data.goals import DEFAULT, Goals, Hindsight, goal_windows
+from jaxrl.data.weighting import Weights, draw_rows
 from jaxrl.errors import UserError
 from jaxrl.types import Batch, pytree
 
@@ -58,6 +62,9 @@ class Ring:
     head: jax.Array  # [L] int32, the row of the newest observation
     count: jax.Array  # [L] int32, rows behind the head that hold history
     hindsight: Hindsight | None = None  # where goals are drawn in hindsight; then L = 1 and rewards mean nothing
+    forest: Forest | None = None  # where neighbours are searched on the host, in KD-trees of these very rows
+    extra: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # [L, T, ...] that only some agents ask for
+    weights: Weights | None = None  # where trajectories are not drawn alike; then L = 1 and none was added
 
 
 Rings: TypeAlias = tuple[Ring, ...]
@@ -119,6 +126,7 @@ def windows(rings: Rings, key: jax.Array, batch: int, length: int, goals: Goals 
     """
     key_ring, *keys = jax.random.split(key, len(rings) + 1)
     parts = [_windows(ring, k, batch, length, goals) for ring, k in zip(rings, keys, strict=True)]
+    parts = [_with_extra(part, parts) for part in parts]
     rows = jnp.stack([ring.count.sum() for ring in rings])
     source = jax.random.categorical(key_ring, jnp.log(rows), shape=(batch,))
     chosen = parts[0]
@@ -127,13 +135,23 @@ def windows(rings: Rings, key: jax.Array, batch: int, length: int, goals: Goals 
     return chosen
 
 
+def _with_extra(part: Batch, parts: list[Batch]) -> Batch:
+    """Returns windows with the extra columns that any of them has; NaN where their ring does not know them."""
+    known = {name: column for other in parts for name, column in other.extra.items()}
+    unknown = {name: jnp.full_like(column, jnp.nan) for name, column in known.items()}
+    return dataclasses.replace(part, extra=unknown | part.extra)
+
+
 def _windows(ring: Ring, key: jax.Array, batch: int, length: int, goals: Goals) -> Batch:
     """Returns windows of one ring: starts are uniform over valid rows, by drawing again where a row is not.
 
-    After REDRAWS misses a window without any valid step is returned, which has no weight in any loss.
+    After REDRAWS misses a window without any valid step is returned, which has no weight in any loss. Where
+    trajectories have weights, starts follow these, and every draw is valid.
     """
     if ring.hindsight is not None:
         return goal_windows(ring.obs[0], ring.actions[0], ring.hindsight, key, batch, length, goals)
+    if ring.weights is not None:
+        return window_at(ring, jnp.zeros(batch, jnp.int32), draw_rows(ring.weights, key, batch), length)
     ends = jnp.cumsum(ring.count)
     draw = jax.random.randint(key, (REDRAWS, batch), 0, jnp.maximum(ends[-1], 1))
     lane = jnp.minimum(jnp.searchsorted(ends, draw, side="right"), len(ends) - 1)
@@ -166,7 +184,15 @@ def window_at(ring: Ring, lane: jax.Array, start: jax.Array, length: int) -> Bat
         terminated=(ring.terminated[lane, row] & valid).any(axis=1),
         next_obs=ring.obs[lane, following][:, 0],
         steps=taken[:, 0],
+        next_action=ring.actions[lane, following][:, 0],
+        followed=_followed(ring, lane, following, start[:, None] + taken),
+        extra={name: column[lane[:, 0], row[:, 0]] for name, column in ring.extra.items()},
     )
+
+
+def _followed(ring: Ring, lane: jax.Array, row: jax.Array, age: jax.Array) -> jax.Array:
+    """Returns 1 where a transition leaves rows [B, 1] of the same episode that is in the ring, else 0, as [B]."""
+    return (ring.valid[lane, row] & (age < ring.count[lane])).astype(ring.rewards.dtype)[:, 0]
 
 
 def _row(ring: Ring, lane: jax.Array, age: jax.Array) -> jax.Array:
@@ -185,6 +211,7 @@ def from_dataset(
     lanes: int = 1,
     goals: np.ndarray | None = None,
     room: tuple[int, int] = (0, 0),
+    extra: Mapping[str, np.ndarray] | None = None,
 ) -> Ring:
     """Returns a dataset as a full ring. `rewards` [N] and `terminated` [N] belong to the transition leaving each row.
 
@@ -230,4 +257,10 @@ def from_dataset(
         own = None if goals is dataset.observations else lay(goals)[0]
         hindsight = Hindsight(own, jnp.asarray(begin), jnp.asarray(steps))
     count = jnp.asarray(filled, jnp.int32)
-    return Ring(**{name: lay(column) for name, column in columns.items()}, head=count, count=count, hindsight=hindsight)
+    return Ring(
+        **{name: lay(column) for name, column in columns.items()},
+        head=count,
+        count=count,
+        hindsight=hindsight,
+        extra={name: lay(column) for name, column in (extra or {}).items()},
+    )

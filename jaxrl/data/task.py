@@ -1,8 +1,8 @@
 """A dataset as a task needs it: sizes held against the environment's, rewards and goals added, laid out as a ring."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,16 @@ import numpy as np
 
 from jaxrl.data import files
 from jaxrl.data.files import Dataset
+from jaxrl.data.forest import bare
 from jaxrl.data.goals import Hindsight
+from jaxrl.data.neighbours import planted
 from jaxrl.data.ring import Ring, empty, from_dataset
+from jaxrl.data.weighting import UNIFORM, Weighting, Weights, trajectory_weights, weights_of
 from jaxrl.errors import UserError
+
+
+Columns: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
+"""More columns [N, ...] of rows whose rewards [N], ends of the task [N] and closing rows [N] are known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +96,24 @@ def to_ring(
     shift: float = 0.0,
     room: tuple[int, int] = (0, 0),
     probabilities: bool = False,
+    weighting: Weighting = UNIFORM,
+    searched: bool = False,
+    columns: Columns | None = None,
 ) -> Ring:
     """Returns the dataset in device memory, with the environment's own rewards where it can relabel.
 
     Rewards r become scale * r + shift; with `probabilities`, UserError where they then leave [0, 1]. In a
     goal-conditioned environment goals are drawn in hindsight, and rewards with them. `room` is the rows and the
-    episodes that there is place for, so that datasets of several sizes are alike.
+    episodes that there is place for, so that datasets of several sizes are alike. `weighting` says which episodes are
+    drawn more often. With `searched`, the host can look for neighbours among the rows. `columns` are the columns that
+    an agent asks for besides.
     """
+    check_weighting(weighting, env)
+    finish = planted if searched else lambda ring: ring
     if env.spec.goal:
         states, goals = states_and_goals(dataset, env)
-        none = np.zeros(len(states), bool)
-        return from_dataset(dataclasses.replace(dataset, observations=states), none, none, goals=goals, room=room)
+        none, dataset = np.zeros(len(states), bool), dataclasses.replace(dataset, observations=states)
+        return finish(from_dataset(dataset, none, none, goals=goals, room=room))
     if hasattr(env, "relabel"):
         dataset = files.relabelled(dataset, env.relabel)
     assert dataset.rewards is not None
@@ -107,7 +121,33 @@ def to_ring(
     rewards = scale * dataset.rewards + shift
     if probabilities:
         check_probabilities(rewards[~dataset.terminals], dataset.path)
-    return from_dataset(dataset, rewards, ended, room=room)
+    weights = weigh(dataset, weighting, room[1])
+    extra = {} if columns is None else columns(rewards, ended, dataset.terminals)
+    ring = from_dataset(dataset, rewards, ended, room=room, extra=extra)
+    return finish(dataclasses.replace(ring, weights=weights))
+
+
+def check_weighting(weighting: Weighting, env: Any) -> None:
+    """Raises UserError where trajectories are to be weighted, but goals in hindsight give each of them many returns."""
+    if weighting.kind != "uniform" and env.spec.goal:
+        raise UserError(
+            f"weighting.kind = {weighting.kind!r}: goals are drawn in hindsight here, so that no trajectory has one "
+            "return; only 'uniform' is possible"
+        )
+
+
+def weigh(dataset: Dataset, weighting: Weighting, room: int = 0) -> Weights | None:
+    """Returns how often each episode of a dataset with rewards is drawn, None where all transitions are alike.
+
+    `room` is the episodes that there is place for, where that is more than the dataset has.
+    """
+    if weighting.kind == "uniform":
+        return None
+    first, last = files.episodes(dataset)
+    returns = np.add.reduceat(np.where(dataset.terminals, 0.0, np.asarray(dataset.rewards)), first, dtype=np.float64)
+    law = (weighting.kind, weighting.temperature, weighting.fraction)
+    log_weights = trajectory_weights(returns, last - first, dataset.observations[first], *law)
+    return weights_of(log_weights, first, last - first, room)
 
 
 def check_probabilities(rewards: np.ndarray, path: str) -> None:
@@ -135,16 +175,19 @@ def states_and_goals(dataset: Dataset, env: Any) -> tuple[np.ndarray, np.ndarray
     return states, np.asarray(dataset.extra["oracle_reps"], np.float32) if source == "file" else states
 
 
-def abstract_ring(sizes: Sizes, env: Any) -> Ring:
-    """Returns the shapes of what `to_ring` makes of a dataset of these sizes."""
+def abstract_ring(sizes: Sizes, env: Any, weighting: Weighting = UNIFORM, searched: bool = False) -> Ring:
+    """Returns the shapes of what `to_ring` makes of a dataset of these sizes; its trees, if any, have no rows."""
+    check_weighting(weighting, env)
     spec, rows = env.spec, sizes.rows + 1
 
     def build() -> Ring:
-        ring = empty(1, rows, spec.observation - spec.goal, spec.action)
+        ring, episodes = empty(1, rows, spec.observation - spec.goal, spec.action), jnp.zeros(sizes.episodes, jnp.int32)
+        if weighting.kind != "uniform":
+            weights = Weights(episodes, episodes, episodes.astype(jnp.uint32), episodes)
+            ring = dataclasses.replace(ring, weights=weights)
         if not spec.goal:
             return ring
         goals = None if goal_source(sizes, env) == "states" else jnp.zeros((rows, spec.goal))
-        episodes = jnp.zeros(sizes.episodes, jnp.int32)
         return dataclasses.replace(ring, hindsight=Hindsight(goals, episodes, episodes))
 
-    return jax.eval_shape(build)
+    return dataclasses.replace(jax.eval_shape(build), forest=bare() if searched else None)

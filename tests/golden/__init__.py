@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from tests.golden import bc, dataset, dqc, fql, iql, qc, qgf
+from tests.golden import bc, dataset, dqc, fql, iql, odice, qc, qgf, rebrac, td3, trajweight
 from tests.golden.recorded import Recorded
 
 TOLERANCE = 1e-4  # of the largest number of an array
 FLOOR = 0.1  # arrays that are smaller than this are compared absolutely, at TOLERANCE * FLOOR
+
+TEXTS = ("meta", "hparams", "arch", "scalars")
 
 METHODS: dict[str, Callable[[Recorded], dict[str, Any]]] = {
     "bc_": bc.replay,
@@ -31,6 +33,12 @@ METHODS: dict[str, Callable[[Recorded], dict[str, Any]]] = {
     "iql_": iql.replay,
     "qc_": qc.replay,
     "qgf_": qgf.replay,
+    "rebrac_": rebrac.replay,
+    "a2pr_": td3.a2pr,
+    "odice_": odice.replay,
+    "prdc_": td3.prdc,
+    "td3bc_": td3.td3bc,
+    "trajweight_": trajweight.replay,
 }
 """By the beginning of a file's name: what computes everything that such a file expects."""
 
@@ -68,7 +76,7 @@ def replay(path: Path) -> Outcome:
         return Outcome(path.name, 0, 0.0, "", known=False)
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
-    texts = {name: json.loads(str(arrays.pop(name))) for name in ("meta", "hparams", "arch", "scalars")}
+    texts = {name: json.loads(str(arrays.pop(name, "{}"))) for name in ("meta", "hparams", "arch", "scalars")}
     recorded = Recorded(arrays | texts.pop("scalars"), **texts)
     expected = recorded.below("expected/")
     got = method(recorded)

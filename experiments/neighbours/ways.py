@@ -1,0 +1,155 @@
+"""The ways to search for nearest pairs, and the measure of one of them on one dataset in a process of its own."""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from scipy.spatial import cKDTree
+
+from jaxrl.data import files, neighbours
+from jaxrl.data.forest import Forest, keys
+from jaxrl.data.neighbours import Index
+
+WAYS = ("blocks", "tree", "approximate", "scipy", "candidates")
+NOISE = {"near": 0.05, "off": 0.5}
+BETA = 2.0
+BATCHES = 4
+KNOWN = 64  # candidates per state
+
+
+def trajectories(rows: int, states: int = 17, actions: int = 6, length: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """Returns smooth states, each entry a sum of three sines per episode, and actions, a noisy function of them."""
+    rng = np.random.default_rng(0)
+    episodes = -(-rows // length)
+    speed, phase, size = (rng.uniform(*span, (3, episodes, 1, states)) for span in ((0.2, 2), (0, 2 * np.pi), (-1, 1)))
+    clock = 0.05 * np.arange(length)[None, :, None]
+    waves = sum(a * np.sin(s * clock + p) for s, p, a in zip(speed, phase, size, strict=True))
+    smooth = np.asarray(waves, np.float32).reshape(-1, states)[:rows]
+    mixed = smooth @ rng.normal(0, states**-0.5, (states, actions)) + 0.3 * rng.normal(size=(rows, actions))
+    return smooth, np.tanh(mixed).astype(np.float32)
+
+
+def pairs(source: Path | int) -> tuple[str, np.ndarray, np.ndarray]:
+    """Returns a name, and the states and actions of all transitions, of a file or of so many synthetic rows."""
+    if isinstance(source, int):
+        return "synthetic", *trajectories(source)
+    dataset = files.load(source)
+    steps = ~dataset.terminals
+    return source.stem, dataset.observations[steps], dataset.actions[steps]
+
+
+def index_of(states: np.ndarray, actions: np.ndarray) -> Index:
+    """Returns the index of pairs, with their trees still to be grown."""
+    valid, mean, weight = np.ones(len(states), bool), states.mean(axis=0), BETA / (states.std(axis=0) + 1e-3)
+    return Index(*map(jnp.asarray, (states, actions, valid, mean, weight)), Forest(states, actions, valid))
+
+
+def queries(index: Index, batch: int, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns rows [4, B], their states, and their actions with noise."""
+    rng = np.random.default_rng(1)
+    row = rng.integers(len(index.states), size=(BATCHES, batch))
+    actions = np.asarray(index.actions)[row]
+    noisy = np.clip(actions + noise * rng.normal(size=actions.shape), -1, 1).astype(np.float32)
+    return row, np.asarray(index.states)[row], noisy
+
+
+def programmed(index: Index, method: neighbours.Method, asked: tuple) -> Callable[[], Any]:
+    """Returns a compiled program that searches for all batches."""
+
+    def searched(index: Index, states: jax.Array, actions: jax.Array) -> Any:
+        return lax.map(lambda pair: neighbours.nearest(index, *pair, method=method), (states, actions))
+
+    states, actions = map(jnp.asarray, asked[1:])
+    program = jax.jit(searched).lower(index, states, actions).compile()
+    return lambda: jax.block_until_ready(program(index, states, actions))
+
+
+def peer(index: Index, asked: tuple) -> Callable[[], Any]:
+    """Returns a function that asks a tree of SciPy's, on the host from beginning to end."""
+    mean, weight, states, actions = map(np.asarray, (index.mean, index.weight, index.states, index.actions))
+    grown = functools.cache(lambda: cKDTree(keys(mean, weight, states, actions)))
+    return lambda: [grown().query(keys(mean, weight, s, a)) for s, a in zip(*asked[1:], strict=True)]
+
+
+def known_candidates(index: Index, rows: np.ndarray) -> tuple[jax.Array, jax.Array, float]:
+    """Returns the nearest states [4, B, 64] of rows [4, B], their squared radii [4, B], and the seconds for all rows.
+
+    Only what will be asked for is looked up. A state's own row and its like are among the nearest.
+    """
+    blind = dataclasses.replace(index, actions=index.actions[:, :0], forest=None)
+
+    def looked_up(blind: Index, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return lax.map(lambda row: neighbours.nearest(blind, blind.states[row], blind.actions[row], KNOWN), rows)
+
+    program = jax.jit(looked_up).lower(blind, jnp.asarray(rows)).compile()
+    began = time.perf_counter()
+    distance, found = jax.block_until_ready(program(blind, jnp.asarray(rows)))
+    seconds = (time.perf_counter() - began) * len(index.states) / rows.size
+    return found, distance[..., -1] * (1 - 1e-5), seconds  # a hair less, for what float32 rounds off
+
+
+def pruned(index: Index, states: jax.Array, actions: jax.Array, known: jax.Array, radius: jax.Array) -> Any:
+    """Returns the nearest distance and row, and how many of the queries the known candidates answered."""
+    distance, row = neighbours.closest(index, states, actions, known, 1)
+    sure = distance[:, 0] <= radius
+    full = functools.partial(neighbours.nearest, index, states, actions)
+    return *lax.cond(sure.all(), lambda: (distance, row), full), sure.sum()
+
+
+def pruning(index: Index, asked: tuple, record: dict[str, Any]) -> Callable[[], Any]:
+    """Returns a compiled program that searches the known candidates, and fully where these do not do; records which."""
+    known, radius, record["all_candidates_s"] = known_candidates(index, asked[0])
+
+    def searched(index: Index, *queries: jax.Array) -> Any:
+        return lax.map(lambda parts: pruned(index, *parts), queries)
+
+    parts = (*map(jnp.asarray, asked[1:]), known, radius)
+    program = jax.jit(searched).lower(index, *parts).compile()
+    record["answered"] = float(program(index, *parts)[2].mean()) / asked[0].shape[1]
+    return lambda: jax.block_until_ready(program(index, *parts))
+
+
+def peak_memory(reset: bool = False) -> int:
+    """Returns the bytes that this process, or its GPU, has held at most since the last reset (only Linux resets)."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["bytes_in_use"] if reset else stats["peak_bytes_in_use"]
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def measured(source: Path | int, way: Any, batch: int, seconds: float) -> dict[str, Any]:
+    """Returns what one way does on one dataset, from a process of its own."""
+    name, states, actions = pairs(source)
+    index = index_of(states, actions)
+    record: dict[str, Any] = {"data": name, "rows": len(states), "entries": states.shape[1] + actions.shape[1]}
+    record |= {"way": way, "load_average": os.getloadavg()[0]}
+    for distance, noise in NOISE.items():
+        result: dict[str, Any] = {}
+        asked = queries(index, batch, noise)
+        if way == "scipy":
+            search = peer(index, asked)
+        elif way == "candidates":
+            search = pruning(index, asked, result)
+        else:
+            search = programmed(index, way, asked)
+        held = peak_memory(reset=True)
+        search()
+        record["memory_mib"] = max((peak_memory() - held) / 2**20, record.get("memory_mib", 0))
+        times: list[float] = []
+        while sum(times) < seconds:
+            began = time.perf_counter()
+            search()
+            times.append(time.perf_counter() - began)
+        record[distance] = result | {"batch_ms": 1000 * float(np.median(times)) / BATCHES}
+    return record
