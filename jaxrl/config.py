@@ -78,6 +78,10 @@ Preset = Literal["quick", "paper"]
 _SMALL = (128, 128, 128)
 _WIDE = (1024, 1024, 1024, 1024)
 _NETS: dict[str, Any] = {"actor_hidden": _SMALL, "critic_hidden": _SMALL}
+_SINGLE: dict[str, Any] = {
+    "components": 1,
+    "operator": ClosedForm(bound="jensen", delta=0.2, delta_high=2.0, draws=10),
+}
 _FAST: dict[str, Any] = {"actor_lr": 1e-3, "critic_lr": 1e-3}
 _MINUTES = Schedule(
     offline_updates=12_000,
@@ -117,7 +121,7 @@ PRESETS: dict[str, dict[str, Config]] = {
             ODICE(actor_hidden=_SMALL, value_hidden=_SMALL, actor_lr=1e-3, value_lr=1e-3), schedule=_OFFLINE
         ),
         "famo2o": Config(FamO2O(**_NETS, lr=1e-3), schedule=_MINUTES),
-        "cfpi": Config(CFPI(actor_hidden=_SMALL, critic_hidden=_SMALL[:2], **_FAST), schedule=_OFFLINE),
+        "cfpi": Config(CFPI(actor_hidden=_SMALL, critic_hidden=_SMALL[:2], **_FAST, **_SINGLE), schedule=_OFFLINE),
     },
     "paper": {  # the published sizes, for an accelerator
         "bc": Config(BC(), schedule=_LONG, data_steps=1_000_000),
@@ -157,8 +161,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "grad-step": {"guide": QGuidance(gradient="after")},
     },
     "qc": {"distill": {"actor": "distill"}},
-    "cfpi": {  # one Gaussian, from which the critic chooses how far to go
-        "single": {"components": 1, "operator": ClosedForm(bound="jensen", delta=0.2, delta_high=2.0, draws=10)},
+    "cfpi": {  # one Gaussian, from which the critic chooses how far to go; or a mixture, one distance, both bounds
+        "single": _SINGLE,
+        "mixture": {"components": 4, "operator": ClosedForm()},
     },
     "cql": {  # as their papers have them for tasks with sparse rewards, which go on to learn online
         "antmaze": {"conservatism": 5.0, "lagrange": True, "gap": 0.8, "max_target": True, "lowest_gap": -200.0},

@@ -137,7 +137,7 @@ def bce_logit(logit: Float[Array, "*n"], target: Float[Array, "*#n"]) -> Float[A
 def polyak(online: PyTree, target: PyTree, tau: Scalar) -> PyTree:
     """Returns tau * online + (1 - tau) * target, leaf by leaf.
 
-    Callers pass the online parameters from BEFORE the gradient step: the official code of QC, FQL and FMQ mixes
-    them with that lag of one step.
+    Callers say whether `online` is from before the gradient step, a lag of one step that the official code of QC, FQL
+    and FMQ has, or from after it, as in TD3.
     """
     return optax.incremental_update(online, target, tau)

@@ -287,11 +287,14 @@ class Squashed(nn.Module):
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns mean and logarithm of the standard deviation before tanh, [..., size] each, the latter in [-20, 2]."""
+        """Returns mean and logarithm of the standard deviation before tanh, [..., size] each, the latter in [-20, 2].
+
+        At first that deviation is near exp(-1), so that actions do not crowd at the box's sides.
+        """
         mean, log_std = jnp.split(
             MLP((*self.hidden, 2 * self.size), "none", self.activation, 1.0, "lecun")(obs), 2, axis=-1
         )
-        return mean, jnp.clip(log_std, -20, 2)
+        return mean, jnp.clip(log_std - 1, -20, 2)
 
 
 def apply(network: nn.Module, params: PyTree, *inputs: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl.agents.common import State
+from jaxrl.agents.common import Normalizer, State
 from jaxrl.data.files import Dataset
 from jaxrl.data.ring import Ring, from_dataset
 from jaxrl.types import Batch, PyTree, Spec
@@ -97,6 +97,32 @@ def state_of(params: dict[str, PyTree], target: PyTree = None, optimizer=None, s
     target = params["critic"] if target is None else jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), target)
     opt = (optax.adam(0.0) if optimizer is None else optimizer).init(params)
     return State(spec, params, target, opt, jnp.zeros((), jnp.int32))
+
+
+def one_layer_each(agent: Any, spec: Spec = NARROW, target: dict | None = None, **layers) -> State:
+    """Returns the state of an agent whose networks have no hidden layer, for raw observations.
+
+    `layers` are (kernel, bias) by network, repeated to fill theirs, zero where not given; `target` those of the slow
+    copies that differ.
+    """
+
+    def filled(nets: dict[str, PyTree], layers: dict) -> dict[str, PyTree]:
+        return {
+            name: _layer(net, *layers.get(name, (0, 0))) if "params" in net else filled(net, layers)
+            for name, net in nets.items()
+        }
+
+    shapes = jax.eval_shape(lambda: agent.init(KEY, spec))
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    unchanged = Normalizer(jnp.zeros(spec.observation), jnp.ones(spec.observation))
+    params, slow = filled(zero.params, layers), filled(zero.target, layers | (target or {}))
+    return dataclasses.replace(zero, params=params, target=slow, normalizer=unchanged)
+
+
+def _layer(net: PyTree, kernel: Any, bias: Any) -> PyTree:
+    values = {"kernel": kernel, "bias": bias}
+    fill = lambda path, leaf: jnp.asarray(np.resize(values[path[-1].key], leaf.shape), leaf.dtype)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(fill, net)
 
 
 @contextlib.contextmanager

@@ -388,7 +388,7 @@ def bandit_player(name: str) -> dict[str, np.ndarray]:
     fields = {"chunk": 1, "backup": 1, "batch_size": 128, "num_samples": 16, "target_samples": 1, "curriculum": 500}
     rates = dict.fromkeys(("lr", "actor_lr", "critic_lr", "value_lr"), 3e-3)
     near = ClosedForm(delta=0.01, delta_high=0.01)  # a bump is narrow
-    judgement = {"eta": 0.1, "temperature": 0.1, "max_weight": 1e4, "trade": 0.5, "operator": near}  # of small rewards
+    judgement = {"eta": 0.1, "temperature": 0.1, "max_weight": 1e6, "trade": 0.5, "operator": near}  # of small rewards
     agent, data = small(name, **fields, **rates, **judgement), bandit_data()
 
     @functools.partial(jax.jit, static_argnums=2)

@@ -25,6 +25,8 @@ from tests.known import quick_to_compile
 
 EXACT = ("blocks", "tree")
 jitted = jax.jit(neighbours.nearest, static_argnames=("k", "method", "block"))
+known_of = jax.jit(neighbours.known_of, static_argnames=("count", "batch", "block"))
+nearest_known = jax.jit(neighbours.nearest_known, static_argnames=("k", "method", "block"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -237,6 +239,48 @@ def test_the_tree_is_asked_on_the_cpu_where_there_is_one():
     assert "pure_callback" in program["a"] and "pure_callback" not in program["b"]
     with pytest.raises(UserError, match="method = 'tree': there are no trees"):
         neighbours.nearest(without, *asked, method="tree")
+
+
+# With what is known beforehand
+
+
+def test_the_nearest_states_and_their_radius_by_hand():
+    line = index([[0.0], [1.0], [3.0], [7.0]], np.zeros((4, 1)), weight=2.0, valid=[True, True, True, False])
+    two = known_of(line, jnp.array([2, 0, 3]), count=2, batch=2, block=3)
+    np.testing.assert_array_equal(two.rows, [[2, 1], [0, 1], [2, 1]])
+    np.testing.assert_allclose(two.radius, [16.0, 4.0, 144.0], rtol=2e-5)
+    assert (two.radius < np.array([16.0, 4.0, 144.0])).all()
+    four = known_of(line, jnp.arange(2), count=4, batch=2)  # only three count: all others are infinitely far
+    np.testing.assert_array_equal(four.rows, [[0, 1, 2, -1], [1, 0, 2, -1]])
+    assert np.isinf(four.radius).all()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_what_is_known_answers_exactly_near_the_data_and_far_from_them(k):
+    data = random_index(400, valid=np.arange(400) % 5 > 0)
+    own = jnp.flatnonzero(data.valid)[:64]
+    known = known_of(data, own, count=12, batch=64)
+    answered = []
+    for noise in (0.01, 1.0):
+        actions = data.actions[own] + noise * queries(64)[1]
+        found = nearest_known(data, known, data.states[own], actions, k=k, method="blocks", block=90)
+        assert_nearest(found, data, data.states[own], actions, k)
+        answered.append(np.mean(found[0][:, -1] <= known.radius))
+    assert answered[1] < 1 and answered[1] < answered[0]
+    assert answered[0] == 1 or k > 1
+    with pytest.raises(UserError, match="k = 13: the dataset has 12 rows"):
+        nearest_known(data, known, data.states[own], data.actions[own], k=13)
+
+
+def test_known_rows_alone_are_compared_where_they_are_enough():
+    data = random_index(100)
+    known = known_of(data, jnp.arange(20), count=8, batch=20)
+    asked = data.states[:20], data.actions[:20]
+    wrong = dataclasses.replace(known, rows=jnp.full_like(known.rows, 99))
+    _, row = nearest_known(data, dataclasses.replace(wrong, radius=jnp.full(20, jnp.inf)), *asked)
+    assert (row == 99).all()  # trusted
+    _, row = nearest_known(data, dataclasses.replace(wrong, radius=jnp.zeros(20)), *asked)
+    np.testing.assert_array_equal(row[:, 0], np.arange(20))  # not trusted
 
 
 # Trees

@@ -1,6 +1,5 @@
 """The ways to search for nearest pairs, and the measure of one of them on one dataset in a process of its own."""
 
-import dataclasses
 import functools
 import os
 import time
@@ -16,7 +15,7 @@ from scipy.spatial import cKDTree
 
 from jaxrl.data import files, neighbours
 from jaxrl.data.forest import Forest, keys
-from jaxrl.data.neighbours import Index
+from jaxrl.data.neighbours import Index, Known
 
 WAYS = ("blocks", "tree", "approximate", "scipy", "candidates")
 NOISE = {"near": 0.05, "off": 0.5}
@@ -79,42 +78,31 @@ def peer(index: Index, asked: tuple) -> Callable[[], Any]:
     return lambda: [grown().query(keys(mean, weight, s, a)) for s, a in zip(*asked[1:], strict=True)]
 
 
-def known_candidates(index: Index, rows: np.ndarray) -> tuple[jax.Array, jax.Array, float]:
-    """Returns the nearest states [4, B, 64] of rows [4, B], their squared radii [4, B], and the seconds for all rows.
+def known_of(index: Index, rows: np.ndarray) -> tuple[Known, float]:
+    """Returns what is known of rows [4, B], and the seconds that finding it for all rows would take.
 
-    Only what will be asked for is looked up. A state's own row and its like are among the nearest.
+    Only what will be asked for is looked up.
     """
-    blind = dataclasses.replace(index, actions=index.actions[:, :0], forest=None)
-
-    def looked_up(blind: Index, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return lax.map(lambda row: neighbours.nearest(blind, blind.states[row], blind.actions[row], KNOWN), rows)
-
-    program = jax.jit(looked_up).lower(blind, jnp.asarray(rows)).compile()
+    flat = jnp.asarray(rows.ravel())
+    program = jax.jit(lambda index, rows: neighbours.known_of(index, rows, KNOWN)).lower(index, flat).compile()
     began = time.perf_counter()
-    distance, found = jax.block_until_ready(program(blind, jnp.asarray(rows)))
+    known = jax.block_until_ready(program(index, flat))
     seconds = (time.perf_counter() - began) * len(index.states) / rows.size
-    return found, distance[..., -1] * (1 - 1e-5), seconds  # a hair less, for what float32 rounds off
-
-
-def pruned(index: Index, states: jax.Array, actions: jax.Array, known: jax.Array, radius: jax.Array) -> Any:
-    """Returns the nearest distance and row, and how many of the queries the known candidates answered."""
-    distance, row = neighbours.closest(index, states, actions, known, 1)
-    sure = distance[:, 0] <= radius
-    full = functools.partial(neighbours.nearest, index, states, actions)
-    return *lax.cond(sure.all(), lambda: (distance, row), full), sure.sum()
+    return jax.tree.map(lambda x: x.reshape(*rows.shape, *x.shape[1:]), known), seconds
 
 
 def pruning(index: Index, asked: tuple, record: dict[str, Any]) -> Callable[[], Any]:
-    """Returns a compiled program that searches the known candidates, and fully where these do not do; records which."""
-    known, radius, record["all_candidates_s"] = known_candidates(index, asked[0])
+    """Returns a compiled program that searches what is known; records its price, and the queries that it answered."""
+    known, record["all_candidates_s"] = known_of(index, asked[0])
+    states, actions = map(jnp.asarray, asked[1:])
 
-    def searched(index: Index, *queries: jax.Array) -> Any:
-        return lax.map(lambda parts: pruned(index, *parts), queries)
+    def searched(index: Index, *queries: Any) -> Any:
+        return lax.map(lambda parts: neighbours.nearest_known(index, *parts), queries)
 
-    parts = (*map(jnp.asarray, asked[1:]), known, radius)
-    program = jax.jit(searched).lower(index, *parts).compile()
-    record["answered"] = float(program(index, *parts)[2].mean()) / asked[0].shape[1]
-    return lambda: jax.block_until_ready(program(index, *parts))
+    program = jax.jit(searched).lower(index, known, states, actions).compile()
+    distance, _ = program(index, known, states, actions)
+    record["answered"] = float((distance[..., 0] <= known.radius).mean())
+    return lambda: jax.block_until_ready(program(index, known, states, actions))
 
 
 def peak_memory(reset: bool = False) -> int:
@@ -152,4 +140,6 @@ def measured(source: Path | int, way: Any, batch: int, seconds: float) -> dict[s
             search()
             times.append(time.perf_counter() - began)
         record[distance] = result | {"batch_ms": 1000 * float(np.median(times)) / BATCHES}
+    if way == "candidates":
+        record["memory_mib"] += (KNOWN + 1) * 4 * len(states) / 2**20  # of all rows
     return record

@@ -1,15 +1,19 @@
-"""How fast are QGF, DQC and FQL here, against the official implementations and against their matrix products alone?
+"""How fast are agents here, against the official implementations and against their matrix products alone?
 
     python -m experiments.official_speed --data cube-single-play-v0.npz --python ENVIRONMENT/bin/python \
-        --qgf CLONE --dqc CLONE --fql CLONE
+        --qgf CLONE --dqc CLONE --fql CLONE --torch-python ENVIRONMENT/bin/python --td3bc CLONE --prdc CLONE \
+        --a2pr CLONE --odice CLONE
 
-The official repositories are clones outside this one, run by a Python that has what they need: the same version of
-JAX as here, flax, optax, distrax and ml_collections. Measured in turn, round after round, on the same cores: the
-official loop (sampling on the host and `agent.update`, without logs or evaluation), an offline epoch here, and parts of
-one update here, each repeated in a program of its own. Networks, batch, chunks, horizons and data are equal. Rewards
-are -1 throughout, as what they are changes no time.
+The official repositories are clones outside this one. QGF, DQC and FQL are run by a Python that has the same version
+of JAX as here, flax, optax, distrax and ml_collections; TD3+BC, PRDC, A2PR and O-DICE by one that has PyTorch, with
+its own choice of threads, and SciPy. Measured in turn, round after round, on the same cores: the official loop
+(sampling on the host and an update, without logs or evaluation), an offline epoch here, and parts of one update here,
+each repeated in a program of its own. Networks, batch, chunks, horizons and data are equal. Rewards are -1 throughout,
+as what they are changes no time. PRDC, whose searches get easier as the actor comes near the data, is measured from
+its 1,000th update on, also among many synthetic keys.
 
-Rates are medians over rounds, ratios medians of each round's. Writes results.json and table.md into this folder.
+Rates are medians over rounds, ratios medians of each round's. Writes results.json and table.md into this folder, and
+leaves rows that are there and that it was not asked for as they are.
 """
 
 import dataclasses
@@ -19,6 +23,7 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -33,18 +38,21 @@ import tyro
 from jax import lax
 
 from experiments.bench.__main__ import products
+from experiments.neighbours.ways import trajectories
 from experiments.tables import machine
 from jaxrl import train
-from jaxrl.agents import DQC, FQL, QGF, common
-from jaxrl.data import files
+from jaxrl.agents import A2PR, DQC, FQL, ODICE, PRDC, QGF, TD3BC, common, td3
+from jaxrl.data import files, task
 from jaxrl.data.files import Dataset
-from jaxrl.data.ring import Ring, from_dataset
+from jaxrl.data.ring import Ring
 from jaxrl.errors import UserError
 from jaxrl.train import Phase, Schedule
-from jaxrl.types import Spec
+from jaxrl.types import Batch, Spec
 
 HERE = Path(__file__).parent
 UPDATES = 100  # in one call of a program
+WARMUP = 1000  # updates before the first measurement, of agents that search the data
+EPISODE = 1000  # steps of a synthetic episode
 Measure: TypeAlias = Callable[[float], float]
 """Updates per second, from how many seconds to measure."""
 
@@ -55,20 +63,32 @@ class Study:
 
     data: Path
     """Dataset file in OGBench's layout."""
-    python: Path
-    """Python that has what the official code needs."""
+    python: Path | None = None
+    """Python that has what the official code of QGF, DQC and FQL needs."""
+    torch_python: Path | None = None
+    """Python that has PyTorch, for the others."""
     qgf: Path | None = None
     """Clone of github.com/zhouzypaul/qgf."""
     dqc: Path | None = None
     """Clone of github.com/ColinQiyangLi/dqc."""
     fql: Path | None = None
     """Clone of github.com/seohongpark/fql."""
+    td3bc: Path | None = None
+    """Clone of github.com/sfujim/TD3_BC."""
+    prdc: Path | None = None
+    """Clone of github.com/LAMDA-RL/PRDC."""
+    a2pr: Path | None = None
+    """Clone of github.com/ltlhuuu/A2PR."""
+    odice: Path | None = None
+    """Clone of github.com/maoliyuan/ODICE-Pytorch."""
+    keys: int = 1_000_000
+    """Transitions of the synthetic data among which PRDC searches as well; 0 leaves that row out."""
     seconds: float = 20.0
     """Seconds for which each thing is measured, in all rounds together."""
     rounds: int = 5
     """How often they take turns."""
-    sizes: tuple[str, ...] = ("256x2", "512x4")
-    """Networks, as width x hidden layers."""
+    sizes: tuple[str, ...] = ("256x2", "512x4", "published")
+    """Networks of QGF, DQC and FQL, as width x hidden layers; "published" are all others, at their papers' sizes."""
     batch: int = 256
     """Windows per update."""
     out: Path = HERE
@@ -77,13 +97,18 @@ class Study:
     def check(self) -> None:
         """Raises UserError for the first value that nothing can be measured with."""
         for size in self.sizes:
-            if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
-                raise UserError(f"--sizes {size}: must be width x hidden layers, such as 512x4")
-        for name in ("rounds", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if not any((self.qgf, self.dqc, self.fql)):
-            raise UserError("nothing to compare with: name a clone with --qgf, --dqc or --fql")
+            if size != "published" and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
+                raise UserError(f"--sizes {size}: must be width x hidden layers, such as 512x4, or published")
+        for name, least in (("rounds", 1), ("batch", 1), ("keys", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        found = [case for size in self.sizes for case in cases(self, size)]
+        if not found:
+            raise UserError("nothing to compare with: name a clone, such as --qgf or --td3bc, and its --sizes")
+        for case in found:
+            if case.python is None:
+                option = "--torch-python" if case.size == "published" else "--python"
+                raise UserError(f"{case.name}: {option} must name the Python that runs the official code")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +116,11 @@ class Case:
     """A method at one size."""
 
     name: str
+    size: str
     agent: Any
     repository: Path
+    python: Path | None
+    keys: int = 0  # of synthetic data, in place of the study's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,27 +131,59 @@ class Sizes:
 
 
 def cases(study: Study, size: str) -> Iterator[Case]:
-    """Yields the methods whose repository is there, with networks of a size such as 512x4."""
+    """Yields the methods whose repository is there, with networks of a size such as 512x4, or as published."""
+    if size == "published":
+        yield from published(study)
+        return
     width, layers = (int(number) for number in size.split("x"))
     same: dict[str, Any] = dict.fromkeys(("actor_hidden", "critic_hidden"), (width,) * layers)
     same["batch_size"] = study.batch
     if study.qgf is not None:
-        yield Case("QGF", QGF(chunk=1, backup=1, **same), study.qgf)
-        yield Case("QGF, chunks of 5", QGF(chunk=5, backup=5, **same), study.qgf)
+        yield Case("QGF", size, QGF(chunk=1, backup=1, **same), study.qgf, study.python)
+        yield Case("QGF, chunks of 5", size, QGF(chunk=5, backup=5, **same), study.qgf, study.python)
     if study.dqc is not None:
-        yield Case("DQC, 5 of 25", DQC(chunk=5, backup=25, **same), study.dqc)
+        yield Case("DQC, 5 of 25", size, DQC(chunk=5, backup=25, **same), study.dqc, study.python)
     if study.fql is not None:
-        yield Case("FQL", FQL(chunk=1, backup=1, **same), study.fql)
+        yield Case("FQL", size, FQL(chunk=1, backup=1, **same), study.fql, study.python)
+
+
+def published(study: Study) -> Iterator[Case]:
+    """Yields the methods whose official code has networks of one size, and is written in PyTorch."""
+    for name, method, repository, keys in (
+        ("TD3+BC", TD3BC, study.td3bc, 0),
+        ("PRDC", PRDC, study.prdc, 0),
+        (f"PRDC, {study.keys:,} keys", PRDC, study.prdc if study.keys else None, study.keys),
+        ("A2PR", A2PR, study.a2pr, 0),
+        ("O-DICE", ODICE, study.odice, 0),
+    ):
+        if repository is not None:
+            yield Case(name, "published", method(batch_size=study.batch), repository, study.torch_python, keys)
+
+
+def synthesized(keys: int, folder: Path) -> Path:
+    """Returns the file of smooth synthetic trajectories with so many transitions, written into a folder."""
+    lengths = np.full(-(-keys // EPISODE), EPISODE)
+    lengths[-1] = keys - lengths[:-1].sum()
+    terminals = np.zeros(keys + len(lengths), bool)  # one more row per episode, which is only observed
+    terminals[np.cumsum(lengths + 1) - 1] = True
+    observations, actions = trajectories(len(terminals), length=EPISODE + 1)
+    path = folder / f"{keys}.npz"
+    np.savez(path, observations=observations, actions=actions, terminals=terminals)
+    return path
+
+
+def searches(agent: Any) -> bool:
+    """Returns whether an agent looks for neighbours among all of the data."""
+    return isinstance(agent, PRDC)
 
 
 def laid(dataset: Dataset, agent: Any) -> tuple[Ring, Spec]:
     """Returns the data in device memory, for DQC with whole observations as goals, and the sizes of the task."""
-    never = np.zeros(len(dataset.terminals), bool)
     observation, action = dataset.observations.shape[1], dataset.actions.shape[1]
-    if isinstance(agent, DQC):
-        ring = from_dataset(dataset, never, never, goals=dataset.observations)
-        return ring, Spec(2 * observation, action, goal=observation)
-    return from_dataset(dataset, -np.ones(len(never), np.float32), never), Spec(observation, action)
+    goals = isinstance(agent, DQC)
+    spec = Spec(2 * observation, action, goal=observation) if goals else Spec(observation, action)
+    dataset = dataclasses.replace(dataset, rewards=-np.ones(len(dataset.terminals), np.float32), masks=None, extra={})
+    return task.to_ring(dataset, Sizes(spec), searched=searches(agent)), spec
 
 
 def measure(program: Callable[[], Any], updates: int) -> Measure:
@@ -140,17 +200,39 @@ def measure(program: Callable[[], Any], updates: int) -> Measure:
     return measured
 
 
-def epochs(agent: Any, ring: Ring, spec: Spec) -> Callable[[], Any]:
-    """Returns a function that runs the next offline epoch, as `jaxrl train` does."""
-    env, phase = Sizes(spec), Phase("offline", 1, UPDATES, False, 1)
-    carry = train.jitted_begin(agent, env, Schedule(online_steps=0), jax.random.key(0))
+@dataclasses.dataclass
+class Training:
+    """An offline run, as `jaxrl train` makes it; each call is its next epoch."""
 
-    def following() -> Any:
-        nonlocal carry
-        carry, metrics = train.jitted_epoch(agent, env, phase, carry, ring)
+    agent: Any
+    ring: Ring
+    spec: Spec
+
+    def __post_init__(self) -> None:
+        """Begins, and makes the updates that are not measured."""
+        self.env, self.phase = Sizes(self.spec), Phase("offline", 1, UPDATES, False, 1)
+        self.carry = train.jitted_begin(self.agent, self.env, Schedule(online_steps=0), jax.random.key(0))
+        if hasattr(self.agent, "fit"):
+            self.carry = train.jitted_fit(self.agent, self.carry, self.ring)
+        for _ in range(warmup(self.agent) // UPDATES):
+            self()
+
+    def __call__(self) -> Any:
+        """Returns the metrics of the next epoch."""
+        self.carry, metrics = train.jitted_epoch(self.agent, self.env, self.phase, self.carry, self.ring)
         return metrics
 
-    return following
+
+def warmup(agent: Any) -> int:
+    """Returns the updates that are made before the first that is measured, at least those that compile."""
+    return WARMUP if searches(agent) else 2
+
+
+def random_numbers(agent: Any, spec: Spec, batch: Batch, key: jax.Array) -> common.Draws:
+    """Returns the random numbers of an update, none of O-DICE's."""
+    if isinstance(agent, ODICE):
+        return {}
+    return td3.draw(spec, batch, key) if isinstance(agent, TD3BC | PRDC) else agent.draw(spec, batch, key)
 
 
 def sampling(agent: Any, ring: Ring, spec: Spec) -> Callable[[], Any]:
@@ -158,8 +240,8 @@ def sampling(agent: Any, ring: Ring, spec: Spec) -> Callable[[], Any]:
 
     def drawn(ring: Ring, keys: jax.Array) -> Any:
         def body(_: None, key: jax.Array) -> tuple[None, Any]:
-            batch = agent.sample((ring,), key)
-            return None, jax.tree.map(lambda x: x.sum(), (batch, agent.draw(spec, batch, key)))
+            batch = dataclasses.replace(agent.sample((ring,), key), rings=())
+            return None, jax.tree.map(lambda x: x.sum(), (batch, random_numbers(agent, spec, batch, key)))
 
         return lax.scan(body, None, keys)[1]
 
@@ -167,35 +249,72 @@ def sampling(agent: Any, ring: Ring, spec: Spec) -> Callable[[], Any]:
     return lambda: program(ring, keys)
 
 
+def searching(training: Training) -> Callable[[], Any]:
+    """Returns a program of the searches of updates, for the actions of the actor as it is by now."""
+    agent = training.agent
+
+    def searched(state: common.State, ring: Ring, keys: jax.Array) -> Any:
+        return lax.map(lambda key: agent.nearest(state, agent.sample((ring,), key)), keys)
+
+    program, keys = jax.jit(searched), jax.random.split(jax.random.key(2), UPDATES // agent.delay)
+    return lambda: program(training.carry.agent, training.ring, keys)
+
+
 def stepping(agent: Any, spec: Spec) -> Callable[[], Any]:
-    """Returns a program of the steps of Adam and of the target, for a gradient that is given."""
-    optimizer = agent.optimizer() if hasattr(agent, "optimizer") else optax.adam(agent.lr)
+    """Returns a program of the steps of Adam and of the targets, for a gradient that is given."""
+    state = agent.init(jax.random.key(0), spec)
+    step = stepped_each if isinstance(state.opt, dict) else stepped_at_once
 
     def stepped(state: common.State, gradient: Any) -> Any:
-        def loss(params: Any) -> tuple[jax.Array, dict]:
-            return jnp.asarray(optax.tree.vdot(params, gradient)), {}
+        return lax.scan(lambda state, _: (step(agent, state, gradient), None), state, None, length=UPDATES)[0]
 
-        def body(state: common.State, _: None) -> tuple[common.State, None]:
-            return common.descend(state, loss, optimizer, agent.tau)[0], None
-
-        return lax.scan(body, state, None, length=UPDATES)[0]
-
-    state = agent.init(jax.random.key(0), spec)
     program = jax.jit(stepped)
     return lambda: program(state, state.params)
 
 
+def towards(gradient: Any) -> Callable[[Any], tuple[jax.Array, dict]]:
+    """Returns the loss that has this gradient."""
+    return lambda params: (jnp.asarray(optax.tree.vdot(params, gradient)), {})
+
+
+def stepped_at_once(agent: Any, state: common.State, gradient: Any) -> common.State:
+    """Returns the state after a step of the optimiser that all networks share, and of the target."""
+    optimizer = agent.optimizer() if hasattr(agent, "optimizer") else optax.adam(agent.lr)
+    return common.descend(state, towards(gradient), optimizer, agent.tau)[0]
+
+
+def stepped_each(agent: Any, state: common.State, gradient: Any) -> common.State:
+    """Returns the state after a step of each network's optimiser; actor and targets may have to wait for their turn."""
+    if hasattr(agent, "optimizers"):
+        optimizers = agent.optimizers()
+    else:
+        optimizers = {name: optax.adam(getattr(agent, f"{name}_lr")) for name in state.opt}
+
+    def stepped(state: common.State, name: str) -> common.State:
+        return common.step(state, name, towards(gradient[name]), optimizers[name])[0]
+
+    def delayed(state: common.State) -> tuple[common.State, dict]:
+        return common.follow(stepped(state, "actor"), agent.tau, *state.target), {}
+
+    for name in [name for name in state.opt if name != "actor"]:
+        state = stepped(state, name)
+    return common.counted(common.every(getattr(agent, "delay", 1), state, delayed)[0])
+
+
 def multiplying(agent: Any, ring: Ring, spec: Spec) -> tuple[Callable[[], Any], float]:
-    """Returns a program of the matrix products of updates, and how many operations one update's are.
+    """Returns a program of the matrix products of updates but searches, and how many operations one update's are.
 
     Each product has operands of its own, and a new entry in one of them every time, so that none can be left out.
     """
+    period = getattr(agent, "delay", 1)
+    agent = dataclasses.replace(agent, search="tree") if searches(agent) else agent
 
     def one(state: Any, data: Ring, key: jax.Array) -> Any:
         return agent.update(state, agent.sample((data,), key), key)[0]
 
     program = jax.make_jaxpr(one)(agent.init(jax.random.key(0), spec), ring, jax.random.key(1)).jaxpr
-    found = [(left.shape, right.shape, how) for left, right, how, times in products(program) for _ in range(times)]
+    several = products(program, period, period)  # of as many updates as the actor waits for
+    found = [(left.shape, right.shape, how) for left, right, how, times in several for _ in range(times)]
     lefts, rights = ([jax.random.normal(jax.random.key(3), pair[i]) for pair in found] for i in (0, 1))
 
     def multiplied(lefts: list, rights: list) -> list:
@@ -206,35 +325,39 @@ def multiplying(agent: Any, ring: Ring, spec: Spec) -> tuple[Callable[[], Any], 
             fresh = [left.at[(0,) * left.ndim].set(entry) for left in carry[0]]
             return (fresh, multiplied(fresh, rights)), None
 
-        return lax.scan(body, (lefts, multiplied(lefts, rights)), jnp.arange(UPDATES, dtype=jnp.float32))[0]
+        entries = jnp.arange(UPDATES // period, dtype=jnp.float32)
+        return lax.scan(body, (lefts, multiplied(lefts, rights)), entries)[0]
 
     results = jax.eval_shape(multiplied, lefts, rights)
     summed = [math.prod(left[i] for i in contracted) for left, _, ((contracted, _), _) in found]
     operations = sum(2 * result.size * terms for result, terms in zip(results, summed, strict=True))
     compiled = jax.jit(repeated)
-    return lambda: compiled(lefts, rights), operations
+    return lambda: compiled(lefts, rights), operations / period
 
 
 def pieces(agent: Any, ring: Ring, spec: Spec) -> tuple[dict[str, Measure], float]:
     """Returns the measures of training here and of its parts, and the operations of one update's matrix products."""
     agent = train.on_device(agent)
+    training = Training(agent, ring, spec)
     multiplications, operations = multiplying(agent, ring, spec)
-    measures = {
-        "jaxrl": measure(epochs(agent, ring, spec), UPDATES),
-        "products": measure(multiplications, UPDATES),
-        "sampling": measure(sampling(agent, ring, spec), UPDATES),
-        "stepping": measure(stepping(agent, spec), UPDATES),
+    programs = {
+        "jaxrl": training,
+        "products": multiplications,
+        "sampling": sampling(agent, ring, spec),
+        "stepping": stepping(agent, spec),
     }
-    return measures, operations
+    if searches(agent):
+        programs["search"] = searching(training)
+    return {name: measure(program, UPDATES) for name, program in programs.items()}, operations
 
 
 @contextmanager
-def official(study: Study, case: Case) -> Generator[tuple[dict[str, str], Measure]]:
+def official(case: Case, data: Path) -> Generator[tuple[dict[str, str], Measure]]:
     """Yields the versions that the official code runs with, and the measure of its loop."""
     agent = case.agent
-    method, widths = type(agent).__name__.lower(), ",".join(map(str, agent.actor_hidden))
-    command = [study.python, "-W", "ignore", HERE / "runner.py", method, case.repository.absolute()]
-    command += [study.data.absolute(), widths, agent.batch_size, agent.chunk, agent.backup]
+    command = [case.python, "-W", "ignore", HERE / "runner.py", type(agent).__name__.lower()]
+    command += [case.repository.absolute(), data.absolute(), warmup(agent), agent.batch_size]
+    command += [agent.chunk, getattr(agent, "backup", 1), *agent.actor_hidden]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([str(word) for word in command], **pipes) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -254,11 +377,12 @@ def official(study: Study, case: Case) -> Generator[tuple[dict[str, str], Measur
         yield answer(), measured
 
 
-def compared(study: Study, case: Case, dataset: Dataset) -> dict[str, Any]:
+def compared(study: Study, case: Case, data: Path) -> dict[str, Any]:
     """Returns what was measured of a method at one size."""
-    measures, operations = pieces(case.agent, *laid(dataset, case.agent))
+    dataset = files.load(data)
     rounds, load = [], [os.getloadavg()[0]]
-    with official(study, case) as (versions, theirs):
+    measures, operations = pieces(case.agent, *laid(dataset, case.agent))
+    with official(case, data) as (versions, theirs):
         for _ in range(study.rounds):
             turn = {"official": theirs, **measures}
             rounds.append({name: one(study.seconds / study.rounds) for name, one in turn.items()})
@@ -268,6 +392,8 @@ def compared(study: Study, case: Case, dataset: Dataset) -> dict[str, Any]:
         return float(np.median([of(turn) for turn in rounds]))
 
     return {
+        "method": case.name,
+        "networks": case.size,
         "per_second": {name: median(lambda turn, name=name: turn[name]) for name in rounds[0]},
         "over_official": median(lambda turn: turn["jaxrl"] / turn["official"]),
         "share": {name: median(lambda turn, name=name: turn["jaxrl"] / turn[name]) for name in rounds[0]},
@@ -276,6 +402,7 @@ def compared(study: Study, case: Case, dataset: Dataset) -> dict[str, Any]:
         "load_average": load,
         "commit": commit(case.repository),
         "official_versions": versions,
+        "manifest": machine(dataset.digest) | {"processor": processor()},
     }
 
 
@@ -295,51 +422,67 @@ def processor() -> str:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """Returns a row of the table."""
-    speed, share, gflop = row["per_second"], row["share"], row["update_gflop"]
-    rest = 1 - share["products"] - share["stepping"] - share["sampling"]
+    speed, gflop, loads = row["per_second"], row["update_gflop"], row["load_average"]
+    parts = [row["share"].get(name) for name in ("products", "stepping", "sampling", "search")]
+    parts.append(1 - sum(part or 0 for part in parts))
+    versions = row["official_versions"]
     return [
         row["method"],
         row["networks"],
         f"{speed['official']:.1f}",
         f"{speed['jaxrl']:.1f}",
         f"**{row['over_official']:.2f}**",
-        *(f"{100 * part:.0f} %" for part in (share["products"], share["stepping"], share["sampling"], rest)),
+        *("-" if part is None else f"{100 * part:.0f} %" for part in parts),
         f"{gflop * speed['jaxrl']:.0f} of {gflop * speed['products']:.0f}",
+        *(f"{name} {versions[name]}" for name in ("jax", "torch") if name in versions),
+        f"{min(loads):.1f} to {max(loads):.1f}",
     ]
 
 
 def table(results: dict[str, Any]) -> str:
     """Returns the results as people read them."""
-    head = ["method", "networks", "official", "jaxrl", "ratio", "products", "Adam, target", "sampling", "rest"]
-    rows = [[*head, "GFLOP/s"], ["---", "---", *["---:"] * 8], *map(cells, results["rows"])]
-    manifest, study = results["manifest"], results["study"]
-    loads = [load for row in results["rows"] for load in row["load_average"]]
+    head = ["method", "networks", "official", "jaxrl", "ratio", "products", "Adam, target", "sampling", "search"]
+    head += ["rest", "GFLOP/s", "official runs", "load average"]
+    rows = [head, ["---", "---", *["---:"] * 9, "---", "---:"], *map(cells, results["rows"])]
+    study, manifests = results["study"], [row["manifest"] for row in results["rows"]]
+    here = sorted({manifest["versions"]["jax"] for manifest in manifests})
+    machines = sorted({f"{manifest['cores']} cores of {manifest['processor']}" for manifest in manifests})
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + (
-        f"\n\nUpdates per second, batch {study['batch']}, `{study['data']}`: medians of {study['rounds']} rounds in "
-        f"turn, {study['seconds'] / study['rounds']:g} s each. Percentages: the time of an update's parts, each alone "
-        "in a program, in per cent of the update's; the rest is activations, norms, losses, copies, and how the parts "
-        "disturb each other. GFLOP/s: of the update's matrix products, in the update and alone. "
-        f"{manifest['cores']} cores of {manifest['processor']}, load average {min(loads):.1f} to {max(loads):.1f}, "
-        f"jax {manifest['versions']['jax']} here and {results['rows'][0]['official_versions']['jax']} there.\n"
+        f"\n\nUpdates per second, batch {study['batch']}, `{study['data']}` but for the row whose number of synthetic "
+        f"keys is named: medians of {study['rounds']} rounds in turn, {study['seconds'] / study['rounds']:g} s each. "
+        "Percentages: the time of an update's parts, each alone in a program, in per cent of the update's; the rest is "
+        "activations, norms, losses, copies, and how the parts disturb each other. GFLOP/s: of the update's matrix "
+        f"products but the search's, in the update and alone. {', '.join(machines)}, jax {', '.join(here)} here.\n"
     )
+
+
+def recorded(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the rows that are there already, which must have been measured with the same settings."""
+    if not path.exists():
+        return []
+    results = json.loads(path.read_text())
+    if results["study"] != settings:
+        raise UserError(f"{path} was measured with {results['study']}, not {settings}: name another folder with --out")
+    return results["rows"]
 
 
 def main(study: Study) -> None:
     """Runs the study and writes its results."""
     study.check()
-    dataset = files.load(study.data)
     settings = {"data": study.data.name, "batch": study.batch, "rounds": study.rounds, "seconds": study.seconds}
-    manifest = machine(dataset.digest) | {"processor": processor()}
-    results: dict[str, Any] = {"manifest": manifest, "study": settings, "rows": []}
-    for size in study.sizes:
-        for case in cases(study, size):
-            row = {"method": case.name, "networks": size} | compared(study, case, dataset)
-            results["rows"].append(row)
-            print(f"{case.name}, {size}: {row['over_official']:.2f} times the official loop", flush=True)
-            (study.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    path = study.out / "results.json"
+    rows = {(row["method"], row["networks"]): row for row in recorded(path, settings)}
+    with tempfile.TemporaryDirectory() as folder:
+        for case in (case for size in study.sizes for case in cases(study, size)):
+            data = synthesized(case.keys, Path(folder)) if case.keys else study.data
+            rows[case.name, case.size] = compared(study, case, data)
+            ratio = rows[case.name, case.size]["over_official"]
+            print(f"{case.name}, {case.size}: {ratio:.2f} times the official loop", flush=True)
+            results = {"study": settings, "rows": list(rows.values())}
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            (study.out / "table.md").write_text(table(results))
             jax.clear_caches()
-    (study.out / "table.md").write_text(table(results))
-    print(table(results))
+    print((study.out / "table.md").read_text())
 
 
 if __name__ == "__main__":

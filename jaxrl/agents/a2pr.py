@@ -1,4 +1,4 @@
-"""A2PR: adaptive advantage-guided policy regularisation, TD3 that is held only where there is something good to hold to.
+"""A2PR: adaptive advantage-guided policy regularisation, TD3 held only where there is something good to hold to.
 
 Paper: Liu, Li, Lan, Gao, Pan, Xu, "Adaptive Advantage-Guided Policy Regularization for Offline Reinforcement Learning",
 arXiv 2405.19909.
@@ -49,7 +49,7 @@ class A2PR:
     tau: Scalar = 0.005  # polyak rate of the targets
     delay: int = 2  # critic updates per actor update
     target_noise: Scalar = 0.2  # standard deviation of the noise on target actions
-    noise_clip: Scalar = 0.5  # bound of that noise
+    noise_clip: Scalar = 0.5  # bound of that noise, and of exploration's
     alpha: Scalar = 2.5  # weight of the critic against the regularisation
     mask: Scalar = 0.5  # weight of the regularisation where there is an advantage
     vae_weight: Scalar = 1.0  # weight of the autoencoder's reconstruction
@@ -117,9 +117,10 @@ class A2PR:
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
         """Returns the state after the update with these random numbers."""
         batch = common.normalized(state, batch)
-        y, v = self.td_target(state, batch, draws), self.v(state, batch.obs)  # v is not looked up again after its step
-        loss = lambda critic: self.critic_loss(critic, batch, y)  # noqa: E731
         next_action = td3.target_action(self, state, batch, draws)
+        y = td3.td_target(self, state.target["critic"], batch, next_action)
+        v = self.v(state, batch.obs)  # is not looked up again after the value's step
+        loss = lambda critic: self.critic_loss(critic, batch, y)  # noqa: E731
         state, metrics = common.step(state, "critic", loss, optax.adam(self.critic_lr))
         loss = lambda value: self.value_loss(value, state, batch, y, next_action)  # noqa: E731
         state, more = common.step(state, "value", loss, optax.adam(self.value_lr))
@@ -135,10 +136,6 @@ class A2PR:
 
         state, more = common.every(self.delay, state, improve)
         return common.counted(state), metrics | more
-
-    def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
-        """Returns y [B], the reward and what the targets say of the next state."""
-        return td3.td_target(self, state.target["critic"], batch, td3.target_action(self, state, batch, draws))
 
     def critic_loss(self, critic: PyTree, batch: Batch, y: jax.Array) -> tuple[jax.Array, Metrics]:
         """Returns the TD loss of both critics."""

@@ -11,6 +11,9 @@ Deliberate differences from the official code:
   trained apart, and the critics' checkpoint is chosen per dataset.
 - Actions are clipped to 0.999 before atanh. Outside evaluation there is noise on actions.
 - The iterative version, in which the operator also chooses the critics' next actions, is left out.
+
+Many actions at the bounds of the box make narrow components there, against whose density all others are too thin to
+move in: a single Gaussian (variant `single`) serves such data better than the published mixture (`mixture`).
 """
 
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Small pieces that several agents share: views of a batch, one joint gradient step, the check of a field's range."""
+"""Small pieces that several agents share: a state and its gradient steps, a normaliser, views of a batch, checks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -112,9 +112,7 @@ def follow(state: State, tau: Scalar, *slow: str) -> State:
     return dataclasses.replace(state, target=state.target | target)
 
 
-def every(
-    period: int, state: State, change: Callable[[State], tuple[State, Metrics]]
-) -> tuple[State, Metrics]:
+def every(period: int, state: State, change: Callable[[State], tuple[State, Metrics]]) -> tuple[State, Metrics]:
     """Returns the state after a change that only every `period`-th update makes; NaN as the metrics of the others."""
     if period == 1:
         return change(state)
@@ -198,7 +196,7 @@ def check_goals(agent: Any) -> None:
         )
 
 
-def check_range(agent: Any, **bounds: tuple[float | None, float | None]) -> None:
+def check_range(agent: Any, **bounds: tuple[Scalar | None, Scalar | None]) -> None:
     """Raises UserError for the first field whose value lies outside its closed [low, high]; None leaves a side open."""
     for name, (low, high) in bounds.items():
         values = np.asarray(getattr(agent, name))

@@ -11,7 +11,7 @@ Where the clock cut an episode in which the reward never changed, as when the go
 on forever at that reward. Transitions that were collected online are not calibrated.
 
 The temperature, the policy and the critics step on losses that all see the parameters from before, as in CORL's code,
-whose settings for locomotion are the defaults; only its orthogonal initial weights are not copied.
+whose settings for locomotion are the defaults; only its initial weights are not copied.
 """
 
 import math
@@ -27,6 +27,7 @@ from jaxrl.agents import common
 from jaxrl.agents.common import Draws, State
 from jaxrl.data.goals import Goals
 from jaxrl.data.ring import Rings, windows
+from jaxrl.errors import UserError
 from jaxrl.networks import Activation, Critic, Norm, Squashed, apply, repeat_for
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
@@ -81,7 +82,9 @@ class CQL:
         return {name: optax.adam(rate) for name, rate in rates.items()}
 
     def init(self, key: jax.Array, spec: Spec) -> State:
-        """Returns the initial state."""
+        """Returns the initial state. Raises UserError for Cal-QL in tasks with goals."""
+        if self.calibrated and spec.goal:
+            raise UserError("CQL.calibrated = True: goals are drawn in hindsight here, rows have no return to go")
         key_actor, key_critic = jax.random.split(key)
         obs, action = jnp.zeros(spec.observation), jnp.zeros(spec.action)
         params = {
@@ -158,7 +161,7 @@ class CQL:
     # Critics
 
     def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
-        """Returns y [B], the reward and what the lower target critic says of the policy's next action, or of its best."""
+        """Returns y [B], the reward and what the lower target critic says of the policy's next action, or its best."""
         noise = draws["target"]
         next_obs = repeat_for(noise, batch.next_obs)
         action, _ = self.sampled(state.spec, state.params["actor"], next_obs, noise)
@@ -221,13 +224,13 @@ def returns_to_go(rewards: np.ndarray, ended: np.ndarray, closes: np.ndarray, di
     `ended` [N] marks the steps that ended the task, `closes` [N] the rows from which no step leaves. Where the clock
     cut an episode of one reward only, that reward goes on forever.
     """
-    total, result = 0.0, np.zeros(len(rewards))
-    lasts = np.flatnonzero(closes)
+    from scipy.signal import lfilter  # half a second to load, for one agent's option
+
+    result, lasts = np.zeros(len(rewards), np.float32), np.flatnonzero(closes)
     for first, last in zip(np.append(0, lasts[:-1] + 1), lasts, strict=True):
         earned = rewards[first:last]
-        constant = last > first and not ended[last - 1] and (earned == earned[0]).all()
-        total = earned[0] / (1 - discount) if constant and discount < 1 else 0.0
-        for row in range(last - 1, first - 1, -1):
-            total = rewards[row] + discount * total
-            result[row] = total
-    return result.astype(np.float32)
+        forever = discount < 1 and not ended[last - 1] and (earned == earned[0]).all()
+        after = discount * earned[0] / (1 - discount) if forever else 0.0
+        backwards, _ = lfilter([1.0], [1.0, -discount], earned[::-1], zi=[after])  # G_t = r_t + gamma G_{t+1}
+        result[first:last] = backwards[::-1]
+    return result

@@ -7,7 +7,8 @@ IQL weights imitation by exp(b A) with one inverse temperature b. Here the polic
 drawn from a whole range: a family. A second policy chooses b in each state so as to please the critic. Online, the
 family is trained on those choices.
 
-Order and losses are those of the official code, except that every draw has a random key of its own.
+Order and losses are those of the official code, except that every draw has a random key of its own; its initial
+weights are not copied.
 """
 
 import dataclasses
@@ -102,7 +103,7 @@ class FamO2O:
         return self.learn(state, batch, self.draw(state.spec, batch, key))
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
-        """Returns the random numbers of one update: of choosing a balance and acting on it, and of a balance to train."""
+        """Returns the random numbers of one update: of choosing a balance, acting on it, and one to train."""
         key_choice, key_action, key_uniform, key_online = jax.random.split(key, 4)
         count = len(batch.obs)
         return {
@@ -113,19 +114,20 @@ class FamO2O:
         }
 
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
-        """Returns the state after the update with these random numbers: V, choice, its entropy, family, Q, target."""
-        named = {
-            "value": self.value_loss,
-            "balance": self.balance_loss,
-            "entropy": self.entropy_loss,
-            "family": self.family_loss,
-            "critic": self.critic_loss,
-        }
+        """Returns the state after the update with these random numbers: V, choice, family, Q, target."""
+        stages = (
+            {"value": self.value_loss},
+            {"balance": self.balance_loss, "entropy": self.entropy_loss},  # the entropy of the choice before its step
+            {"family": self.family_loss},
+            {"critic": self.critic_loss},
+        )
         metrics: dict[str, jax.Array] = {}
-        for name, of in named.items():
-            loss = lambda params, of=of, state=state: of(params, state, batch, draws)  # noqa: E731
-            state, more = common.step(state, name, loss, optax.adam(self.lr))
-            metrics |= more
+        for stage in stages:
+            before = state
+            for name, of in stage.items():
+                loss = lambda params, of=of, before=before: of(params, before, batch, draws)  # noqa: E731
+                state, more = common.step(state, name, loss, optax.adam(self.lr))
+                metrics |= more
         return common.counted(common.follow(state, self.tau, "critic")), metrics
 
     # The critics
@@ -200,7 +202,7 @@ class FamO2O:
         return loss, {"actor/loss": loss, "actor/weight": weight.mean()}
 
     def act(self, state: State, obs: jax.Array, key: jax.Array, *, greedy: bool = False) -> jax.Array:
-        """Returns chunks [B, 1, A] at the likeliest balance: samples of that policy, its mean in evaluation (`greedy`)."""
+        """Returns chunks [B, 1, A] at the choice's median balance: samples, the mean in evaluation (`greedy`)."""
         x, _ = self.chosen(state.params["balance"], obs, jnp.zeros((len(obs), 1)))
         mean, log_std = self.member(state.spec, state.params["family"], obs, self.scaled(x))
         noise = 0.0 if greedy else jnp.exp(log_std) * jax.random.normal(key, mean.shape)

@@ -48,7 +48,7 @@ class PRDC:
     tau: Scalar = 0.005  # polyak rate of the targets
     delay: int = 2  # critic updates per actor update
     target_noise: Scalar = 0.2  # standard deviation of the noise on target actions
-    noise_clip: Scalar = 0.5  # bound of that noise
+    noise_clip: Scalar = 0.5  # bound of that noise, and of exploration's
     alpha: Scalar = 2.5  # weight of the critic against the constraint
     beta: Scalar = 2.0  # weight of states against actions in the distance
     neighbours: int = 1  # how many nearest pairs are averaged

@@ -47,7 +47,7 @@ class ReBRAC:
     tau: Scalar = 0.005  # polyak rate of the targets
     delay: int = 2  # critic updates per actor update
     target_noise: Scalar = 0.2  # standard deviation of the noise on target actions
-    noise_clip: Scalar = 0.5  # bound of that noise
+    noise_clip: Scalar = 0.5  # bound of that noise, and of exploration's
     beta_actor: Scalar = 0.01  # penalty in the actor's loss; to be tuned per task
     beta_critic: Scalar = 0.01  # penalty in the critics' target; to be tuned per task
     joint: bool = False  # whether one optimiser serves both networks, see above

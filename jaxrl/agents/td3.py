@@ -38,7 +38,7 @@ class TD3(Protocol):
     tau: Scalar  # polyak rate of the targets
     delay: int  # critic updates per actor update
     target_noise: Scalar  # standard deviation of the noise on target actions
-    noise_clip: Scalar  # bound of that noise
+    noise_clip: Scalar  # bound of that noise, and of exploration's
     exploration: Scalar  # standard deviation of the noise on actions, but in evaluation
     normalize: bool  # whether observations are normalised by the data's mean and spread
     goals: Goals  # how goals are drawn where the task has some
@@ -101,7 +101,9 @@ def target_action(agent: TD3, state: State, batch: Batch, draws: Draws) -> jax.A
     return noisy(agent, action, draws["target_noise"], agent.target_noise)
 
 
-def td_target(agent: TD3, critic: PyTree, batch: Batch, action: jax.Array, penalty: jax.Array | float = 0.0):
+def td_target(
+    agent: TD3, critic: PyTree, batch: Batch, action: jax.Array, penalty: jax.Array | float = 0.0
+) -> jax.Array:
     """Returns y [B]: the reward, and what the lower of two critics says of the next action, less a penalty."""
     next_value = apply(critics(agent), critic, batch.next_obs, action).min(axis=0) - penalty
     y = losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, agent.discount)

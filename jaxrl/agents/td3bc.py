@@ -41,7 +41,7 @@ class TD3BC:
     tau: Scalar = 0.005  # polyak rate of the targets
     delay: int = 2  # critic updates per actor update
     target_noise: Scalar = 0.2  # standard deviation of the noise on target actions
-    noise_clip: Scalar = 0.5  # bound of that noise
+    noise_clip: Scalar = 0.5  # bound of that noise, and of exploration's
     alpha: Scalar = 2.5  # weight of the critic against the imitation
     exploration: Scalar = 0.1  # standard deviation of the noise on actions, but in evaluation
     normalize: bool = True  # whether observations are normalised by the data's mean and spread

@@ -5,7 +5,7 @@ import threading
 from typing import ClassVar
 
 import numpy as np
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from jaxrl.errors import UserError
 
@@ -26,7 +26,7 @@ class Forest:
     def __init__(self, states: np.ndarray, actions: np.ndarray, valid: np.ndarray) -> None:
         """Takes rows of states [N, S] and actions [N, A], which are not copied, and which of them count, [N]."""
         self.states, self.actions, self.valid = states, actions, valid
-        self.trees: collections.OrderedDict[bytes, tuple[cKDTree, np.ndarray]] = collections.OrderedDict()
+        self.trees: collections.OrderedDict[bytes, tuple[KDTree, np.ndarray]] = collections.OrderedDict()
         self.lock = threading.Lock()
 
     def nearest(
@@ -45,7 +45,7 @@ class Forest:
         _, found = tree.query(query, k=np.arange(1, k + 1))
         return rows[found]
 
-    def tree(self, mean: np.ndarray, weight: np.ndarray) -> tuple[cKDTree, np.ndarray]:
+    def tree(self, mean: np.ndarray, weight: np.ndarray) -> tuple[KDTree, np.ndarray]:
         """Returns the tree of a scaling, and the row [n] int32 that each of its n points is; built where it is new."""
         name = mean.tobytes() + weight.tobytes()
         with self.lock:
@@ -56,12 +56,12 @@ class Forest:
                 self.trees.popitem(last=False)
             return self.trees[name]
 
-    def grown(self, mean: np.ndarray, weight: np.ndarray) -> tuple[cKDTree, np.ndarray]:
+    def grown(self, mean: np.ndarray, weight: np.ndarray) -> tuple[KDTree, np.ndarray]:
         """Returns a new tree of the rows that count and are finite, and the row of each of its points."""
         rows = np.flatnonzero(self.valid).astype(np.int32)
         points = keys(mean, weight, self.states[rows], self.actions[rows])
         finite = np.isfinite(points).all(axis=1)
-        return (cKDTree(points), rows) if finite.all() else (cKDTree(points[finite]), rows[finite])
+        return (KDTree(points), rows) if finite.all() else (KDTree(points[finite]), rows[finite])
 
 
 def bare() -> Forest:

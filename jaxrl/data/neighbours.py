@@ -9,8 +9,11 @@ action.
 Two exact ways. By blocks: the distances to a block of keys are one matrix product, |x|^2 - 2 q.x, and the smallest
 of all blocks are kept. That expansion rounds to about 1e-7 of the largest |x|^2, too coarse to choose by where keys
 are dense, so it only nominates: the rows of the best k + 7 groups are compared again as sums of squares. By a KD-tree
-on the host (`jaxrl.data.forest`), which on a CPU is 2 to 200 times as fast with keys of 23 entries, and many times as
-slow with keys of 60 (`experiments/neighbours`).
+on the host (`jaxrl.data.forest`), which on a CPU is 3 to 130 times as fast with keys of up to 23 entries, and 35 to 50
+times as slow with keys of 60 (`experiments/neighbours`).
+
+And a short cut, where the queries' states are the dataset's own: compare only rows that are known to be the nearest
+by state, and search fully where these are not enough (`nearest_known`).
 
 A search has no gradient.
 """
@@ -106,7 +109,8 @@ def nearest(
 
     "blocks" takes two arrays of floats [B, block] at a time, whatever N is, and "approximate" as much: it nominates
     by `jax.lax.approx_min_k`, and may miss a neighbour, never misstate a distance. "tree" takes next to nothing in
-    the program, on the host see `Forest`. Under `vmap` blocks are searched side by side, trees one after the other.
+    the program, on the host see `Forest`, and is slow for queries that are far from all rows. Under `vmap` blocks are
+    searched side by side, trees one after the other.
 
     Raises UserError as `check` does, and for "tree" where the index has no forest.
     """
@@ -239,6 +243,55 @@ def closest(
     distance = jnp.square(apart).sum(axis=-1) + jnp.square(actions[:, None] - index.actions[rows]).sum(axis=-1)
     distance = jnp.where(jnp.isfinite(distance), distance, LARGEST)
     return smallest(jnp.where(there, distance, jnp.inf), rows, k)
+
+
+# With what is known beforehand
+
+
+@pytree
+class Known:
+    """Of some rows those with the nearest states, however they act; all others are at least as far by state alone."""
+
+    rows: jax.Array  # [Q, K] int32, -1 where there are no more
+    radius: jax.Array  # [Q], the squared distance of the furthest
+
+
+def known_of(index: Index, rows: jax.Array, count: int = 64, batch: int = 256, block: int = BLOCK) -> Known:
+    """Returns the `count` nearest states of each of the rows [Q], by a search of blocks for `batch` of them at a time.
+
+    They are those of one scaling; under c times its weight the radius is c^2 as large. Raises UserError as `check`.
+    """
+    blind = dataclasses.replace(index, actions=index.actions[:, :0])
+    whole = jnp.pad(rows, (0, -len(rows) % batch)).reshape(-1, batch)
+
+    def find(rows: jax.Array) -> Known:
+        distance, row = nearest(blind, index.states[rows], blind.actions[rows], count, "blocks", block)
+        radius = distance[:, -1] * (1 - 1e-5)  # a hair less, for what is rounded off
+        return Known(jnp.where(distance < jnp.inf, row, -1), radius)
+
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(rows)], lax.map(find, whole))
+
+
+def nearest_known(
+    index: Index,
+    known: Known,
+    states: jax.Array,
+    actions: jax.Array,
+    k: int = 1,
+    method: Method = "auto",
+    block: int = BLOCK,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what `nearest` does, for states [B, S] of rows of which the nearest states are known, [B, K].
+
+    Only these are compared, which is exact wherever the k-th best lies within the radius; where that fails for one
+    query, the batch is searched fully. That saves nothing under `vmap`, which does both. Raises UserError as `check`.
+    """
+    check(len(index.states), len(states), k, method, block)
+    check(known.rows.shape[1], len(states), k)
+    index, states, actions, known = lax.stop_gradient((index, states, actions, known))
+    distance, row = closest(index, states, actions, known.rows, k)
+    sure = (distance[:, -1] <= known.radius).all()
+    return _finish(*lax.cond(sure, lambda: (distance, row), lambda: _nearest(index, states, actions, k, method, block)))
 
 
 # Over several devices

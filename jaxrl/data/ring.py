@@ -18,7 +18,7 @@ A dataset whose goals are drawn in hindsight is one lane that also knows its epi
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -225,13 +225,9 @@ def from_dataset(
     if not dataset.terminals[-1:].any():
         raise UserError("dataset: the last row must close an episode (terminals[-1] is False)")
     first, last = files.episodes(dataset)
-    piles: list[list[np.ndarray]] = [[] for _ in range(lanes)]
-    filled = np.zeros(lanes, np.int64)
-    for episode in np.argsort(first - last, kind="stable") if lanes > 1 else range(len(last)):
-        shortest = int(np.argmin(filled))
-        piles[shortest].append(np.arange(first[episode], last[episode] + 1))
-        filled[shortest] += len(piles[shortest][-1])
-    rows = max(int(np.max(filled)), room[0]) + 1  # the head's row stays free
+    dealt = _deal(first, last, lanes)
+    filled = [len(pile) for pile in dealt]
+    rows = max(max(filled), room[0]) + 1  # the head's row stays free
     valid = ~dataset.terminals
     truncated = np.roll(dataset.terminals, -1) & valid & ~terminated
     columns = {
@@ -245,9 +241,8 @@ def from_dataset(
 
     def lay(column: np.ndarray) -> jax.Array:
         laid = np.zeros((lanes, rows, *column.shape[1:]), column.dtype)
-        for lane, pile in enumerate(piles):
-            if pile:
-                laid[lane, : filled[lane]] = column[np.concatenate(pile)]
+        for lane, pile in enumerate(dealt):
+            laid[lane, : len(pile)] = column[pile]
         return jnp.asarray(laid)
 
     hindsight = None
@@ -257,10 +252,24 @@ def from_dataset(
         own = None if goals is dataset.observations else lay(goals)[0]
         hindsight = Hindsight(own, jnp.asarray(begin), jnp.asarray(steps))
     count = jnp.asarray(filled, jnp.int32)
+    fields: dict[str, Any] = {name: lay(column) for name, column in columns.items()}
     return Ring(
-        **{name: lay(column) for name, column in columns.items()},
+        **fields,
         head=count,
         count=count,
         hindsight=hindsight,
         extra={name: lay(column) for name, column in (extra or {}).items()},
     )
+
+
+def _deal(first: np.ndarray, last: np.ndarray, lanes: int) -> list[np.ndarray]:
+    """Returns the rows of each lane: of whole episodes, the longest first, each in the lane that is shortest so far."""
+    if lanes == 1:
+        return [np.arange(last[-1] + 1)]
+    piles = [[np.zeros(0, np.int64)] for _ in range(lanes)]
+    filled = np.zeros(lanes, np.int64)
+    for episode in np.argsort(first - last, kind="stable"):
+        shortest = int(np.argmin(filled))
+        piles[shortest].append(np.arange(first[episode], last[episode] + 1))
+        filled[shortest] += len(piles[shortest][-1])
+    return [np.concatenate(pile) for pile in piles]

@@ -1,7 +1,7 @@
 """Trajectory weighting: which episodes of a dataset are learned from more often, for any agent.
 
 Paper: Hong, Agrawal, Tachet des Combes, Laroche, "Harnessing Mixed Offline Reinforcement Learning Datasets via
-Trajectory Weighting", ICLR 2023. Offline methods stay near the behaviour; drawing the better trajectories more often
+Trajectory Weighting", arXiv 2306.13085. Offline methods stay near the behaviour; drawing the better trajectories more often
 makes a better behaviour to stay near. Where dynamics are stochastic a high return may be luck.
 
 A transition of trajectory i has the probability u_i / sum_j T_j u_j. It is drawn in two levels, first the trajectory
@@ -95,10 +95,10 @@ def trajectory_weights(
         kept = max(math.floor(fraction * len(returns) + ROUNDING), 1)
         return np.where(np.argsort(np.argsort(-returns, kind="stable")) < kept, 0.0, -np.inf)
     score = returns if kind == "return" else returns - regressed(returns, initial_obs)
-    spread = np.ptp(score)
-    if spread <= ROUNDING * np.abs(returns).max():
+    low, high = np.min(score), np.max(score)
+    if high - low <= ROUNDING * np.max(np.abs(returns)):
         return np.zeros(len(returns))
-    return (score - score.min()) / spread / temperature
+    return (score - low) / (high - low) / temperature
 
 
 def regressed(returns: np.ndarray, initial_obs: np.ndarray) -> np.ndarray:
@@ -121,7 +121,7 @@ def probabilities(log_weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     drawn = (lengths > 0) & (log_weights > -np.inf)
     if not drawn.any():
         raise UserError("weighting: the weights of all trajectories are zero, so there is nothing to draw")
-    weights = np.where(drawn, np.exp(log_weights - log_weights[drawn].max()), 0)
+    weights = np.where(drawn, np.exp(log_weights - np.max(log_weights[drawn])), 0)
     return weights / np.sum(weights * lengths)
 
 

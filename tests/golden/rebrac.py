@@ -36,7 +36,8 @@ def replay(r: Recorded) -> dict[str, Any]:
         joint=True,
     )
     whole = h["full_update_per_step"]
-    batch = dataclasses.replace(r.one_step(), next_action=r["batch/next_actions"], followed=jnp.ones_like(r["batch/masks"]))
+    followed = jnp.ones_like(r["batch/masks"])
+    batch = dataclasses.replace(r.one_step(), next_action=r["batch/next_actions"], followed=followed)
     state = started(r, agent)
     state = dataclasses.replace(state, step=jnp.asarray(int(whole[0]), jnp.int32), normalizer=unchanged(r))
     draws = {"target_noise": r["draws/step0/next_noise"]}

@@ -211,10 +211,10 @@ def constrained_terms(r: Recorded, agent: PRDC, state: common.State, before: Any
 def learners_terms(r: Recorded, agent: A2PR, state: common.State, after: Any, batch: Any, draws: dict):
     """Returns the losses and gradients of A2PR's critics, value and autoencoder, each at the state that it sees."""
     batch = common.normalized(state, batch)
-    y, v = agent.td_target(state, batch, draws), agent.v(state, batch.obs)
+    action = td3.target_action(agent, state, batch, draws)
+    y, v = td3.td_target(agent, state.target["critic"], batch, action), agent.v(state, batch.obs)
     critic, _, g_critic = graded(agent.critic_loss, state.params["critic"], batch, y)
     judged = dataclasses.replace(state, params=state.params | {"critic": after.params["critic"]})
-    action = td3.target_action(agent, state, batch, draws)
     value, _, g_value = graded(agent.value_loss, state.params["value"], judged, batch, y, action)
     vae, metrics, g_vae = graded(agent.vae_loss, state.params["vae"], judged, batch, v, draws)
     online = td3.td_target(agent, after.params["critic"], batch, action)

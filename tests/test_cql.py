@@ -1,0 +1,457 @@
+"""Facts about jaxrl.agents.cql, with networks that are formulas, so that every number is known by hand."""
+
+import dataclasses
+import math
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.optimize
+import scipy.special
+import scipy.stats
+
+from jaxrl.agents import common
+from jaxrl.agents.cql import CQL, RETURN, multiplier, returns_to_go
+from jaxrl.data import ring as rings
+from jaxrl.data import task
+from jaxrl.data.files import Dataset
+from jaxrl.errors import UserError
+from jaxrl.types import Spec
+from tests.known import KEY, NARROW, Formula, batch_of, linear_heads, quick_to_compile, same
+
+TINY = CQL(actor_hidden=(8,), critic_hidden=(8,), batch_size=16, samples=3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_to_compile():
+        yield
+
+
+class Known(CQL):
+    """CQL with Q_j(s, a) = b_j + c_j (sum of the action) + s, and a policy of mean m + l s and width exp(w)."""
+
+    def critic(self):
+        return Formula(lambda p, s, a: linear_heads(p["bias"], p["slope"], a.sum(axis=-1)) + s[None, ..., 0])
+
+    def actor(self, spec):
+        def gaussian(p, s):
+            mean = jnp.broadcast_to(p["mean"] + p["lean"] * s[..., :1], (*s.shape[:-1], spec.action))
+            return mean, jnp.broadcast_to(p["width"], mean.shape)
+
+        return Formula(gaussian)
+
+
+class Slope(Known):
+    """The same, which learns by plain gradient descent."""
+
+    def optimizers(self):
+        rates = {"actor": self.actor_lr, "entropy": self.actor_lr, "critic": self.critic_lr, "lagrange": self.critic_lr}
+        return {name: optax.sgd(rate) for name, rate in rates.items()}
+
+
+def known(bias=(0.0, 0.0), slope=(0.0, 0.0), target=None, spec=NARROW, agent=Known, **scalars):
+    """Returns the state of `Known` with these parameters, 0 where none is given; `target` is a bias and a slope."""
+    scalars = dict.fromkeys(("mean", "lean", "width", "entropy", "lagrange"), 0.0) | scalars
+    params = {
+        "actor": {name: scalars[name] for name in ("mean", "lean", "width")},
+        "entropy": scalars["entropy"],
+        "critic": {"bias": np.array(bias), "slope": np.array(slope)},
+        "lagrange": scalars["lagrange"],
+    }
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    state = common.start_each(spec, params, agent().optimizers(), "critic")
+    if target is None:
+        return state
+    slow = dict(zip(("bias", "slope"), (jnp.asarray(x, jnp.float32) for x in target), strict=True))
+    return dataclasses.replace(state, target={"critic": slow})
+
+
+def drawn(count=1, samples=1, size=1, **named):
+    """Returns random numbers of an update that are all zero, unless given."""
+    many, one = jnp.zeros((count, samples, size)), jnp.zeros((count, size))
+    draws = {"uniform": many, "here": many, "next": many, "policy": one, "target": one[:, None]}
+    return draws | {name: jnp.asarray(value, jnp.float32) for name, value in named.items()}
+
+
+def log_density(u, mean=0.0, width=0.0):
+    """Returns the log density of tanh(u) in float64, u a Gaussian of this mean and exp(width)."""
+    return scipy.stats.norm.logpdf(u, mean, np.exp(width)) + 2 * np.log(np.cosh(u))
+
+
+# The conservative term
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_flat_critic_and_a_uniform_policy_are_over_by_the_logarithm_of_all_samples_over_their_density(size):
+    spec, (half,) = Spec(1, size), [scipy.optimize.brentq(lambda u: log_density(u) - math.log(0.5), 0, 1)]
+    noise = np.full((2, 10, size), half)  # where a squashed standard Gaussian has density 1/2 per entry
+    draws = drawn(2, 10, size, uniform=np.zeros((2, 10, size)), here=noise, next=-noise)
+    batch = dataclasses.replace(batch_of(np.zeros((2, 1))), actions=jnp.zeros((2, 1, size)))
+    state = known(bias=(7.0, -2.0), spec=spec)
+    found = Known().out_of_data(state.params["critic"], state, batch, draws)
+    wanted = np.array([7.0, -2.0])[:, None] + math.log(30 * 2**size)
+    np.testing.assert_allclose(found, np.broadcast_to(wanted, (2, 2)), rtol=1e-5)
+
+
+BATCH = {"obs": [[0.5]], "next_obs": [[-1.0]], "actions": [[[0.2]]]}
+MIXED = {"bias": (1.0, 2.0), "slope": (1.0, -3.0), "mean": 0.3, "lean": 0.4, "width": -1.5}
+NOISE = {"uniform": [[[0.9], [-0.4]]], "here": [[[1.0], [-0.5]]], "next": [[[0.2], [-1.5]]]}
+
+
+def mixed():
+    """Returns (actions [6], log densities [6]) of MIXED with NOISE: uniform ones, the policy's at s', then at s."""
+    after, here = (0.3 + 0.4 * s + np.exp(-1.5) * np.ravel(NOISE[name]) for s, name in ((-1.0, "next"), (0.5, "here")))
+    flat = np.full(2, math.log(0.5))
+    density = [flat, log_density(after, 0.3 + 0.4 * -1, -1.5), log_density(here, 0.3 + 0.4 * 0.5, -1.5)]
+    return np.concatenate([np.ravel(NOISE["uniform"]), np.tanh(after), np.tanh(here)]), np.concatenate(density)
+
+
+@pytest.mark.parametrize("soft", [1.0, 2.5])
+def test_actions_count_for_less_the_more_often_they_are_sampled_and_all_are_judged_at_the_state(soft):
+    action, density = mixed()
+    assert density[2:].min() < density[0] < density[2:].max()  # so that the sign of the correction matters
+    state, agent = known(**MIXED), Known(soft=soft)
+    found = agent.out_of_data(state.params["critic"], state, batch_of([[0.0]], **BATCH), drawn(samples=2, **NOISE))
+    q = np.array([[1.0], [2.0]]) + np.array([[1.0], [-3.0]]) * action + 0.5
+    np.testing.assert_allclose(found[:, 0], soft * scipy.special.logsumexp((q - density) / soft, axis=1), rtol=1e-5)
+
+
+def pull_of_term(agent, state, batch, draws):
+    """Returns the gradients of the conservative term of both critics: on the critics, and on the policy."""
+
+    def term(critic, actor):
+        there = dataclasses.replace(state, params=state.params | {"actor": actor})
+        return agent.excess(critic, there, batch, draws).sum()
+
+    return jax.grad(term, argnums=(0, 1))(state.params["critic"], state.params["actor"])
+
+
+def test_the_term_pulls_the_soft_maximum_down_and_the_datas_value_up_and_leaves_the_policy_alone():
+    action, density = mixed()
+    pull, policy = pull_of_term(Known(), known(**MIXED), batch_of([[0.0]], **BATCH), drawn(samples=2, **NOISE))
+    share = scipy.special.softmax(np.array([[1.0], [-3.0]]) * action - density, axis=1)
+    np.testing.assert_allclose(pull["slope"], share @ action - 0.2, rtol=1e-4)
+    np.testing.assert_allclose(pull["bias"], [0, 0], atol=1e-6)
+    assert all(float(leaf) == 0 for leaf in policy.values())
+
+
+def test_an_excess_below_its_bound_is_the_bound_and_has_no_gradient():
+    batch = batch_of([[0.0], [0.0]], actions=[[[1.0]], [[-1.0]]])  # worth 9 and -9; the samples, at 0, nothing
+    state, draws = known(slope=(9.0, 9.0)), drawn(2)
+    soft = scipy.special.logsumexp([-math.log(0.5), -log_density(0), -log_density(0)])
+    for bound, wanted in ((-1e9, soft), (-5.0, (-5 + soft + 9) / 2)):
+        found = Known(lowest_gap=bound).excess(state.params["critic"], state, batch, draws)
+        np.testing.assert_allclose(found, [wanted, wanted], rtol=1e-5)
+    pull, _ = pull_of_term(Known(lowest_gap=-5.0), state, batch, draws)
+    np.testing.assert_allclose(pull["slope"], [0.5, 0.5], rtol=1e-5)  # of the second row alone
+
+
+# Cal-QL
+
+
+def test_returns_of_minus_infinity_calibrate_nothing_bit_for_bit():
+    batch = dataclasses.replace(batch_of([[1.0]] * 16), obs=jax.random.normal(KEY, (16, 1)))
+    batch = dataclasses.replace(batch, extra={RETURN: jnp.full(16, -jnp.inf)})
+    state = jax.jit(TINY.init, static_argnums=1)(KEY, NARROW)
+    calibrated = dataclasses.replace(TINY, calibrated=True)
+    draws = TINY.draw(NARROW, batch, KEY)
+    one, other = (
+        jax.value_and_grad(agent.critic_loss, has_aux=True)(state.params["critic"], state, batch, draws)
+        for agent in (TINY, calibrated)
+    )
+    assert same(one, other) and np.isfinite(one[0][0])
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(one[1]))
+
+
+def test_under_a_high_return_only_uniform_actions_are_pushed_down():
+    action, density = mixed()
+    unknown = [math.nan, -math.inf]
+    batch = batch_of([[0.0]] * 3, **{name: np.repeat(value, 3, axis=0) for name, value in BATCH.items()})
+    batch = dataclasses.replace(batch, extra={RETURN: jnp.array([6.0, *unknown])})
+    draws = drawn(3, 2, **{name: np.repeat(value, 3, axis=0) for name, value in NOISE.items()})
+    q = np.array([[1.0], [2.0]]) + np.array([[1.0], [-3.0]]) * action + 0.5
+    assert q.max() < 6
+    high = np.where(np.arange(6) < 2, q, 6.0)
+
+    agent, state = Known(calibrated=True), known(**MIXED)
+    found = agent.out_of_data(state.params["critic"], state, batch, draws)
+    for row, values in enumerate((high, q, q)):
+        np.testing.assert_allclose(found[:, row], scipy.special.logsumexp(values - density, axis=1), rtol=1e-5)
+
+    def soft_maximum(critic):
+        return agent.out_of_data(critic, state, batch, draws)[:, 0].sum()
+
+    share = scipy.special.softmax(high - density, axis=1)[:, :2]
+    pull = jax.grad(soft_maximum)(state.params["critic"])
+    np.testing.assert_allclose(pull["slope"], share @ action[:2], rtol=1e-4)
+    np.testing.assert_allclose(pull["bias"], share.sum(axis=1), rtol=1e-4)
+    assert share.sum() > 0.02
+    plain = dataclasses.replace(agent, calibrated=False).out_of_data(state.params["critic"], state, batch, draws)
+    np.testing.assert_allclose(plain[:, 0], plain[:, 1], rtol=1e-6)
+
+
+def test_a_low_return_changes_nothing():
+    batch, draws, state = batch_of([[0.0]], **BATCH), drawn(samples=2, **NOISE), known(**MIXED)
+    low = dataclasses.replace(batch, extra={RETURN: jnp.array([-9.0])})
+    agent = Known(calibrated=True)
+    assert same(pull_of_term(agent, state, low, draws), pull_of_term(agent, state, batch, draws))
+
+
+EPISODES = {  # rewards of its steps, whether the task ended, returns to go at discount 1/2
+    "reached": ([0.0, 0.0, 8.0], True, [2.0, 4.0, 8.0]),
+    "constant, but ended": ([-1.0, -1.0], True, [-1.5, -1.0]),
+    "never reached": ([-3.0, -3.0, -3.0], False, [-6.0, -6.0, -6.0]),
+    "cut amid mixed rewards": ([1.0, 2.0, 4.0], False, [3.0, 4.0, 4.0]),
+    "one step, cut": ([5.0], False, [10.0]),
+}
+
+
+def rows(*names):
+    """Returns (rewards, ends of the task, closing rows, returns to go) of episodes one after the other."""
+    table = [[], [], [], []]
+    for name in names:
+        rewards, ended, returns = EPISODES[name]
+        none = [False] * len(rewards)
+        closing = (99.0, False, True, 0.0)  # a closing row's reward means nothing
+        for column, values, last in zip(table, (rewards, [*none[1:], ended], none, returns), closing, strict=True):
+            column += [*values, last]
+    return [np.array(column) for column in table]
+
+
+@pytest.mark.parametrize("names", [*([name] for name in EPISODES), list(EPISODES), list(EPISODES)[::-1]])
+def test_returns_to_go_are_of_their_own_episode_and_go_on_forever_where_the_clock_cut_what_never_changed(names):
+    rewards, ended, closes, wanted = rows(*names)
+    found = returns_to_go(rewards, ended, closes, 0.5)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_returns_that_are_not_discounted_are_sums_of_what_happened():
+    rewards, ended, closes, _ = rows("never reached", "reached")
+    np.testing.assert_allclose(returns_to_go(rewards, ended, closes, 1.0), [-9, -6, -3, 0, 8, 8, 8, 0])
+
+
+def test_an_antmaze_that_never_sees_its_goal_is_worth_five_hundred_below_nothing():
+    closes = np.arange(1001) == 1000
+    found = returns_to_go(np.full(1001, -5.0, np.float32), np.zeros(1001, bool), closes, 0.99)
+    np.testing.assert_allclose(found[:1000], np.full(1000, -500), rtol=1e-5)
+
+
+def test_a_long_return_is_the_sum_that_defines_it():
+    rewards = np.random.default_rng(0).normal(size=(301,)).astype(np.float32)
+    found = returns_to_go(rewards, np.zeros(301, bool), np.arange(301) == 300, 0.9)
+    wanted = [rewards[t:300] @ 0.9 ** np.arange(300 - t) for t in range(300)]
+    np.testing.assert_allclose(found[:300], wanted, rtol=1e-4, atol=1e-5)
+
+
+def data_in_memory(agent):
+    """Returns a dataset of one episode, with rewards doubled less one, laid out as the agent asks for."""
+    ids = np.arange(11, dtype=np.float32)
+    data = Dataset(ids[:, None], ids[:, None] / 11, ids == 10, rewards=ids, masks=(ids != 9).astype(np.float32))
+    env = types.SimpleNamespace(spec=NARROW)
+    return task.to_ring(data, env, scale=2.0, shift=-1.0, columns=agent.columns)
+
+
+def test_the_data_know_their_returns_and_what_was_collected_does_not():
+    agent = Known(calibrated=True, discount=0.9, batch_size=64)
+    data = data_in_memory(agent)
+    own = Dataset(np.full((9, 1), 50.0, np.float32), np.zeros((9, 1), np.float32), np.arange(9) == 8)
+    replay = rings.from_dataset(own, np.zeros(9), np.zeros(9, bool))
+    wanted = [sum((2 * k - 1) * 0.9 ** (k - t) for k in range(t, 10)) for t in range(10)]
+    batch = agent.sample((data, replay), KEY)
+    collected = np.asarray(batch.obs[:, 0] == 50)
+    assert 10 < collected.sum() < 54
+    found = np.asarray(batch.extra[RETURN])
+    assert np.isnan(found[collected]).all()
+    np.testing.assert_allclose(found[~collected], np.array(wanted)[batch.obs[~collected, 0].astype(int)], rtol=1e-5)
+    assert agent.sample((replay,), KEY).extra == {}
+
+
+def test_plain_cql_asks_for_no_column():
+    assert data_in_memory(Known()).extra == {} and data_in_memory(Known(calibrated=True)).extra.keys() == {RETURN}
+
+
+def test_goals_in_hindsight_cannot_be_calibrated():
+    with pytest.raises(UserError, match=re.escape("CQL.calibrated = True: goals are drawn in hindsight")):
+        CQL(calibrated=True).init(KEY, Spec(4, 1, goal=2))
+
+
+# The learned weight of the term
+
+
+@pytest.mark.parametrize("gap", [0.0, 100.0])
+def test_the_multiplier_rises_where_the_excess_is_above_the_gap_and_falls_below_it(gap):
+    agent, state = Known(lagrange=True, gap=gap, conservatism=3.0, critic_lr=0.1), known(**MIXED, lagrange=0.7)
+    batch, draws = batch_of([[0.0]], **BATCH), drawn(samples=2, **NOISE)
+    excess = np.asarray(agent.excess(state.params["critic"], state, batch, draws)).sum()
+    loss = lambda log: agent.lagrange_loss(log, state, batch, draws)[0]  # noqa: E731
+    value, pull = jax.value_and_grad(loss)(state.params["lagrange"])
+    assert float(value) == pytest.approx(-math.exp(0.7) * 3 * (excess - 2 * gap), rel=1e-5)
+    assert float(pull) == pytest.approx(float(value), rel=1e-5)
+    after = agent.learn(state, batch, draws)[0].params["lagrange"]
+    assert (after > 0.7) == (excess > 2 * gap) == (gap == 0) and abs(float(after) - 0.7) > 0.05
+    fixed = dataclasses.replace(agent, lagrange=False).learn(state, batch, draws)[0]
+    assert float(fixed.params["lagrange"]) == pytest.approx(0.7)
+
+
+def test_the_multiplier_is_bounded():
+    np.testing.assert_allclose(multiplier(jnp.array([-200.0, 0.0, 20.0])), [0, 1, 1e6], atol=1e-6)
+
+
+def test_the_critics_loss_is_both_errors_plus_the_weighted_excess_over_the_gap():
+    batch, draws, state = batch_of([[2.0]], **BATCH), drawn(samples=2, **NOISE), known(**MIXED, lagrange=0.7)
+    agent = Known(conservatism=3.0, discount=0.0, gap=1.5)
+    q = np.array([1 + 0.2 + 0.5, 2 - 3 * 0.2 + 0.5])
+    excess = np.asarray(agent.excess(state.params["critic"], state, batch, draws)).sum()
+    for lagrange, weight, gap in ((False, 3.0, 0.0), (True, 3 * math.exp(0.7), 1.5)):
+        agent = dataclasses.replace(agent, lagrange=lagrange)
+        loss, metrics = agent.critic_loss(state.params["critic"], state, batch, draws)
+        assert float(metrics["critic/loss"]) == pytest.approx(((q - 2) ** 2).sum(), rel=1e-5)
+        assert float(loss) == pytest.approx(((q - 2) ** 2).sum() + weight * (excess - 2 * gap), rel=1e-5)
+
+
+# The target
+
+
+def test_the_target_is_what_the_lower_slow_critic_says_of_an_action_of_the_policy_and_ends_with_the_task():
+    state = known(bias=(9.0, 9.0), target=((1.0, 2.0), (1.0, -1.0)), lean=0.1, width=math.log(0.5), entropy=5.0)
+    batch = batch_of([[3.0]] * 3, next_obs=[[4.0]] * 3, terminated=[0, 0, 1])
+    noise = np.array([-1.0, 2.0, 0.0])
+    action = np.tanh(0.4 + 0.5 * noise)
+    low = np.minimum(1 + action, 2 - action) + 4
+    found = Known(discount=0.9).td_target(state, batch, drawn(3, target=noise[:, None, None]))
+    np.testing.assert_allclose(found, 3 + 0.9 * low * [1, 1, 0], rtol=1e-5)  # whatever the entropy's weight
+
+
+def test_the_best_of_several_actions_is_the_target_if_asked():
+    state, noise = known(target=((1.0, 2.0), (1.0, -1.0))), np.array([-1.0, 0.4, 3.0])
+    low = np.minimum(1 + np.tanh(noise), 2 - np.tanh(noise))
+    assert low.argmax() == 1  # what the better critic likes most is another
+    agent = Known(discount=0.5, max_target=True, samples=3)
+    found = agent.td_target(state, batch_of([[0.0]]), drawn(samples=3, target=noise[None, :, None]))
+    np.testing.assert_allclose(found, [0.5 * low.max()], rtol=1e-5)
+    for best, count in ((True, 3), (False, 1)):
+        draws = dataclasses.replace(agent, max_target=best).draw(NARROW, batch_of([[0.0]]), KEY)
+        assert draws["target"].shape == (1, count, 1)
+
+
+# Policy and entropy
+
+
+def test_the_policy_climbs_the_lower_critic_and_keeps_its_entropy_by_weight():
+    state = known(bias=(1.0, 2.0), slope=(1.0, -1.0), mean=0.2, width=-0.5, entropy=math.log(0.3))
+    noise = np.array([-1.0, 2.0])
+    batch, draws = batch_of([[0.0]] * 2, obs=[[4.0]] * 2), drawn(2, policy=noise[:, None])
+    loss = lambda actor: Known().actor_loss(actor, state, batch, draws)[0]  # noqa: E731
+    value, pull = jax.value_and_grad(loss)(state.params["actor"])
+
+    def by_hand(mean):
+        u = mean + np.exp(-0.5) * noise
+        low = np.minimum(1 + np.tanh(u), 2 - np.tanh(u)) + 4
+        return (0.3 * log_density(u, mean, -0.5) - low).mean()
+
+    assert float(value) == pytest.approx(by_hand(0.2), rel=1e-5)
+    assert float(pull["mean"]) == pytest.approx((by_hand(0.2 + 1e-5) - by_hand(0.2 - 1e-5)) / 2e-5, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_entropy_weighs_more_where_the_policys_falls_below_minus_the_number_of_entries(size):
+    spec, batch = Spec(1, size), dataclasses.replace(batch_of([[0.0]]), actions=jnp.zeros((1, 1, size)))
+
+    def pull(entry):  # of a policy whose action has this log density per entry
+        state = known(spec=spec, width=-entry - 0.5 * math.log(2 * math.pi))
+        loss = lambda log: Known().entropy_loss(log, state, batch, drawn(size=size))[0]  # noqa: E731
+        return float(jax.grad(loss)(jnp.zeros(())))
+
+    assert pull(1.0) == pytest.approx(0, abs=1e-5)
+    assert pull(1.5) == pytest.approx(-0.5 * size, rel=1e-4)  # descent raises the weight
+    assert pull(0.5) == pytest.approx(0.5 * size, rel=1e-4)
+
+
+# An update
+
+
+def test_every_network_steps_on_what_the_others_were_before():
+    agent = Slope(lagrange=True, actor_lr=0.5, critic_lr=0.1, tau=0.25, conservatism=2.0)
+    state = known(**MIXED, target=((0.0, 1.0), (2.0, 2.0)), lagrange=0.4, entropy=-0.7, agent=Slope)
+    batch, draws = batch_of([[3.0]], **BATCH), drawn(samples=2, **NOISE, policy=[[0.6]], target=[[[0.3]]])
+    after, metrics = agent.learn(state, batch, draws)
+    parts = {"entropy": 0.5, "actor": 0.5, "critic": 0.1, "lagrange": 0.1}
+    for name, lr in parts.items():
+        of = getattr(agent, f"{name}_loss")
+        pull = jax.grad(lambda params, of=of: of(params, state, batch, draws)[0])(state.params[name])
+        for new, old, slope in zip(*map(jax.tree.leaves, (after.params[name], state.params[name], pull)), strict=True):
+            np.testing.assert_allclose(new, old - lr * slope, rtol=1e-5, atol=1e-6)
+            assert np.any(slope)
+    assert float(metrics["actor/loss"]) == pytest.approx(
+        float(agent.actor_loss(state.params["actor"], state, batch, draws)[0]), rel=1e-5
+    )
+    for name in ("bias", "slope"):  # the target follows the critics as they are now
+        slow = 0.75 * state.target["critic"][name] + 0.25 * after.params["critic"][name]
+        np.testing.assert_allclose(after.target["critic"][name], slow, rtol=1e-5)
+    assert int(after.step) == 1
+
+
+def test_steps_that_did_not_happen_teach_nothing():
+    agent, state = Slope(lagrange=True, gap=0.0), known(**MIXED, agent=Slope)
+    batch, draws = batch_of([[3.0]], valid=[[0]], **BATCH), drawn(samples=2, **NOISE)
+    assert same(agent.learn(state, batch, draws)[0].params, state.params)
+
+
+def test_observations_are_normalised_in_learning_as_in_acting():
+    state, raw = known(lean=1.0), batch_of([[3.0]], **BATCH)
+    scaled = dataclasses.replace(state, normalizer=common.Normalizer(jnp.array([1.0]), jnp.array([2.0])))
+    draws = drawn(samples=2, **NOISE)
+    units = dataclasses.replace(raw, obs=(raw.obs - 1) / 2, next_obs=(raw.next_obs - 1) / 2)
+    agent = Known()
+    assert same(agent.learn(scaled, raw, draws)[0].params, agent.learn(state, units, draws)[0].params)
+    action = agent.act(scaled, jnp.array([[5.0]]), KEY, greedy=True)
+    np.testing.assert_allclose(action, [[[np.tanh(2.0)]]], rtol=1e-6)
+
+
+def test_every_random_number_of_an_update_is_its_own():
+    draws = TINY.draw(NARROW, batch_of(np.zeros((2000, 1))), KEY)
+    columns = np.concatenate([np.asarray(x).reshape(2000, -1) for x in draws.values()], axis=1)
+    assert columns.shape == (2000, 3 * 3 + 2)
+    assert np.abs(np.corrcoef(columns, rowvar=False) - np.eye(11)).max() < 0.1
+    uniform = np.asarray(draws["uniform"])
+    assert uniform.min() == pytest.approx(-1, abs=0.01) and uniform.max() == pytest.approx(1, abs=0.01)
+    assert uniform.std() == pytest.approx(3**-0.5, rel=0.02) and columns[:, 3:].std() == pytest.approx(1, rel=0.02)
+
+
+# Acting
+
+
+def test_it_acts_on_a_squashed_sample_and_in_evaluation_on_the_squashed_mean():
+    state, noise = known(mean=0.6, width=math.log(0.5)), np.asarray(jax.random.normal(KEY, (50, 1)))
+    action = Known().act(state, jnp.zeros((50, 1)), KEY)
+    np.testing.assert_allclose(action[:, 0], np.tanh(0.6 + 0.5 * noise), rtol=1e-5)
+    calm = Known().act(state, jnp.zeros((50, 1)), KEY, greedy=True)
+    np.testing.assert_allclose(calm, np.full((50, 1, 1), np.tanh(0.6)), rtol=1e-6)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"actor_hidden": (8, 0)}, "CQL.actor_hidden"),
+        ({"critic_hidden": (0,)}, "CQL.critic_hidden"),
+        ({"samples": 0}, "CQL.samples = 0: must be at least 1"),
+        ({"soft": 0.0}, "CQL.soft = 0.0: must be at least 1e-06"),
+        ({"actor_lr": -1.0}, "CQL.actor_lr = -1.0: must be at least 0"),
+        ({"critic_lr": -1.0}, "CQL.critic_lr = -1.0: must be at least 0"),
+        ({"conservatism": -1.0}, "CQL.conservatism = -1.0: must be at least 0"),
+        ({"discount": 1.5}, "CQL.discount = 1.5: must be in [0, 1]"),
+        ({"tau": -0.1}, "CQL.tau = -0.1: must be in [0, 1]"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(fields, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        CQL(**fields).check()
