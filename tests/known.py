@@ -119,6 +119,11 @@ def one_layer_each(agent: Any, spec: Spec = NARROW, target: dict | None = None, 
     return dataclasses.replace(zero, params=params, target=slow, normalizer=unchanged)
 
 
+def bias_of(net: PyTree) -> np.ndarray:
+    """Returns the bias of a network's one layer, or its slope."""
+    return np.asarray(net["params"]["MLP_0"]["Dense_0"]["bias"])
+
+
 def _layer(net: PyTree, kernel: Any, bias: Any) -> PyTree:
     values = {"kernel": kernel, "bias": bias}
     fill = lambda path, leaf: jnp.asarray(np.resize(values[path[-1].key], leaf.shape), leaf.dtype)  # noqa: E731
@@ -152,6 +157,18 @@ def fitted(loss: Callable[[PyTree], jax.Array], params: PyTree, updates: int = 1
 def pull_of(agent: Any, state: State, batch: Batch, draws: dict) -> dict[str, PyTree]:
     """Returns the gradient of the joint loss, by network."""
     return jax.grad(lambda params: agent.loss(params, state, batch, draws)[0])(state.params)
+
+
+@functools.cache
+def jitted(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a method of a pytree class compiled, one program for all agents that differ in numbers only."""
+    return jax.jit(method)
+
+
+@functools.cache
+def gradient_of(loss: Callable[..., Any]) -> Callable[..., PyTree]:
+    """Returns what gives the gradient of a method `loss(agent, params, ...)`, which returns a loss and metrics."""
+    return jax.jit(lambda *arguments: jax.grad(loss, argnums=1, has_aux=True)(*arguments)[0])
 
 
 def same(a: PyTree, b: PyTree) -> bool:

@@ -16,6 +16,7 @@ import tiny
 from PIL import Image
 
 from jaxrl import cli, config, log, rundir
+from jaxrl.agents import AGENTS
 from jaxrl.data import files
 
 
@@ -57,7 +58,7 @@ def mistake(argv: list[str], capsys) -> str:
     ("line", "message"),
     [
         ("trian", "unknown command 'trian': did you mean 'train'? known are collect, data, doctor, eval"),
-        ("train fmqq", "unknown agent 'fmqq': did you mean 'fmq'? known are bc, dqc, fmq"),
+        ("train fmqq", "unknown agent 'fmqq': did you mean 'fmq'? known are a2pr, awac, bc, "),
         ("train fmq pont", "unknown environment 'pont': did you mean 'point'? known are bandit"),
         (
             "train fmq point?dimension=3",
@@ -201,7 +202,7 @@ def test_damaged_configurations_are_refused(whole, tmp_path, monkeypatch, capsys
     for text, message in (
         ("[1]", "run is not a run directory: config.json holds no JSON object"),
         ('{"agent_name": "fmq"}', "run/config.json is damaged: 'agent' is missing"),
-        ('{"agent_name": "fqm"}', "unknown agent 'fqm': did you mean 'fql'? known are bc, dqc, fmq, fql, iql, qc, qgf"),
+        ('{"agent_name": "fqm"}', "unknown agent 'fqm': did you mean 'fql'? known are " + ", ".join(sorted(AGENTS))),
     ):
         Path("run/config.json").write_text(text)
         assert mistake(["eval", "run"], capsys) == message

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.optimize
+import scipy.stats
 
 from jaxrl import losses
 
@@ -178,3 +180,26 @@ def test_polyak_moves_the_target_by_tau():
     np.testing.assert_allclose(losses.polyak(online, slow, 0.25)["a"], [4, 5])
     np.testing.assert_array_equal(losses.polyak(online, slow, 1.0)["a"], [1, 2])
     np.testing.assert_array_equal(losses.polyak(online, slow, 0.0)["a"], [5, 6])
+
+
+@pytest.mark.parametrize(("mean", "log_std"), [(0.0, 0.0), (0.8, -1.0), (-0.3, 0.4)])
+def test_the_density_of_a_squashed_gaussian_integrates_to_the_gaussians_own_probabilities(mean, log_std):
+    action = np.linspace(-1, 1, 20_001)[1:-1]
+    u = jnp.asarray(np.arctanh(action), jnp.float32)[:, None]
+    density = np.exp(losses.tanh_log_density(u, jnp.full_like(u, mean), jnp.full_like(u, log_std)))
+    gaussian = scipy.stats.norm(mean, np.exp(log_std))
+    assert scipy.integrate.trapezoid(density, action) == pytest.approx(1, abs=2e-3)
+    for low, high in ((-0.9, -0.1), (0.0, 0.5), (0.5, 0.99)):
+        inside = (action >= low) & (action <= high)
+        wanted = gaussian.cdf(np.arctanh(high)) - gaussian.cdf(np.arctanh(low))
+        assert scipy.integrate.trapezoid(density[inside], action[inside]) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_the_log_density_of_a_squashed_gaussian_is_summed_over_entries_and_stays_finite_at_the_sides():
+    u, mean, log_std = np.array([[0.5, -1.2], [20.0, -30.0]]), np.array([0.1, 0.2]), np.array([-0.5, 0.3])
+    arrays = [jnp.asarray(np.broadcast_to(x, u.shape), jnp.float32) for x in (u, mean, log_std)]
+    change = 2 * (np.log(2) - np.abs(u) - np.log1p(np.exp(-2 * np.abs(u))))  # log(1 - tanh(u)^2)
+    wanted = (scipy.stats.norm.logpdf(u, mean, np.exp(log_std)) - change).sum(axis=1)
+    np.testing.assert_allclose(losses.tanh_log_density(*arrays), wanted, rtol=1e-5)
+    slope = jax.grad(lambda u: losses.tanh_log_density(u, *arrays[1:]).sum())(arrays[0])
+    np.testing.assert_allclose(slope, -(u - mean) / np.exp(2 * log_std) + 2 * np.tanh(u), rtol=1e-4)

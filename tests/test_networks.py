@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl import networks
-from jaxrl.networks import MLP, Critic, Gaussian, Value, Velocity
+from jaxrl.networks import MLP, Critic, Gaussian, Squashed, Value, Velocity
 
 
 def normalise(x, scale, bias):
@@ -144,6 +144,18 @@ def test_a_gaussian_has_a_mean_of_the_state_and_a_width_of_its_own(unit_width):
     mean, log_std = jax.jit(network.apply)(params, obs)
     np.testing.assert_allclose(mean, forward(params["params"]["MLP_0"], np.asarray(obs), "after"), atol=5e-6)
     np.testing.assert_array_equal(log_std, np.tile([0, 0] if unit_width else [-5, 2], (5, 1)))
+
+
+def test_a_squashed_gaussian_has_mean_and_width_of_the_state_the_width_small_at_first_and_bounded():
+    network, obs = Squashed(2, (8, 8)), jax.random.normal(jax.random.key(0), (5, 3))
+    params = shaken(jax.jit(network.init)(jax.random.key(3), obs[0]))
+    mean, log_std = jax.jit(network.apply)(params, obs)
+    wanted = forward(params["params"]["MLP_0"], np.asarray(obs), "none", "relu")
+    np.testing.assert_allclose(mean, wanted[:, :2], atol=5e-6)
+    np.testing.assert_allclose(log_std, wanted[:, 2:] - 1, atol=5e-6)
+    params["params"]["MLP_0"]["Dense_2"]["bias"] = np.array([0, 0, -90, 90], np.float32)
+    _, log_std = jax.jit(network.apply)(params, obs)
+    np.testing.assert_array_equal(log_std, np.tile([-20, 2], (5, 1)))
 
 
 def test_the_last_layer_of_a_gaussian_starts_a_tenth_as_large():

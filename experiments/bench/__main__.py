@@ -75,22 +75,22 @@ def steps_per_second(env: Any, policy: ro.Policy, count: int, decisions: int = 4
     return count * decisions * policy.chunk / best_seconds(jax.jit(rolled), jax.random.key(0))
 
 
-def products(jaxpr: Any, times: int = 1, period: int = 1) -> Iterator[tuple[Any, Any, Any, int]]:
+def products(jaxpr: Any, times: int = 1, branches: int | None = None) -> Iterator[tuple[Any, Any, Any, int]]:
     """Yields (left, right, dimension numbers, how often) of every matrix product in a program that runs `times` times.
 
-    Of those, every `period`-th takes the branches that it has.
+    It goes through each of its branches as often, or `branches` times.
     """
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             left, right = (variable.aval for variable in equation.invars)
             yield left, right, equation.params["dimension_numbers"], times
         inner = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
-        inner = inner // period if equation.primitive.name == "cond" else inner
+        inner = branches if equation.primitive.name == "cond" and branches is not None else inner
         for parameter in equation.params.values():
             for part in parameter if isinstance(parameter, tuple | list) else (parameter,):
                 body = getattr(part, "jaxpr", part)
                 if hasattr(body, "eqns"):
-                    yield from products(body, inner, period)
+                    yield from products(body, inner, branches)
 
 
 def bare_products(program: Callable[..., Any], *args: Any) -> tuple[Callable[[], list], float]:

@@ -302,10 +302,7 @@ def stepped_each(agent: Any, state: common.State, gradient: Any) -> common.State
 
 
 def multiplying(agent: Any, ring: Ring, spec: Spec) -> tuple[Callable[[], Any], float]:
-    """Returns a program of the matrix products of updates but searches, and how many operations one update's are.
-
-    Each product has operands of its own, and a new entry in one of them every time, so that none can be left out.
-    """
+    """Returns a program of the matrix products of updates but searches, and how many operations one update's are."""
     period = getattr(agent, "delay", 1)
     agent = dataclasses.replace(agent, search="tree") if searches(agent) else agent
 
@@ -313,26 +310,34 @@ def multiplying(agent: Any, ring: Ring, spec: Spec) -> tuple[Callable[[], Any], 
         return agent.update(state, agent.sample((data,), key), key)[0]
 
     program = jax.make_jaxpr(one)(agent.init(jax.random.key(0), spec), ring, jax.random.key(1)).jaxpr
-    several = products(program, period, period)  # of as many updates as the actor waits for
-    found = [(left.shape, right.shape, how) for left, right, how, times in several for _ in range(times)]
-    lefts, rights = ([jax.random.normal(jax.random.key(3), pair[i]) for pair in found] for i in (0, 1))
+    first, again, operations = repeating(list(products(program, 1, 0)))
+    first_late, again_late, late_operations = repeating(list(products(program, 0, 1)))  # when it is the actor's turn
 
-    def multiplied(lefts: list, rights: list) -> list:
-        return [lax.dot_general(a, b, how) for a, b, (_, _, how) in zip(lefts, rights, found, strict=True)]
+    def turn(carry: Any, entry: jax.Array) -> tuple[Any, None]:
+        rest = lax.scan(again, carry[0], jnp.full(period, entry))[0]
+        return (rest, again_late(carry[1], entry)[0]), None
 
-    def repeated(lefts: list, rights: list) -> Any:
-        def body(carry: tuple[list, list], entry: jax.Array) -> tuple[tuple[list, list], None]:
-            fresh = [left.at[(0,) * left.ndim].set(entry) for left in carry[0]]
-            return (fresh, multiplied(fresh, rights)), None
+    entries = jnp.arange(UPDATES // period, dtype=jnp.float32)
+    compiled = jax.jit(lambda carry: lax.scan(turn, carry, entries)[0])
+    return lambda: compiled((first, first_late)), operations + late_operations / period
 
-        entries = jnp.arange(UPDATES // period, dtype=jnp.float32)
-        return lax.scan(body, (lefts, multiplied(lefts, rights)), entries)[0]
 
-    results = jax.eval_shape(multiplied, lefts, rights)
-    summed = [math.prod(left[i] for i in contracted) for left, _, ((contracted, _), _) in found]
-    operations = sum(2 * result.size * terms for result, terms in zip(results, summed, strict=True))
-    compiled = jax.jit(repeated)
-    return lambda: compiled(lefts, rights), operations / period
+def repeating(found: list[tuple[Any, Any, Any, int]]) -> tuple[Any, Callable[[Any, jax.Array], Any], float]:
+    """Returns operands and results of matrix products, what multiplies again in a scan, and its operations.
+
+    Each product has operands of its own, and a new entry in one of them every time, so that none can be left out.
+    """
+    each = [(left.shape, right.shape, how) for left, right, how, times in found for _ in range(times)]
+    lefts, rights = ([jax.random.normal(jax.random.key(3), pair[i]) for pair in each] for i in (0, 1))
+
+    def again(carry: Any, entry: jax.Array) -> tuple[Any, None]:
+        fresh = [left.at[(0,) * left.ndim].set(entry) for left in carry[0]]
+        results = [lax.dot_general(a, b, how) for a, b, (_, _, how) in zip(fresh, carry[1], each, strict=True)]
+        return (fresh, carry[1], results), None
+
+    first = jax.jit(again)((lefts, rights, None), jnp.ones(()))[0]
+    summed = [math.prod(left[i] for i in contracted) for left, _, ((contracted, _), _) in each]
+    return first, again, sum(2 * result.size * terms for result, terms in zip(first[2], summed, strict=True))
 
 
 def pieces(agent: Any, ring: Ring, spec: Spec) -> tuple[dict[str, Measure], float]:

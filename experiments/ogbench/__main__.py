@@ -54,7 +54,13 @@ class Task:
 
 TASKS = {
     "pointmaze-medium": Task(
-        "ogbench/pointmaze-medium-navigate-singletask-v0", "pointmaze-medium-navigate-v0", 0.995, 10.0, 0.93, 0.8, "mean"
+        "ogbench/pointmaze-medium-navigate-singletask-v0",
+        "pointmaze-medium-navigate-v0",
+        0.995,
+        10.0,
+        0.93,
+        0.8,
+        "mean",
     ),
     "cube-single": Task("ogbench/cube-single-play-singletask-v0", "cube-single-play-v0", 0.99, 300.0, 0.93, 0.8, "min"),
     "puzzle-3x3": Task(

@@ -49,8 +49,8 @@ class AWAC:
     def check(self) -> None:
         """Raises UserError where a value is out of range."""
         common.check_range(self, **dict.fromkeys(("actor_hidden", "critic_hidden", "batch_size"), (1, None)))
-        common.check_range(self, actor_lr=(0, None), critic_lr=(0, None), max_weight=(0, None), temperature=(1e-6, None))
-        common.check_range(self, discount=(0, 1), tau=(0, 1))
+        common.check_range(self, **dict.fromkeys(("actor_lr", "critic_lr", "max_weight"), (0, None)))
+        common.check_range(self, discount=(0, 1), tau=(0, 1), temperature=(1e-6, None))
         self.goals.check()
 
     def actor(self, spec: Spec) -> Gaussian:

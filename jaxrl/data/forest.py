@@ -2,12 +2,14 @@
 
 import collections
 import threading
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from scipy.spatial import KDTree
 
 from jaxrl.errors import UserError
+
+if TYPE_CHECKING:
+    from scipy.spatial import KDTree
 
 
 class Forest:
@@ -45,7 +47,7 @@ class Forest:
         _, found = tree.query(query, k=np.arange(1, k + 1))
         return rows[found]
 
-    def tree(self, mean: np.ndarray, weight: np.ndarray) -> tuple[KDTree, np.ndarray]:
+    def tree(self, mean: np.ndarray, weight: np.ndarray) -> "tuple[KDTree, np.ndarray]":
         """Returns the tree of a scaling, and the row [n] int32 that each of its n points is; built where it is new."""
         name = mean.tobytes() + weight.tobytes()
         with self.lock:
@@ -56,8 +58,10 @@ class Forest:
                 self.trees.popitem(last=False)
             return self.trees[name]
 
-    def grown(self, mean: np.ndarray, weight: np.ndarray) -> tuple[KDTree, np.ndarray]:
+    def grown(self, mean: np.ndarray, weight: np.ndarray) -> "tuple[KDTree, np.ndarray]":
         """Returns a new tree of the rows that count and are finite, and the row of each of its points."""
+        from scipy.spatial import KDTree  # takes long to import, and few need it
+
         rows = np.flatnonzero(self.valid).astype(np.int32)
         points = keys(mean, weight, self.states[rows], self.actions[rows])
         finite = np.isfinite(points).all(axis=1)

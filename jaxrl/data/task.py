@@ -17,7 +17,6 @@ from jaxrl.data.ring import Ring, empty, from_dataset
 from jaxrl.data.weighting import UNIFORM, Weighting, Weights, trajectory_weights, weights_of
 from jaxrl.errors import UserError
 
-
 Columns: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 """More columns [N, ...] of rows whose rewards [N], ends of the task [N] and closing rows [N] are known."""
 

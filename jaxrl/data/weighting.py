@@ -1,8 +1,8 @@
 """Trajectory weighting: which episodes of a dataset are learned from more often, for any agent.
 
 Paper: Hong, Agrawal, Tachet des Combes, Laroche, "Harnessing Mixed Offline Reinforcement Learning Datasets via
-Trajectory Weighting", arXiv 2306.13085. Offline methods stay near the behaviour; drawing the better trajectories more often
-makes a better behaviour to stay near. Where dynamics are stochastic a high return may be luck.
+Trajectory Weighting", arXiv 2306.13085. Offline methods stay near the behaviour; drawing the better trajectories more
+often makes a better behaviour to stay near. Where dynamics are stochastic a high return may be luck.
 
 A transition of trajectory i has the probability u_i / sum_j T_j u_j. It is drawn in two levels, first the trajectory
 with probability proportional to T_i u_i, then one of its T_i steps uniformly, which is that law without the rounding

@@ -101,7 +101,9 @@ def learned(r: Recorded, agent: ODICE, state: Any, batch: Batch) -> dict[str, An
     gradients = {"value": jax.jit(agent.value_gradient)(state, batch)[0]}
     actor = jax.jit(jax.grad(agent.actor_loss, has_aux=True))
     gradients["policy"] = actor(state.params["actor"], state, batch, residual)[0]
-    terms = {} if agent.gradient == "true" else {"values/forward_residual": residual if r.critics("value") else residual[0]}
+    terms: dict[str, Any] = {}
+    if agent.gradient != "true":
+        terms["values/forward_residual"] = residual if r.critics("value") else residual[0]
     for name, gradient in gradients.items():
         places = named(r, name, gradient)
         terms |= {f"grads/{name}/{at}": leaf for at, leaf in places.items()} | {f"grad_norm/{name}": norm(places)}
