@@ -212,7 +212,6 @@ def asks_trees(config: Config) -> bool:
 
 def in_memory(config: Config, env: Any, dataset: Dataset | Shards, epochs: int) -> Ring | Stream:
     """Returns the dataset in device memory, or what brings it there file by file."""
-    window = task.window_of(config.agent)
     place = functools.partial(
         task.to_ring,
         env=env,
@@ -223,12 +222,19 @@ def in_memory(config: Config, env: Any, dataset: Dataset | Shards, epochs: int) 
         columns=getattr(config.agent, "columns", None),
     )
     if isinstance(dataset, Dataset):
-        task.check_window(task.sizes_of(dataset), window)
+        check_sizes(config.agent, task.sizes_of(dataset))
         return place(dataset, searched=asks_trees(config))
     for shard in dataset.shards:
-        task.check_window(shard.sizes, window)
+        check_sizes(config.agent, shard.sizes)
     room = (dataset.sizes.rows, dataset.sizes.episodes)
     return Stream(dataset, functools.partial(place, room=room), config.seed, epochs)
+
+
+def check_sizes(agent: Any, sizes: task.Sizes) -> None:
+    """Raises UserError where a dataset is too small for an agent."""
+    task.check_window(sizes, task.window_of(agent))
+    if hasattr(agent, "check_data"):
+        agent.check_data(sizes.rows - sizes.episodes)
 
 
 def start(config: Config, env: Any, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from jaxrl.agents import A2PR, TD3BC
 from jaxrl.errors import UserError
 from jaxrl.types import Spec
-from tests.known import KEY, batch_of, one_layer_each, quick_to_compile, random_batch
+from tests.known import KEY, batch_of, bias_of, one_layer_each, quick_to_compile, random_batch
 
 AGENT = A2PR(actor_hidden=(), critic_hidden=(), vae_hidden=(), alpha=1.5, mask=0.4, vae_weight=3.0)
 CLIMB = ([[0, 1], [0, 0]], 0)  # Q_1 = a
@@ -231,9 +231,7 @@ def test_the_gradient_passes_through_the_autoencoders_action_unless_detached(det
     encoder = (np.array([[0, 0, 0, 0], [0.8, 0, 0, 0]]), 0)
     state = known(critic=([[0, -1], [0, 0]], 0), encoder=encoder, decoder=([0, 1.5, 0], -0.4))
     imitated = math.tanh(1.5 * 0.8 * 0.5 - 0.4)
-    loss, _, slope = actor_terms(
-        agent, state, at([-9.0] * 6, [0.9] * 6)
-    )  # lower actions are better, the data's is worse
+    loss, _, slope = actor_terms(agent, state, at([-9.0] * 6, [0.9] * 6))  # the lower the action the better
     assert loss == pytest.approx((0.5 - imitated) ** 2, rel=1e-5)
     through = 0.0 if detach else 1.5 * 0.8 * (1 - imitated**2)
     assert slope == pytest.approx(2 * (0.5 - imitated) * (1 - through) * (1 - 0.25), rel=1e-4)

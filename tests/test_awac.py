@@ -59,8 +59,8 @@ def known(bias=(0.0, 0.0), slope=(0.0, 0.0), target=((0.0, 0.0), (0.0, 0.0)), me
 
 def drawn(noise, next_noise=None):
     """Returns the random numbers of an update: of the policy at the states and, if not 0, at the next ones."""
-    noise = np.asarray(noise, np.float32)[:, None]
-    return {"noise": noise, "next_noise": 0 * noise if next_noise is None else np.float32(next_noise)[:, None]}
+    noises = {"noise": noise, "next_noise": np.zeros(len(noise)) if next_noise is None else next_noise}
+    return {name: np.asarray(values, np.float32)[:, None] for name, values in noises.items()}
 
 
 def log_density(action, mean, width):

@@ -20,9 +20,8 @@ from tests.known import KEY, NARROW, WIDE, batch_of, bias_of, one_layer_each, qu
 
 AGENT = PRDC(actor_hidden=(), critic_hidden=())
 STATES, ACTIONS = np.array([[1.0], [1.1], [2.0]]), np.array([[0.0], [0.5], [0.6]])
-
-
 window_at = jax.jit(rings.window_at, static_argnums=3)
+nearest, nearest_action = jax.jit(PRDC.nearest), jax.jit(PRDC.nearest_action)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,8 +51,6 @@ def asked(*obs, data=THREE):
     """Returns a batch at these states."""
     return dataclasses.replace(batch_of(np.zeros((len(obs), 1)), obs=[[x] for x in obs]), rings=(data,))
 
-
-nearest, nearest_action = jax.jit(PRDC.nearest), jax.jit(PRDC.nearest_action)
 
 # The neighbour
 

@@ -20,8 +20,6 @@ from tests.known import KEY, WIDE, batch_of, bias_of, one_layer_each, quick_to_c
 PAIR = Spec(observation=1, action=2)
 AGENT = ReBRAC(actor_hidden=(), critic_hidden=(), discount=0.5, beta_actor=0.3, beta_critic=0.2)
 TRUNCATED = {"followed": [0.0], "next_action": [[9.0, 9.0]]}
-
-
 window_at = jax.jit(rings.window_at, static_argnums=3)
 
 
@@ -176,11 +174,8 @@ def test_no_loss_depends_on_an_action_that_was_not_taken():
 
 def test_one_optimiser_moves_the_actor_on_its_momentum_in_updates_that_do_not_train_it():
     agent = dataclasses.replace(AGENT, joint=True, actor_lr=0.01, critic_lr=0.0, tau=0.25)
-    states, update = (
-        [one_layer_each(agent, WIDE, critic=([[1, 2, 3, -2, 1], [3, 2, 1, 1, -2]], 0))],
-        jax.jit(agent.update),
-    )
-    states[0] = dataclasses.replace(states[0], target=jax.tree.map(lambda x: x + 1, states[0].target))
+    start, update = one_layer_each(agent, WIDE, critic=([[1, 2, 3, -2, 1], [3, 2, 1, 1, -2]], 0)), jax.jit(agent.update)
+    states = [dataclasses.replace(start, target=jax.tree.map(lambda x: x + 1, start.target))]
     for i in range(3):
         states.append(update(states[-1], random_batch(i, length=1), KEY)[0])
     moved = [not same(x.params["actor"], y.params["actor"]) for x, y in itertools.pairwise(states)]
@@ -208,9 +203,7 @@ def test_a_negative_penalty_is_refused_by_name(name):
 
 
 def test_observations_stay_as_they_are_unless_asked():
-    state = known()
+    state, asked = known(), dataclasses.replace(AGENT, normalize=True)
     assert AGENT.fit(state, (data(),)) is state
-    assert float(dataclasses.replace(AGENT, normalize=True).fit(state, (data(),)).normalizer.mean[0]) == pytest.approx(
-        np.arange(12)[~ENDS].mean()
-    )
+    assert float(asked.fit(state, (data(),)).normalizer.mean[0]) == pytest.approx(np.arange(12)[~ENDS].mean())
     assert same(common.normalized(state, transitions()).obs, transitions().obs)

@@ -124,10 +124,10 @@ class A2PR:
         state, metrics = common.step(state, "critic", loss, optax.adam(self.critic_lr))
         loss = lambda value: self.value_loss(value, state, batch, y, next_action)  # noqa: E731
         state, more = common.step(state, "value", loss, optax.adam(self.value_lr))
-        metrics |= more
+        metrics = {**metrics, **more}
         loss = lambda vae: self.vae_loss(vae, state, batch, v, draws)  # noqa: E731
         state, more = common.step(state, "vae", loss, optax.adam(self.vae_lr))
-        metrics |= more
+        metrics = {**metrics, **more}
 
         def improve(state: State) -> tuple[State, Metrics]:
             loss = lambda actor: self.actor_loss(actor, state, batch, v, draws)  # noqa: E731
@@ -135,7 +135,7 @@ class A2PR:
             return common.follow(state, self.tau, "actor", "critic"), metrics
 
         state, more = common.every(self.delay, state, improve)
-        return common.counted(state), metrics | more
+        return common.counted(state), {**metrics, **more}
 
     def critic_loss(self, critic: PyTree, batch: Batch, y: jax.Array) -> tuple[jax.Array, Metrics]:
         """Returns the TD loss of both critics."""

@@ -101,7 +101,7 @@ class AWAC:
         after, metrics = common.step(state, "critic", loss, optax.adam(self.critic_lr))
         loss = lambda actor: self.actor_loss(actor, after, batch, draws)  # noqa: E731
         improved, more = common.step(after, "actor", loss, optax.adam(self.actor_lr))
-        return common.counted(common.follow(improved, self.tau, "critic")), metrics | more
+        return common.counted(common.follow(improved, self.tau, "critic")), {**metrics, **more}
 
     def sampled(self, spec: Spec, actor: PyTree, obs: jax.Array, noise: jax.Array) -> jax.Array:
         """Returns clipped samples of the policy [B, A]."""

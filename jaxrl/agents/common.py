@@ -1,7 +1,7 @@
 """Small pieces that several agents share: a state and its gradient steps, a normaliser, views of a batch, checks."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -76,7 +76,7 @@ def descend(
 
 
 def start_each(
-    spec: Spec, params: dict[str, PyTree], optimizers: dict[str, optax.GradientTransformation], *slow: str
+    spec: Spec, params: dict[str, PyTree], optimizers: Mapping[str, optax.GradientTransformation], *slow: str
 ) -> State:
     """Returns the state before the first update of networks with an optimiser each; the networks `slow` have a target.
 

@@ -14,7 +14,9 @@ The temperature, the policy and the critics step on losses that all see the para
 whose settings for locomotion are the defaults; only its initial weights are not copied.
 """
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -128,7 +130,11 @@ class CQL:
         """Returns the state after the update with these random numbers."""
         batch, optimizers = common.normalized(state, batch), self.optimizers()
         before, metrics = state, {}
-        named = {"entropy": self.entropy_loss, "actor": self.actor_loss, "critic": self.critic_loss}
+        named: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
+            "entropy": self.entropy_loss,
+            "actor": self.actor_loss,
+            "critic": self.critic_loss,
+        }
         if self.lagrange:
             named["lagrange"] = self.lagrange_loss
         for name, of in named.items():
@@ -226,11 +232,11 @@ def returns_to_go(rewards: np.ndarray, ended: np.ndarray, closes: np.ndarray, di
     """
     from scipy.signal import lfilter  # half a second to load, for one agent's option
 
-    result, lasts = np.zeros(len(rewards), np.float32), np.flatnonzero(closes)
-    for first, last in zip(np.append(0, lasts[:-1] + 1), lasts, strict=True):
-        earned = rewards[first:last]
+    result = np.zeros(len(rewards), np.float32)
+    for before, last in itertools.pairwise([-1, *np.flatnonzero(closes).tolist()]):
+        earned = rewards[before + 1 : last]
         forever = discount < 1 and not ended[last - 1] and (earned == earned[0]).all()
         after = discount * earned[0] / (1 - discount) if forever else 0.0
         backwards, _ = lfilter([1.0], [1.0, -discount], earned[::-1], zi=[after])  # G_t = r_t + gamma G_{t+1}
-        result[first:last] = backwards[::-1]
+        result[before + 1 : last] = backwards[::-1]
     return result

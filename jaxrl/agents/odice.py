@@ -98,7 +98,7 @@ class ODICE:
         state = common.follow(state, self.tau, "value")
         loss = lambda actor: self.actor_loss(actor, state, batch, residual)  # noqa: E731
         state, more = common.step(state, "actor", loss, optimizers["actor"])
-        return common.counted(state), metrics | more
+        return common.counted(state), {**metrics, **more}
 
     # The value
 

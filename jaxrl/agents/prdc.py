@@ -23,7 +23,7 @@ from jaxrl import losses
 from jaxrl.agents import common, td3
 from jaxrl.agents.common import Draws, State
 from jaxrl.data.goals import Goals
-from jaxrl.data.neighbours import Index, Method, index_of, nearest
+from jaxrl.data.neighbours import Index, Method, check, index_of, nearest
 from jaxrl.data.ring import Rings
 from jaxrl.networks import Activation, Init, Norm, apply
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
@@ -63,6 +63,10 @@ class PRDC:
         td3.check(self)
         common.check_range(self, alpha=(0, None), beta=(0, None), neighbours=(1, None), block=(1, None))
 
+    def check_data(self, transitions: int) -> None:
+        """Raises UserError where neighbours among so many transitions cannot be searched as asked."""
+        check(transitions, self.batch_size, self.neighbours, self.search, self.block)
+
     @property
     def searches(self) -> bool:
         """Whether a tree of the dataset is of use."""
@@ -97,7 +101,7 @@ class PRDC:
             return common.follow(state, self.tau, "actor", "critic"), metrics
 
         state, more = common.every(self.delay, state, improve)
-        return common.counted(state), metrics | more
+        return common.counted(state), {**metrics, **more}
 
     def index(self, state: State, batch: Batch) -> Index:
         """Returns the dataset's pairs (beta s, a), s normalised and without a goal."""

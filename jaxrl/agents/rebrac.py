@@ -7,7 +7,9 @@ The target is lowered by how far the slow actor's next action lies from the one 
 the actor by how far its own lies from the data's (Eq. 4); both distances are sums over the action's entries. The actor
 climbs the lower of the two critics. Observations are not normalised.
 
-A transition after which the data took no action, for the clock ran out, trains the actor but not the critics.
+A transition after which the data took no action, for the clock ran out, trains the actor but not the critics. Layers
+begin as all of this family's do; the authors' hidden biases of 0.1 and small last layers are not copied.
+
 `joint` is the order of FQL's authors: one optimiser for both networks, which also moves the actor on its momentum in
 updates that do not train it; errors averaged over the two critics; targets that follow the parameters from before.
 """
@@ -50,7 +52,7 @@ class ReBRAC:
     noise_clip: Scalar = 0.5  # bound of that noise, and of exploration's
     beta_actor: Scalar = 0.01  # penalty in the actor's loss; to be tuned per task
     beta_critic: Scalar = 0.01  # penalty in the critics' target; to be tuned per task
-    joint: bool = False  # whether one optimiser serves both networks, see above
+    joint: bool = False  # whether one optimiser, at the actor's rate, serves both networks; see above
     exploration: Scalar = 0.1  # standard deviation of the noise on actions, but in evaluation
     normalize: bool = False  # whether observations are normalised by the data's mean and spread
     goals: Goals = Goals()  # how goals are drawn where the task has some
@@ -91,7 +93,7 @@ class ReBRAC:
             return common.step(state, "actor", loss, optax.adam(self.actor_lr))
 
         state, more = common.every(self.delay, state, improve)
-        return common.counted(state), metrics | more
+        return common.counted(state), {**metrics, **more}
 
     def learn_jointly(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
         """Returns the state after one step of one optimiser on both losses, the actor's every `delay`-th time."""
@@ -100,7 +102,7 @@ class ReBRAC:
         def loss(params: dict[str, PyTree]) -> tuple[jax.Array, Metrics]:
             critic, metrics = self.critic_loss(params["critic"], state, batch, draws)
             actor, more = self.actor_loss(params["actor"], state, batch)
-            return critic + jnp.where(whole, actor, 0.0), metrics | more
+            return critic + jnp.where(whole, actor, 0.0), {**metrics, **more}
 
         gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
         updates, opt = optax.adam(self.actor_lr).update(gradient, state.opt, state.params)

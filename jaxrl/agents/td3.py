@@ -5,7 +5,7 @@ TD3+BC, ReBRAC, PRDC and A2PR differ in what holds the actor near the data, and 
 themselves over as `agent`, whose fields these functions read.
 """
 
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,34 +14,17 @@ import optax
 from jaxrl import losses
 from jaxrl.agents import common
 from jaxrl.agents.common import Draws, State
-from jaxrl.data.goals import Goals
 from jaxrl.data.ring import Rings, windows
-from jaxrl.networks import Activation, Critic, Init, Norm, Policy, apply
+from jaxrl.networks import Critic, Policy, apply
 from jaxrl.types import Batch, PyTree, Scalar, Spec
 
+if TYPE_CHECKING:
+    from jaxrl.agents import A2PR, PRDC, TD3BC, ReBRAC
 
-class TD3(Protocol):
-    """The fields that an agent of this family has."""
-
-    chunk: ClassVar[int] = 1  # actions per decision
-
-    actor_hidden: tuple[int, ...]  # widths of the actor
-    critic_hidden: tuple[int, ...]  # widths of each critic
-    activation: Activation  # of all networks
-    initial: Init  # how layers begin
-    actor_norm: Norm  # layer norm in the actor
-    critic_norm: Norm  # layer norm in the critics
-    batch_size: int  # transitions per update
-    actor_lr: Scalar  # learning rates of Adam
-    critic_lr: Scalar
-    discount: Scalar  # gamma, per environment step
-    tau: Scalar  # polyak rate of the targets
-    delay: int  # critic updates per actor update
-    target_noise: Scalar  # standard deviation of the noise on target actions
-    noise_clip: Scalar  # bound of that noise, and of exploration's
-    exploration: Scalar  # standard deviation of the noise on actions, but in evaluation
-    normalize: bool  # whether observations are normalised by the data's mean and spread
-    goals: Goals  # how goals are drawn where the task has some
+    TD3: TypeAlias = A2PR | PRDC | TD3BC | ReBRAC
+else:
+    TD3 = Any
+"""An agent of this family."""
 
 
 def check(agent: TD3) -> None:

@@ -80,7 +80,7 @@ class TD3BC:
             return common.follow(state, self.tau, "actor", "critic"), metrics
 
         state, more = common.every(self.delay, state, improve)
-        return common.counted(state), metrics | more
+        return common.counted(state), {**metrics, **more}
 
     def critic_loss(self, critic: PyTree, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the TD loss of both critics."""
