@@ -21,7 +21,7 @@ Activation: TypeAlias = Literal["gelu", "mish", "relu"]
 Norm: TypeAlias = Literal["none", "after", "before", "before_but_last"]
 """Where LayerNorm stands: after the activations (FQL, QC, DQC), before them (QGF's critics), or before all but the
 last hidden one (QGF's policy)."""
-Init: TypeAlias = Literal["glorot", "lecun"]
+Init: TypeAlias = Literal["glorot", "torch"]
 """How layers begin: weights uniform within sqrt(6 / (inputs + outputs)) and biases 0 (the flow methods), or both
 uniform within 1 / sqrt(inputs), as PyTorch's linear layers (the offline regularizers)."""
 TimeFeatures: TypeAlias = Literal["fourier", "sinusoidal", "raw"]
@@ -128,7 +128,7 @@ class QuantileCritic(nn.Module):
 
     heads: int
     hidden: Sequence[int]
-    initial: Init = "lecun"
+    initial: Init = "torch"
 
     @nn.compact
     def __call__(self, obs: jax.Array, action: jax.Array, level: jax.Array) -> jax.Array:
@@ -186,7 +186,7 @@ class Policy(nn.Module):
     norm: Norm = "none"
     activation: Activation = "relu"
     last_scale: float = 1.0
-    initial: Init = "lecun"
+    initial: Init = "torch"
 
     @nn.compact
     def __call__(self, *inputs: jax.Array) -> jax.Array:
@@ -205,7 +205,7 @@ class Encoder(nn.Module):
     def __call__(self, obs: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns mean and logarithm of the standard deviation, [..., size] each, the latter within [-4, 15]."""
         x = jnp.concatenate([obs, action], axis=-1)
-        mean_and_log_std = MLP((*self.hidden, 2 * self.size), "none", "relu", 1.0, "lecun")(x)
+        mean_and_log_std = MLP((*self.hidden, 2 * self.size), "none", "relu", 1.0, "torch")(x)
         mean, log_std = jnp.split(mean_and_log_std, 2, axis=-1)
         return mean, jnp.clip(log_std, -4, 15)
 
@@ -292,7 +292,7 @@ class Squashed(nn.Module):
         At first that deviation is near exp(-1), so that actions do not crowd at the box's sides.
         """
         mean, log_std = jnp.split(
-            MLP((*self.hidden, 2 * self.size), "none", self.activation, 1.0, "lecun")(obs), 2, axis=-1
+            MLP((*self.hidden, 2 * self.size), "none", self.activation, 1.0, "torch")(obs), 2, axis=-1
         )
         return mean, jnp.clip(log_std - 1, -20, 2)
 

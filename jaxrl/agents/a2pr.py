@@ -37,7 +37,7 @@ class A2PR:
     critic_hidden: tuple[int, ...] = (256, 256, 256, 256)  # widths of each critic and of the value
     vae_hidden: tuple[int, ...] = (750, 750)  # widths of the autoencoder's halves
     activation: Activation = "relu"  # of all networks but the autoencoder
-    initial: Init = "lecun"  # how layers begin
+    initial: Init = "torch"  # how layers begin
     actor_norm: Norm = "none"  # layer norm in the actor
     critic_norm: Norm = "none"  # layer norm in the critics and the value
     batch_size: int = 256  # transitions per update

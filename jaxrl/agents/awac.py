@@ -55,11 +55,11 @@ class AWAC:
 
     def actor(self, spec: Spec) -> Gaussian:
         """Returns pi(a | s)."""
-        return Gaussian(spec.action, self.actor_hidden, self.actor_norm, self.activation, False, "lecun")
+        return Gaussian(spec.action, self.actor_hidden, self.actor_norm, self.activation, False, "torch")
 
     def critic(self) -> Critic:
         """Returns the twins Q_1(s, a) and Q_2(s, a)."""
-        return Critic(2, self.critic_hidden, self.critic_norm, self.activation, "lecun")
+        return Critic(2, self.critic_hidden, self.critic_norm, self.activation, "torch")
 
     def q(self, params: PyTree, obs: jax.Array, action: jax.Array) -> jax.Array:
         """Returns the lower critic's value, [B]."""

@@ -67,7 +67,7 @@ class CFPI:
 
     def actor(self, spec: Spec) -> MLP:
         """Returns the network of the behaviour's weights, means and widths."""
-        return MLP((*self.actor_hidden, self.components * (1 + 2 * spec.action)), "none", "relu", 1.0, "lecun")
+        return MLP((*self.actor_hidden, self.components * (1 + 2 * spec.action)), "none", "relu", 1.0, "torch")
 
     def critic(self) -> QuantileCritic:
         """Returns the two critics Z_k(s, a, level)."""

@@ -76,7 +76,7 @@ class CQL:
 
     def critic(self) -> Critic:
         """Returns the twins Q_1(s, a) and Q_2(s, a)."""
-        return Critic(2, self.critic_hidden, self.critic_norm, self.activation, "lecun")
+        return Critic(2, self.critic_hidden, self.critic_norm, self.activation, "torch")
 
     def optimizers(self) -> dict[str, optax.GradientTransformation]:
         """Returns each network's optimiser."""

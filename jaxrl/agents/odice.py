@@ -62,11 +62,11 @@ class ODICE:
 
     def actor(self, spec: Spec) -> Gaussian:
         """Returns pi(a | s)."""
-        return Gaussian(spec.action, self.actor_hidden, "none", "relu", unit_width=False, initial="lecun")
+        return Gaussian(spec.action, self.actor_hidden, "none", "relu", unit_width=False, initial="torch")
 
     def value(self) -> Critic:
         """Returns the values V_k(s)."""
-        return Critic(self.values, self.value_hidden, self.value_norm, "relu", "lecun", 1e-5)
+        return Critic(self.values, self.value_hidden, self.value_norm, "relu", "torch", 1e-5)
 
     def optimizers(self) -> dict[str, optax.GradientTransformation]:
         """Returns each network's optimiser."""

@@ -39,7 +39,7 @@ class ReBRAC:
     actor_hidden: tuple[int, ...] = (256, 256, 256)  # widths of the actor
     critic_hidden: tuple[int, ...] = (256, 256, 256)  # widths of each critic
     activation: Activation = "relu"  # of all networks
-    initial: Init = "lecun"  # how layers begin
+    initial: Init = "torch"  # how layers begin
     actor_norm: Norm = "none"  # layer norm in the actor
     critic_norm: Norm = "after"  # layer norm in the critics
     batch_size: int = 256  # transitions per update
