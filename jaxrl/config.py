@@ -116,9 +116,9 @@ PRESETS: dict[str, dict[str, Config]] = {
         "prdc": Config(PRDC(**_NETS, **_FAST), schedule=_OFFLINE),
         "a2pr": Config(A2PR(**_NETS, **_FAST, vae_hidden=_SMALL, value_lr=1e-3), schedule=_OFFLINE),
         "cql": Config(CQL(**_NETS, actor_lr=3e-4, critic_lr=1e-3), schedule=_OFFLINE),
-        "awac": Config(AWAC(**_NETS, **_FAST), schedule=_OFFLINE),
+        "awac": Config(AWAC(**_NETS, **_FAST, temperature=3.0), schedule=_OFFLINE),
         "odice": Config(
-            ODICE(actor_hidden=_SMALL, value_hidden=_SMALL, actor_lr=1e-3, value_lr=1e-3), schedule=_OFFLINE
+            ODICE(actor_hidden=_SMALL, value_hidden=_SMALL, actor_lr=1e-3, value_lr=1e-3, trade=0.4), schedule=_OFFLINE
         ),
         "famo2o": Config(FamO2O(**_NETS, lr=1e-3), schedule=_MINUTES),
         "cfpi": Config(CFPI(actor_hidden=_SMALL, critic_hidden=_SMALL[:2], **_FAST, **_SINGLE), schedule=_OFFLINE),

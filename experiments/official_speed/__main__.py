@@ -84,7 +84,7 @@ class Study:
     keys: int = 1_000_000
     """Transitions of the synthetic data among which PRDC searches as well; 0 leaves that row out."""
     seconds: float = 20.0
-    """Seconds for which each thing is measured, in all rounds together."""
+    """Seconds for which an update is measured, in all rounds together; its parts a third of that."""
     rounds: int = 5
     """How often they take turns."""
     sizes: tuple[str, ...] = ("256x2", "512x4", "published")
@@ -385,12 +385,14 @@ def official(case: Case, data: Path) -> Generator[tuple[dict[str, str], Measure]
 def compared(study: Study, case: Case, data: Path) -> dict[str, Any]:
     """Returns what was measured of a method at one size."""
     dataset = files.load(data)
-    rounds, load = [], [os.getloadavg()[0]]
     measures, operations = pieces(case.agent, *laid(dataset, case.agent))
+    rounds, load = [], [os.getloadavg()[0]]
     with official(case, data) as (versions, theirs):
         for _ in range(study.rounds):
+            seconds = dict.fromkeys(("official", "jaxrl"), study.seconds / study.rounds)
             turn = {"official": theirs, **measures}
-            rounds.append({name: one(study.seconds / study.rounds) for name, one in turn.items()})
+            part = study.seconds / study.rounds / 3
+            rounds.append({name: one(seconds.get(name, part)) for name, one in turn.items()})
             load.append(os.getloadavg()[0])
 
     def median(of: Callable[[dict[str, float]], float]) -> float:
@@ -453,11 +455,12 @@ def table(results: dict[str, Any]) -> str:
     here = sorted({manifest["versions"]["jax"] for manifest in manifests})
     machines = sorted({f"{manifest['cores']} cores of {manifest['processor']}" for manifest in manifests})
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + (
-        f"\n\nUpdates per second, batch {study['batch']}, `{study['data']}` but for the row whose number of synthetic "
-        f"keys is named: medians of {study['rounds']} rounds in turn, {study['seconds'] / study['rounds']:g} s each. "
-        "Percentages: the time of an update's parts, each alone in a program, in per cent of the update's; the rest is "
-        "activations, norms, losses, copies, and how the parts disturb each other. GFLOP/s: of the update's matrix "
-        f"products but the search's, in the update and alone. {', '.join(machines)}, jax {', '.join(here)} here.\n"
+        f"\n\nUpdates per second, batch {study['batch']}, `{study['data']}` but for the row that names a number of "
+        f"synthetic keys: medians of {study['rounds']} rounds in turn, {study['seconds'] / study['rounds']:g} s each, "
+        "of parts at least a third of that. Percentages: the time of an update's parts, each alone in a program, in "
+        "per cent of the update's; the rest is activations, norms, losses, copies, and how the parts disturb each "
+        "other. GFLOP/s: of the update's matrix products but the search's, in the update and alone. "
+        f"{', '.join(machines)}, jax {', '.join(here)} here.\n"
     )
 
 

@@ -6,7 +6,9 @@ Two datasets of the default maze's own task, each of 100,000 steps: `mixed`, of 
 good scripted behaviour and the rest to random actions that never arrive, and `medium`, of the medium behaviour. Every
 method trains on each, drawing transitions alike or trajectories by advantage (Hong et al., arXiv 2306.13085), and is
 evaluated on the same episodes. Methods are those of the quick presets, with smaller networks and half the updates;
-`changed` below says what else differs. Nothing was tuned on these scores.
+`changed` below says what else differs. Nothing was tuned on these scores: AWAC's temperature and O-DICE's trade-off are
+the published defaults, which do not suit this maze's rewards. With those of the quick presets either method reaches 1.0
+on the weighted mixed data (one seed).
 
 PRDC's neighbour is the stored action itself when beta is large, so that it becomes TD3+BC. Both are trained from the
 same parameters on the same batches, and what is reported is how far apart their actions are at the data's states.
@@ -85,7 +87,11 @@ def changed(name: str, study: Study) -> Any:
     names = {field.name for field in dataclasses.fields(agent)}
     widths = ("hidden", "actor_hidden", "critic_hidden", "value_hidden", "vae_hidden")
     fields = dict.fromkeys(widths, study.hidden) | {"chunk": 1, "backup": 1}
-    fields |= {"samples": 4} if name == "cql" else {}  # actions of each kind in the conservative term, for time
+    fields |= {
+        "cql": {"samples": 4},  # actions of each kind in the conservative term, for time
+        "awac": {"temperature": 1 / 3},
+        "odice": {"trade": 0.6},
+    }.get(name, {})
     return dataclasses.replace(agent, **{key: value for key, value in fields.items() if key in names})
 
 

@@ -9,8 +9,8 @@ action.
 Two exact ways. By blocks: the distances to a block of keys are one matrix product, |x|^2 - 2 q.x, and the smallest
 of all blocks are kept. That expansion rounds to about 1e-7 of the largest |x|^2, too coarse to choose by where keys
 are dense, so it only nominates: the rows of the best k + 7 groups are compared again as sums of squares. By a KD-tree
-on the host (`jaxrl.data.forest`), which on a CPU is 3 to 130 times as fast with keys of up to 23 entries, and 35 to 50
-times as slow with keys of 60 (`experiments/neighbours`).
+on the host (`jaxrl.data.forest`), which on a CPU was faster on all robots' data that were tried, with keys of up to 60
+entries. No tree is of use where keys have many entries that vary independently.
 
 And a short cut, where the queries' states are the dataset's own: compare only rows that are known to be the nearest
 by state, and search fully where these are not enough (`nearest_known`).
@@ -35,12 +35,12 @@ from jaxrl.errors import UserError
 from jaxrl.types import Scalar, pytree
 
 Method: TypeAlias = Literal["auto", "blocks", "tree", "approximate"]
-"""How to search. "auto": by the tree on a CPU, where there is one and keys have at most 32 entries, else by blocks."""
+"""How to search. "auto": by the tree on a CPU, where there is one and keys have at most 64 entries, else by blocks."""
 
 BLOCK = 65_536  # keys compared at a time
 CACHED = 4096  # keys compared at a time on a CPU, at most, whose distances fit its cache
 CEILING = 2**30  # bytes that the distances to one block may take
-FEW = 32  # entries of a key up to which trees were faster on a CPU, whatever was asked and however many rows
+FEW = 64  # entries of a key up to which trees were faster on a CPU, whatever was asked and however many rows
 SPARE = 7  # groups nominated beyond k
 NOMINATED = 512  # rows nominated per query, at most, where k is small
 LARGEST = float(np.finfo(np.float32).max)  # stands for a distance that is not finite, to a row that counts
