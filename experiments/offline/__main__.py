@@ -229,15 +229,16 @@ def table(results: dict[str, Any]) -> str:
     """Returns the results as Markdown."""
     heads = [f"{data}, {'weighted' if kind == 'advantage' else 'uniform'}" for data in DATASETS for kind in WEIGHTINGS]
     lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    seeds = len({run["seed"] for run in results["runs"]})
     for name in known(results):
         cells = []
         for data in DATASETS:
             for kind in WEIGHTINGS:
                 success, earned = values(results, name, data, kind), values(results, name, data, kind, "return")
-                cells.append(f"{spread(success, 2)}; {earned.mean():.0f}")
+                missing = "" if len(success) == seeds else f" ({len(success)} of {seeds} seeds)"
+                cells.append(f"{spread(success, 2)}; {earned.mean():.0f}{missing}" if len(success) else "not run")
         lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
     study, manifest, behaviour = results["study"], results["manifest"], results["behaviour"]
-    seeds = len({run["seed"] for run in results["runs"]})
     data = "; ".join(f"{name}: {b['success']:.2f}; {b['return']:.0f}" for name, b in behaviour.items())
     lines.append(
         f"\nSuccess, mean over {seeds} seeds with its 95 % bootstrap interval; mean return. `{ENV}`, {study['steps']} "
@@ -249,7 +250,10 @@ def table(results: dict[str, Any]) -> str:
     for i, beta in enumerate(BETAS):
         distance, share = (np.array([row[name][i] for row in results["limit"]]) for name in ("distance", "own"))
         lines.append(f"| {beta:g} | {distance.mean():.2g} | {share.mean():.3f} |")
-    lines.append(f"\nAfter {study['updates'] // 6} updates on the medium data from equal parameters and batches.")
+    lines.append(
+        f"\nAfter {study['updates'] // 6} updates on the medium data from equal parameters and batches, "
+        f"{len(results['limit'])} of {seeds} seeds."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -262,7 +266,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
             for j, name in enumerate(names):
                 success, place = values(results, name, data, kind), j + 0.36 * (i - 0.5)
                 label = {"uniform": "uniform", "advantage": "weighted by advantage"}[kind] if j == 0 else None
-                axis.bar(place, success.mean(), 0.34, color=f"C{i}", alpha=0.6, label=label)
+                axis.bar(place, success.mean() if len(success) else 0.0, 0.34, color=f"C{i}", alpha=0.6, label=label)
                 axis.plot(np.full(len(success), place), success, "k.", markersize=3)
         own_success = results["behaviour"][data]["success"]
         axis.axhline(own_success, color="black", linestyle=":", label="the data's own")
