@@ -565,7 +565,7 @@ def test_one_model_gives_datasets_with_guidance_and_without(model, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     files.save("data.npz", linear_system())
     monkeypatch.setattr(cli.rundir, "read_config", lambda path: types.SimpleNamespace(env=str(path)))
-    monkeypatch.setattr(cli, "_make", lambda name: None)
+    monkeypatch.setattr(cli.flags, "make", lambda name: None)
     monkeypatch.setattr(synthesis, "policy_for", lambda *arguments: (Steady(), ()))
     likely = {}
     for guidance in ("0", "1"):

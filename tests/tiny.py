@@ -37,13 +37,13 @@ def quick():
 
     Annotations are not checked there: a run holds its Scalars as arrays, which are annotated as floats.
     """
-    before, cli._make = cli._make, make
+    before, cli.flags.make = cli.flags.make, make
     jax.config.update("jax_disable_most_optimizations", True)
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield
     finally:
-        cli._make = before
+        cli.flags.make = before
         jax.config.update("jax_disable_most_optimizations", False)
         jaxtyping.config.update("jaxtyping_disable", False)
 

@@ -1,0 +1,295 @@
+"""The commands about datasets: data describe, convert, mix and top; synthesize."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+
+from jaxrl import rundir
+from jaxrl.cli import flags as fl
+from jaxrl.diffusion import Sampler
+from jaxrl.errors import UserError, unknown
+from jaxrl.generator import Generator
+from jaxrl.signals import SAVED, StopRequests
+
+
+@dataclasses.dataclass(frozen=True)
+class DescribeOptions:
+    """Describe, convert and mix dataset files: .npz of OGBench's format, or .hdf5 of D4RL's, Minari's or robomimic's.
+
+        jaxrl data describe FILE                                    what it holds, and which methods may suit it
+        jaxrl data describe FOLDER                                  its files
+        jaxrl data convert FILE.hdf5 OUT.npz                        the same data in OGBench's format
+        jaxrl data mix GOOD BAD --ratio 0.1 --steps N --out OUT.npz   one tenth of good episodes, the rest of bad ones
+        jaxrl data top FILE --fraction 0.1 --out OUT.npz            the tenth of its episodes with the largest returns
+
+    The flags here are those of describe; `jaxrl data mix --help` explains those of another.
+    """
+
+    env: str | None = None
+    """Environment whose task gives the rewards."""
+    reference: Path | None = None
+    """Dataset that coverage (SACo) is compared with: of the same task, best the replay of an online run."""
+    random_return: float | None = None
+    """Return of a random policy: 0 on the scale of trajectory quality (TQ)."""
+    best_return: float | None = None
+    """Return of the best known policy: 1 on that scale."""
+    figure: Path | None = None
+    """Picture to write (.png, .pdf or .svg): histograms of returns, lengths, distances and variances of actions."""
+    queries: int = 10_000
+    """Steps whose neighbours are looked for, drawn at random."""
+    neighbours: int = 10
+    """Neighbours of each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions:
+    """Write a dataset file of any format that can be read as .npz, in OGBench's format."""
+
+    keys: tuple[str, ...] = ()
+    """Of observations that are named arrays (Minari, robomimic), those to keep, in this order; by default all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MixOptions:
+    """Write a mixture of two datasets: whole episodes of each, drawn with replacement."""
+
+    ratio: float = 0.1
+    """Share of the steps that comes from the first."""
+    steps: int = 1_000_000
+    """Steps to write, at least."""
+    seed: int = 0
+    """Seed of the draws."""
+    env: str | None = None
+    """Environment whose task gives the rewards of both."""
+    out: Path | None = None
+    """File to write (.npz)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TopOptions:
+    """Write the episodes of a dataset that have the largest returns."""
+
+    fraction: float = 0.1
+    """Share of the episodes to keep."""
+    env: str | None = None
+    """Environment whose task gives the rewards."""
+    out: Path | None = None
+    """File to write (.npz)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SynthesizeOptions:
+    """Write a synthetic dataset: a diffusion model learns the trajectories of a dataset and generates new ones.
+
+        jaxrl synthesize DATA.npz --out new.npz                      trajectories like those of the data
+        jaxrl synthesize DATA.npz --out new.npz --policy runs/NAME   ... with actions that a trained policy would take
+
+    The model is kept in the folder that --model names, and used again where that holds one already. So one model gives
+    datasets with guidance and without:
+
+        jaxrl synthesize DATA.npz --out on.npz --model pgd --policy runs/NAME
+        jaxrl synthesize DATA.npz --out off.npz --model pgd --policy runs/NAME --guidance 0
+
+    Each trajectory is an episode of --length states, which the clock cuts short unless the task ends in it. Columns
+    other than states, actions, rewards and ends are not generated. A table at the end holds the trajectories against
+    the data: how far steps go, and how likely the policy would act so. Guidance raises the latter; where it is too
+    strong, trajectories are no longer like the data. Try several.
+
+        exit code 0    written
+                  2    a mistake, which one line names
+                  75   stopped while the model was trained, and saved: the same command goes on
+                  130  stopped at once
+    """
+
+    generator: Annotated[Generator, fl.Flat]
+    sampler: Annotated[Sampler, fl.Flat]
+    out: Path | None = None
+    """File to write (.npz)."""
+    model: Path | None = None
+    """Folder of the diffusion model; by default NAME-model beside the file NAME.npz that is written."""
+    policy: Path | None = None
+    """Run directory whose newest checkpoint guides the actions."""
+    env: str | None = None
+    """Environment whose task gives the rewards; by default those of the file are kept."""
+    trajectories: int = 1024
+    """How many trajectories to generate."""
+    seed: int = 0
+    """Seed."""
+
+
+def data(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl data`."""
+    if not args or (args[0].startswith("-") and not fl.wants_help(args)):
+        raise UserError("data: say what to do with which file, `jaxrl data describe FILE`")
+    verb, rest = ("describe", args) if args[0].startswith("-") else (args[0], args[1:])
+    if verb not in DATA:
+        raise unknown("data command", verb, DATA)
+    run, default, usage = DATA[verb]
+    names, flags = fl.positionals(rest, len(usage.split()))
+    options = fl.parse(f"jaxrl data {verb} {usage}", type(default), default, flags)
+    if len(names) < len(usage.split()):
+        raise UserError(f"data {verb}: name the files, `jaxrl data {verb} {usage}`")
+    run(*names, options)
+    return 0
+
+
+def _describe(name: str, options: DescribeOptions) -> None:
+    from jaxrl.data import files, measures, stream
+
+    if (shards := stream.find(name)) is not None:
+        given = [field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')}: returns are of one file, name it")
+        print(stream.format_report(shards))
+        return
+    random, best = options.random_return, options.best_return
+    if (random is None) != (best is None):
+        raise UserError("--random-return and --best-return: trajectory quality needs both")
+    if options.figure is not None and options.figure.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--figure {options.figure}: the name of a picture ends in .png, .pdf or .svg")
+    if options.figure is not None and not options.figure.parent.is_dir():
+        raise UserError(f"--figure {options.figure}: no folder {options.figure.parent}")
+    dataset = files.load(name)
+    relabel = _relabel(options.env, dataset)
+    found = measures.measure(
+        dataset if relabel is None else files.relabelled(dataset, relabel),
+        reference=None if options.reference is None else files.load(options.reference),
+        scores=None if random is None or best is None else (random, best),
+        neighbours=options.neighbours,
+        queries=options.queries,
+    )
+    print(files.format_report(files.describe(dataset, relabel)), measures.format_report(found), sep="\n\n")
+    if options.figure is not None:
+        from jaxrl import pictures
+
+        pictures.dataset(found, options.figure)
+
+
+def _convert(name: str, out: str, options: ConvertOptions) -> None:
+    from jaxrl.data import files
+
+    _write(_new_file(Path(out)), files.load(name, options.keys))
+
+
+def _mix(good: str, bad: str, options: MixOptions) -> None:
+    from jaxrl.data import builders
+
+    out = _new_file(options.out)
+    pair = [_judged(name, options.env) for name in (good, bad)]
+    _write(out, builders.mix(*pair, options.ratio, options.steps, options.seed))
+
+
+def _top(name: str, options: TopOptions) -> None:
+    from jaxrl.data import builders
+
+    out = _new_file(options.out)
+    _write(out, builders.top(_judged(name, options.env), options.fraction))
+
+
+def _relabel(env: str | None, dataset: Any) -> Any:
+    """Returns the function that judges a dataset's steps by an environment's task, None without an environment."""
+    if env is None:
+        return None
+    environment = fl.make(env)
+    if not hasattr(environment, "relabel"):
+        raise UserError(f"--env {env}: this environment cannot relabel a dataset")
+    asked = (environment.spec.observation, environment.spec.action)
+    if (found := (dataset.observations.shape[1], dataset.actions.shape[1])) != asked:
+        raise UserError(
+            f"--env {env}: judges observations of {asked[0]} and actions of {asked[1]} entries, in {dataset.path} they "
+            f"have {found[0]} and {found[1]}"
+        )
+    return environment.relabel
+
+
+def _judged(name: str, env: str | None) -> Any:
+    """Returns the dataset in a file, with the rewards of an environment's task where one is named."""
+    from jaxrl.data import files
+
+    dataset = files.load(name)
+    relabel = _relabel(env, dataset)
+    return dataset if relabel is None else files.relabelled(dataset, relabel)
+
+
+def _new_file(path: Path | None) -> Path:
+    """Returns the path of a dataset that is to be written. Raises UserError where that cannot be."""
+    if path is None:
+        raise UserError("--out: name the file to write")
+    if path.suffix != ".npz":
+        raise UserError(f"{path}: the name of a dataset file ends in .npz")
+    if path.exists():
+        raise UserError(f"{path} exists: name another file")
+    return path
+
+
+def _write(path: Path, dataset: Any) -> None:
+    """Writes a dataset, and prints what it holds."""
+    from jaxrl.data import files
+
+    files.save(path, dataset)
+    print(files.format_report(files.describe(files.load(path))))
+
+
+DATA: dict[str, tuple[Any, Any, str]] = {  # what does it, its flags, the files that it is about
+    "describe": (_describe, DescribeOptions(), "FILE"),
+    "convert": (_convert, ConvertOptions(), "FILE OUT.npz"),
+    "mix": (_mix, MixOptions(), "GOOD BAD"),
+    "top": (_top, TopOptions(), "FILE"),
+}
+
+
+def synthesize(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl synthesize`."""
+    from jaxrl import synthesis
+
+    names, flags = fl.positionals(args, 1)
+    model = _model_folder(flags)
+    generator = None if model is None else synthesis.settings_in(model)
+    defaults = SynthesizeOptions(generator or Generator(), Sampler())
+    options = fl.parse("jaxrl synthesize DATA", SynthesizeOptions, defaults, flags)
+    if not names:
+        raise UserError("synthesize: name a dataset, for example `jaxrl synthesize DATA.npz --out new.npz`")
+    out = _new_file(options.out)
+    for name, low in (("trajectories", 1), ("seed", 0)):
+        if not low <= getattr(options, name) < 2**63:
+            raise UserError(f"{name} = {getattr(options, name)}: must be at least {low} and below 2^63")
+    options.generator.check()
+    options.sampler.check()
+    dataset = _judged(names[0], options.env)
+    if dataset.rewards is None:
+        raise UserError(f"dataset {dataset.path}: has no rewards: name the environment that gives them with --env")
+    policy = None
+    if options.policy is not None:
+        config = rundir.read_config(options.policy)
+        policy = synthesis.policy_for(dataset, config, fl.make(config.env), options.policy)
+    return _synthesize(options, dataset, model or Path(), out, policy)
+
+
+def _synthesize(options: SynthesizeOptions, dataset: Any, model: Path, out: Path, policy: Any) -> int:
+    from jaxrl import session, synthesis
+
+    key_model, key_sample = jax.random.split(jax.random.key(options.seed))
+    parts = synthesis.prepare(options.generator, dataset, model)
+    with StopRequests() as stop:
+        try:
+            params, error = synthesis.fitted(options.generator, parts, model, key_model, stop)
+        except session.StopRequested:
+            print(f"stopped and saved in {model}; the same command goes on", file=sys.stderr)
+            return SAVED
+    guide, scale = policy if options.sampler.guidance else None, parts[0].scale
+    new = synthesis.generate(options.generator, options.sampler, params, scale, key_sample, options.trajectories, guide)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _write(out, new)
+    print("", *synthesis.comparison(dataset, new, scale, policy), f"model in {model}: {error}", sep="\n")
+    return 0
+
+
+def _model_folder(flags: list[str]) -> Path | None:
+    """Returns the folder of the diffusion model, named or beside the file to write; None where neither is named."""
+    model, out = fl.peek(flags, "--model"), fl.peek(flags, "--out")
+    if model is None and out is not None:
+        return Path(out).parent / f"{Path(out).stem}-model"
+    return None if model is None else Path(model)

@@ -1,0 +1,100 @@
+"""From words to dataclasses: names first, then flags; a mistake is a UserError of one line."""
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from jaxrl.agents import AGENTS
+from jaxrl.errors import UserError
+
+Flat = tyro.conf.arg(name="")  # a dataclass whose fields are flags of their own
+FLAT_FIELDS = ("config", "generator", "sampler")  # which are those
+SETTINGS = (tyro.conf.DisallowNone,)  # a flag that is not given is None, the word "None" is not
+
+
+def make(name: str) -> Any:
+    """Returns the environment of a name."""
+    import envs
+
+    return envs.make(name)
+
+
+def positionals(args: list[str], most: int) -> tuple[list[str], list[str]]:
+    """Returns the leading arguments that are no flags, at most so many, and the rest."""
+    leading = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
+    if len(leading) > most:
+        raise UserError(f"unexpected argument {args[most]!r}")
+    return leading, args[len(leading) :]
+
+
+def of_agent(options: Any, agent: type) -> Any:
+    """Returns the options of a command with the fields of one kind of agent among them."""
+    return options[agent]
+
+
+def run_directory(command: str, args: list[str]) -> tuple[Any, list[str]]:
+    """Returns the run that a command is about, and its flags; None for help without a run."""
+    names, flags = positionals(args, 1)
+    if not names and not wants_help(flags):
+        raise UserError(f"{command}: name a run directory, for example `jaxrl {command} runs/NAME`")
+    return Path(names[0]) if names else None, flags
+
+
+def peek(args: list[str], flag: str) -> str | None:
+    """Returns a flag's value, if it is given, before the rest can be parsed, which it decides about."""
+    for i, arg in enumerate(args):
+        if arg == flag and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(f"{flag}="):
+            return arg.split("=", 1)[1]
+    return None
+
+
+def wants_help(flags: list[str]) -> bool:
+    """Whether help is asked for."""
+    return bool({"-h", "--help"} & set(flags))
+
+
+def parse(usage: str, kind: Any, default: Any, args: list[str]) -> Any:
+    """Returns the options that flags ask for. Raises UserError, one line, for a flag or a value that does not exist."""
+    if wants_help(args):
+        print(inspect.cleandoc(type(default).__doc__ or "").replace("{agents}", ", ".join(AGENTS)) + "\n")
+        tyro.cli(kind, default=default, args=["--help"], prog=usage, description="", config=SETTINGS)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
+            options, left = tyro.cli(kind, default=default, args=args, return_unknown_args=True, config=SETTINGS)
+    except SystemExit as error:
+        raise UserError(_complaint(complaint.getvalue())) from error
+    if left and not left[0].startswith("-"):
+        raise UserError(f"unexpected argument {left[0]!r}: names come first, and a switch takes no value")
+    if left:
+        flag = left[0].split("=")[0]
+        near = difflib.get_close_matches(flag, _flags(default), n=1, cutoff=0.5)
+        raise UserError(f"unknown flag {flag}: " + (f"did you mean {near[0]}? " if near else "") + "--help lists all")
+    return options
+
+
+def _complaint(text: str) -> str:
+    """Returns the message in tyro's box: what follows its title, up to the next rule, in one line."""
+    lines = [line.strip("│╭╮╰╯─- ") for line in text.splitlines()]
+    message = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:]))
+    return " ".join(message) or "cannot read the flags"
+
+
+def _flags(options: Any, prefix: str = "--") -> list[str]:
+    """Returns the flags of a dataclass's fields."""
+    result = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        name = "" if field.name in FLAT_FIELDS else field.name.replace("_", "-")
+        nested = prefix + (f"{name}." if name else "")
+        result += _flags(value, nested) if dataclasses.is_dataclass(value) else [prefix + name]
+    return result

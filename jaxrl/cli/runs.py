@@ -1,0 +1,235 @@
+"""The commands about runs: train, eval, collect, render, replay."""
+
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Generic
+
+import jax
+
+from jaxrl import rundir
+from jaxrl.agents import AGENTS
+from jaxrl.cli import flags as fl
+from jaxrl.config import A, Config, Preset, preset
+from jaxrl.errors import UserError
+from jaxrl.signals import SAVED, StopRequests
+from jaxrl.types import on_host
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(Generic[A]):
+    """Train an agent on a dataset, then, if it learns online, in the environment. Or go on with a run.
+
+        jaxrl train                                 the default agent in the default maze: minutes on two CPU cores
+        jaxrl train bc push --seed 1                another agent, another environment
+        jaxrl train fmq maze-large --preset paper   the published sizes, for an accelerator
+        jaxrl train --resume runs/NAME              on from the newest checkpoint, exactly as if it had never stopped
+                                                    (but that simulators on the CPU, ogbench/NAME, begin new episodes)
+
+        AGENT        {agents}
+        ENVIRONMENT  a name of `jaxrl list`, with options after a question mark ("push?horizon=50"),
+                     or a function of your own that makes one (my_package.my_module:make)
+
+    Ctrl-C or SIGTERM saves at the end of the epoch and stops; a second one stops at once.
+
+        exit code 0    trained; the last line is `result: {...}` in JSON
+                  2    a mistake, which one line names
+                  75   stopped and saved: go on with --resume
+                  130  stopped at once; the last checkpoint is whole
+    """
+
+    config: Annotated[Config[A], fl.Flat]
+    preset: Preset = "quick"
+    """Where the defaults come from: minutes on two CPU cores, or the published sizes."""
+    variant: str | None = None
+    """Named setting of the agent's fields, see `jaxrl list`: of dqc for example qc, qc-ns, ns and os."""
+    out: Path | None = None
+    """Run directory; by default a new one under runs/."""
+    resume: Path | None = None
+    """Go on with the run in this directory; no other flag but --wandb applies."""
+    plan: bool = False
+    """Print what the run would take in memory, and stop."""
+    wandb: bool = False
+    """Log to Weights & Biases as well."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions(Generic[A]):
+    """Evaluate a run's newest checkpoint. The agent is the run's but for the flags that are given.
+
+    jaxrl eval runs/NAME --episodes 500
+    jaxrl eval runs/NAME --agent.test-sampler beam_search
+    """
+
+    agent: A
+    env: str
+    """Environment, of the same sizes as the run's."""
+    episodes: int = 100
+    """How many episodes."""
+    seed: int = 12345
+    """Seed of the episodes; runs are comparable at equal seeds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectOptions:
+    """Record a scripted behaviour of an environment as a dataset.
+
+    jaxrl collect maze-medium --behaviour good --steps 100000
+    jaxrl collect ogbench/cube-single-play-v0 --behaviour 'play?noise=0.2'
+    """
+
+    behaviour: str | None = None
+    """Level of the behaviour, see `jaxrl list`; by default medium, and for OGBench the kind that its name holds."""
+    steps: int = 1_000_000
+    """Steps to record, at least."""
+    seed: int = 0
+    """Seed."""
+    out: Path | None = None
+    """File to write (.npz); by default datasets/ENVIRONMENT-BEHAVIOUR-STEPS-sSEED.npz, or OGBench's own name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderOptions:
+    """Draw an episode of a run's newest checkpoint as an animation."""
+
+    out: Path | None = None
+    """File to write (.gif); by default RUN/rollout.gif."""
+    seed: int = 12345
+    """Seed of the episode."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayOptions:
+    """Repeat a run's first epochs and compare their metrics bit for bit. Exit code 1: they differ, one line says where.
+
+    Equal numbers need the same kind of machine and the same versions, which the run's manifest.json names.
+    """
+
+    epochs: int = 3
+    """How many epochs."""
+
+
+def train(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl train`."""
+    names, flags = fl.positionals(args, 2)
+    agent = names[0] if names else "fmq"
+    defaults = preset(fl.peek(flags, "--preset") or "quick", agent, fl.peek(flags, "--variant"))
+    if len(names) == 2:
+        defaults = dataclasses.replace(defaults, env=names[1])
+    usage = "jaxrl train [AGENT] [ENVIRONMENT]"
+    options = fl.parse(usage, fl.of_agent(TrainOptions, AGENTS[agent]), TrainOptions(defaults), flags)
+    if options.resume is not None:
+        others = {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
+        if not_for_it := names + sorted(others - {"--resume", "--wandb", "--no-wandb"}):
+            raise UserError(f"--resume: a run goes on as it began, {not_for_it[0]} does not apply")
+    config = options.config if options.resume is None else rundir.read_config(options.resume)
+    config.check()
+    path = options.resume or options.out or rundir.default_path(agent, config.env, config.seed)
+    return _train(config, fl.make(config.env), path, options)
+
+
+def _train(config: Config, environment: Any, path: Path, options: TrainOptions) -> int:
+    from jaxrl import log, plan, session
+
+    config = session.with_data(config, environment)
+    if options.plan:
+        # A first run compiles, which takes most of a process's memory: count that, whatever is kept on disk.
+        jax.config.update("jax_enable_compilation_cache", False)
+        print(plan.plan(config, environment))
+        return 0
+    if options.wandb:
+        log.check_wandb()
+    plan.check(config, environment)
+    drive = session.start if options.resume is None else session.resume
+    with StopRequests() as stop:
+        try:
+            result = drive(config, environment, path, stop, options.wandb)
+        except session.StopRequested:
+            print(f"stopped and saved; go on with: jaxrl train --resume {shlex.quote(str(path))}", file=sys.stderr)
+            return SAVED
+    print(session.table(result))
+    print(f"result: {json.dumps(result)}")
+    return 0
+
+
+def evaluate(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl eval`."""
+    path, flags = fl.run_directory("eval", args)
+    config = preset("quick", "fmq") if path is None else rundir.read_config(path)
+    defaults = EvalOptions(config.agent, config.env, seed=config.schedule.eval_seed)
+    options = fl.parse("jaxrl eval RUN", fl.of_agent(EvalOptions, type(config.agent)), defaults, flags)
+    schedule = dataclasses.replace(config.schedule, eval_episodes=options.episodes, eval_seed=options.seed)
+    config = dataclasses.replace(config, agent=options.agent, env=options.env, schedule=schedule)
+    config.check()
+    from jaxrl import session
+
+    row = session.evaluate(config, fl.make(config.env), path)
+    about = {"run": str(path), "env": config.env, "episodes": options.episodes, "seed": options.seed}
+    print(f"result: {json.dumps(about | rundir.as_json(row))}")
+    return 0
+
+
+def collect(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl collect`."""
+    names, flags = fl.positionals(args, 1)
+    options = fl.parse("jaxrl collect ENVIRONMENT", CollectOptions, CollectOptions(), flags)
+    if not names:
+        raise UserError("collect: name an environment, for example `jaxrl collect maze-medium`")
+    if options.steps < 1:
+        raise UserError(f"steps = {options.steps}: must be at least 1")
+    from jaxrl import host, session
+    from jaxrl.data import files, record
+
+    environment, behaviour = fl.make(names[0]), options.behaviour or "medium"
+    if on_host(environment):
+        script, episodes = host.script_of(environment, options.behaviour, options.steps)
+        path = options.out or Path("datasets") / f"{script.dataset}.npz"
+    else:
+        path = options.out or session.data_path(names[0], behaviour, options.steps, options.seed)
+    if path.suffix != ".npz":
+        raise UserError(f"--out {path}: the name of a dataset file ends in .npz")
+    if path.exists():
+        raise UserError(f"{path} exists: name another file with --out")
+    if on_host(environment):
+        dataset = host.record(script, episodes, options.seed)
+    else:
+        dataset = record.record(environment, behaviour, options.steps, options.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.save(path, dataset)
+    print(files.format_report(files.describe(files.load(path), getattr(environment, "relabel", None))))
+    return 0
+
+
+def render(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl render`."""
+    path, flags = fl.run_directory("render", args)
+    options = fl.parse("jaxrl render RUN", RenderOptions, RenderOptions(), flags)
+    config = rundir.read_config(path)
+    environment = fl.make(config.env)
+    if not (on_host(environment) or hasattr(environment, "draw")):
+        raise UserError(f"environment {config.env!r} has no draw(obs, size), so there is nothing to see")
+    out = options.out or path / "rollout.gif"
+    if out.suffix != ".gif":
+        raise UserError(f"--out {out}: the name of an animation ends in .gif")
+    from jaxrl import session
+
+    schedule = dataclasses.replace(config.schedule, eval_seed=options.seed, eval_episodes=1)
+    session.render(dataclasses.replace(config, schedule=schedule), environment, path, out)
+    print(out)
+    return 0
+
+
+def replay(args: list[str]) -> int:
+    """Returns the exit code of `jaxrl replay`: 0 where the repetition is identical, 1 where it is not."""
+    path, flags = fl.run_directory("replay", args)
+    options = fl.parse("jaxrl replay RUN", ReplayOptions, ReplayOptions(), flags)
+    if options.epochs < 1:
+        raise UserError(f"epochs = {options.epochs}: must be at least 1")
+    config = rundir.read_config(path)
+    from jaxrl import session
+
+    difference = session.replay(config, fl.make(config.env), path, options.epochs)
+    print("identical" if difference is None else f"different: {difference}")
+    return 0 if difference is None else 1
