@@ -53,8 +53,10 @@ class Config(Generic[A]):
     reward_shift: float = 0.0
     """What is then added to them: 1 makes rewards of -1 and 0 into 0 and 1. Returns of evaluation stay as they are."""
     weighting: Weighting = dataclasses.field(default_factory=Weighting)
+    order_seed: int = 0
+    """Seed of the order in which the files of a dataset of several are seen."""
     seed: int = 0
-    """Seed of everything but the data and the evaluation episodes."""
+    """Seed of everything but the data, their order and the evaluation episodes."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
 
@@ -68,7 +70,7 @@ class Config(Generic[A]):
                 raise UserError(f"{name} = {getattr(self, name)}: must be finite")
         if self.reward_scale <= 0:
             raise UserError(f"reward_scale = {self.reward_scale}: must be above 0")
-        for name, low in (("data_steps", 1), ("seed", 0), ("checkpoint_every", 1)):
+        for name, low in (("data_steps", 1), ("order_seed", 0), ("seed", 0), ("checkpoint_every", 1)):
             if not low <= getattr(self, name) < 2**63:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least {low} and below 2^63")
 

@@ -136,6 +136,8 @@ def epoch(
             carry = jitted_resume(carry)
             simulators.flight = take_off(simulators, random, lanes_of(carry))
         carry = dataclasses.replace(carry, key=key)
+        if dataset is not None:
+            (dataset,) = train.annotated(agent, (dataset,))
         for key_iteration in jax.random.split(key_iterations, phase.iterations):
             key_act, key_learn = jax.random.split(key_iteration)
             chunks = np.asarray(jitted_act(agent, carry.agent, simulators.flight.obs, key_act))
@@ -251,6 +253,7 @@ def lowered(agent: Any, env: HostEnv, phase: Phase, carry: Carry, dataset: Ring,
     obs, actions = jnp.zeros((count, chunk + 1, sizes.observation)), jnp.zeros((count, chunk, sizes.action))
     yield jitted_act.lower(agent, carry.agent, obs[:, 0], key)
     steps = Steps(obs, actions, reward, flag, flag, flag, flag, flag[:, 0])
+    (dataset,) = jax.eval_shape(lambda agent, *data: train.annotated(agent, data), agent, dataset)
     yield jitted_learn.lower(agent, phase, carry, dataset, steps, key)
 
 

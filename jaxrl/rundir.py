@@ -146,7 +146,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def rewind(path: Path, epoch: int) -> None:
     """Drops what a run wrote after an epoch, from its metrics and its timings."""
-    for file in (path / "metrics.jsonl", path / "timings.jsonl"):
+    for file in filter(Path.exists, (path / "metrics.jsonl", path / "timings.jsonl")):
         write(file, "".join(json.dumps(row) + "\n" for row in rows(file) if row["epoch"] <= epoch))
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,11 @@ class Timeline:
         phase, before = self.at(epoch)
         return before + 1 == phase.epochs
 
+    def evaluates(self, epoch: int, every: int) -> bool:
+        """Whether the agent is evaluated after an epoch: after every so many, and at the end of each phase."""
+        phase, _ = self.at(epoch)
+        return phase.name != "warmup" and ((epoch + 1) % every == 0 or self.closes_phase(epoch))
+
 
 def abstract_carry(agent: Any, env: Env, schedule: Schedule, timeline: Timeline, epochs_done: int) -> Carry:
     """Returns the shapes of the carry after some epochs, without computing anything."""
@@ -108,6 +114,12 @@ def abstract_carry(agent: Any, env: Env, schedule: Schedule, timeline: Timeline,
     carry = train.jitted_begin.eval_shape(agent, env, schedule, key)
     phase, _ = timeline.at(max(epochs_done - 1, 0))
     return train.jitted_enter.eval_shape(agent, phase, carry)
+
+
+def row_of(index: int, phase: Phase, updates: Any, steps: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the row of the epoch with this index (from 0), of numbers on the host."""
+    row: dict[str, Any] = {"epoch": index + 1, "phase": phase.name, "updates": int(updates), "steps": int(steps)}
+    return row | {name: value.item() for name, value in sorted(metrics.items())}
 
 
 def evaluation(episodes: ro.Episodes) -> dict[str, float]:
@@ -178,11 +190,8 @@ class Run:
             carry, metrics = host.epoch(self.simulators, self.agent, phase, carry, data)
         else:
             carry, metrics = train.jitted_epoch(self.agent, self.env, phase, carry, data)
-        row: dict[str, Any] = {"epoch": index + 1, "phase": phase.name}
-        row |= {"updates": int(jax.device_get(carry.updates)), "steps": int(jax.device_get(carry.steps))}
-        row |= {name: value.item() for name, value in sorted(jax.device_get(metrics).items())}
-        due = (index + 1) % self.config.schedule.eval_every == 0 or self.timeline.closes_phase(index)
-        if due and phase.name != "warmup":
+        row = row_of(index, phase, *jax.device_get((carry.updates, carry.steps, metrics)))
+        if self.timeline.evaluates(index, self.config.schedule.eval_every):
             row |= evaluation(episodes_of(self.config, self.agent, self.env, carry.agent, self.simulators))
         return carry, row
 
@@ -219,7 +228,6 @@ def in_memory(config: Config, env: Any, dataset: Dataset | Shards, epochs: int) 
         shift=config.reward_shift,
         probabilities=getattr(config.agent, "head", "mse") == "bce",
         weighting=config.weighting,
-        columns=getattr(config.agent, "columns", None),
     )
     if isinstance(dataset, Dataset):
         check_sizes(config.agent, task.sizes_of(dataset))
@@ -227,7 +235,7 @@ def in_memory(config: Config, env: Any, dataset: Dataset | Shards, epochs: int) 
     for shard in dataset.shards:
         check_sizes(config.agent, shard.sizes)
     room = (dataset.sizes.rows, dataset.sizes.episodes)
-    return Stream(dataset, functools.partial(place, room=room), config.seed, epochs)
+    return Stream(dataset, functools.partial(place, room=room), config.order_seed, epochs)
 
 
 def check_sizes(agent: Any, sizes: task.Sizes) -> None:

@@ -1,7 +1,10 @@
-"""Statistics of results, on the host: intervals of a success rate and of a mean, IQM, stratified bootstrap.
+"""Statistics of results, on the host: intervals of a success rate and of a mean, IQM, stratified bootstrap, probability
+of improvement, performance profiles.
 
 Every interval is two-sided and is returned as plain floats. What has no interval (one run, a NaN) is refused, never
 reported as an interval of width zero.
+
+Scores are a table [runs, tasks], or a tuple of one array [runs] for each task, where tasks differ in how many runs.
 """
 
 from collections.abc import Callable
@@ -60,48 +63,117 @@ def iqm(x: ArrayLike, axis: int | None = None) -> np.ndarray | np.floating:
     return scipy.stats.trim_mean(_finite("x", x), 0.25, axis=axis)
 
 
+Scores = ArrayLike | tuple[np.ndarray, ...]
+
+
 def stratified_bootstrap(
-    scores: ArrayLike,
+    scores: Scores,
     statistic: Callable[..., np.ndarray | np.floating] = iqm,
     *,
     resamples: int = 9_999,
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[float, float, float]:
-    """Returns (point, low, high) of a statistic of the pooled scores [runs, tasks], with its percentile interval.
+    """Returns (point, low, high) of a statistic of the pooled scores, with its percentile interval.
 
     Each resample draws as many runs as there are, with replacement and anew for each task: which tasks there are is
     fixed and only the runs are random. `statistic` is called as numpy's are, `statistic(pooled, axis=-1)`, on
-    [resamples, runs * tasks]: `iqm`, `numpy.mean` and `numpy.median` fit.
+    [resamples, all runs of all tasks]: `iqm`, `numpy.mean` and `numpy.median` fit.
 
     With few runs the interval is too narrow (a property of the percentile bootstrap): prefer ten or more.
 
     Raises:
-        UserError: scores not [runs >= 2, tasks >= 1], a NaN or infinity, no resamples, a level outside (0, 1).
+        UserError: a task with fewer than 2 runs, no tasks, a NaN or infinity, no resamples, a level outside (0, 1).
     Source: Agarwal et al. (2021), section 4.1 and appendix A.
     """
-    table = _finite("scores", scores)
-    if table.ndim != 2 or len(table) < 2:
-        raise UserError(f"scores has shape {table.shape}: a bootstrap over runs needs [runs, tasks], at least 2 runs")
-    if resamples < 1:
-        raise UserError(f"resamples is {resamples}: it must be at least 1")
-    _check_level(level)
+    strata = _strata("scores", scores)
+    _check_draws(resamples, level)
 
     def pooled_statistic(*tasks: np.ndarray, axis: int) -> np.ndarray | np.floating:
         return statistic(np.concatenate(tasks, axis=axis), axis=axis)
 
+    pooled = np.concatenate(strata)
     result = scipy.stats.bootstrap(
-        tuple(table.T),
+        strata,
         pooled_statistic,
         vectorized=True,
         n_resamples=resamples,
-        batch=max(1, DRAWS_AT_ONCE // table.size),
+        batch=max(1, DRAWS_AT_ONCE // pooled.size),
         method="percentile",
         confidence_level=level,
         rng=np.random.default_rng(seed),
     )
     interval = result.confidence_interval
-    return float(statistic(table.ravel(), axis=-1)), float(interval.low), float(interval.high)
+    return float(statistic(pooled, axis=-1)), float(interval.low), float(interval.high)
+
+
+def probability_of_improvement(
+    x: Scores, y: Scores, *, resamples: int = 9_999, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Returns (point, low, high): how probably a run of x scores higher than one of y, with its percentile interval.
+
+    Of each task, the share of the pairs in which x is higher, equal scores counting half (the Mann-Whitney statistic
+    over the number of pairs); then the mean over tasks. The bootstrap draws the runs of x and of y anew for each task.
+    Where every pair says the same, no resample says otherwise, and both ends equal the point.
+
+    Raises:
+        UserError: different numbers of tasks, a task with fewer than 2 runs, a NaN or infinity, no resamples, a level
+            outside (0, 1).
+    Source: Agarwal et al. (2021), section 4.3 and appendix A.
+    """
+    ours, theirs = _strata("x", x), _strata("y", y)
+    _check_draws(resamples, level)
+    if len(ours) != len(theirs):
+        raise UserError(f"x has {len(ours)} tasks and y has {len(theirs)}: runs are compared task by task")
+    generator = np.random.default_rng(seed)
+    points, drawn = [], []
+    for a, b in zip(ours, theirs, strict=True):
+        higher = (np.sign(a[:, None] - b[None, :]) + 1) / 2  # [runs of x, runs of y]
+        points.append(higher.mean())
+        drawn.append(
+            np.sum((_weights(generator, len(a), resamples) @ higher) * _weights(generator, len(b), resamples), 1)
+        )
+    low, high = np.quantile(np.mean(drawn, axis=0), [(1 - level) / 2, (1 + level) / 2])
+    return float(np.mean(points)), float(low), float(high)
+
+
+def performance_profile(
+    scores: Scores, thresholds: ArrayLike, *, resamples: int = 2_000, seed: int = 0, level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (share, low, high) [thresholds]: the share of runs that score above each, with pointwise intervals.
+
+    The share is the mean of the tasks' shares; resamples draw runs anew for each task.
+
+    Raises:
+        UserError: a task with fewer than 2 runs, no tasks, a NaN or infinity, no resamples, a level outside (0, 1).
+    Source: Agarwal et al. (2021), section 4.3 and appendix A: the score distribution.
+    """
+    strata, levels = _strata("scores", scores), _finite("thresholds", thresholds)
+    _check_draws(resamples, level)
+    generator = np.random.default_rng(seed)
+    above = [(runs[:, None] > levels[None, :]).astype(float) for runs in strata]  # [runs, thresholds] each
+    drawn = np.mean([_weights(generator, len(one), resamples) @ one for one in above], axis=0)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return np.mean([one.mean(axis=0) for one in above], axis=0), low, high
+
+
+def _weights(generator: np.random.Generator, runs: int, resamples: int) -> np.ndarray:
+    """Returns how often each resample draws each run, as shares [resamples, runs]."""
+    return generator.multinomial(runs, np.full(runs, 1 / runs), size=resamples) / runs
+
+
+def _strata(name: str, scores: Scores) -> tuple[np.ndarray, ...]:
+    """Returns the runs of each task. Raises UserError where a task has fewer than two."""
+    if isinstance(scores, tuple) and scores and all(isinstance(one, np.ndarray) for one in scores):
+        strata = tuple(_finite(f"{name}[{i}]", one) for i, one in enumerate(scores))
+        if any(one.ndim != 1 or len(one) < 2 for one in strata):
+            shapes = ", ".join(str(one.shape) for one in strata)
+            raise UserError(f"{name} has tasks of shapes {shapes}: a bootstrap over runs needs at least 2 runs of each")
+        return strata
+    table = _finite(name, scores)
+    if table.ndim != 2 or len(table) < 2:
+        raise UserError(f"{name} has shape {table.shape}: a bootstrap over runs needs [runs, tasks], at least 2 runs")
+    return tuple(table.T)
 
 
 def _finite(name: str, x: ArrayLike) -> np.ndarray:
@@ -113,6 +185,12 @@ def _finite(name: str, x: ArrayLike) -> np.ndarray:
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0]) if values.ndim else ()
         raise UserError(f"{name} must be finite: the value at {where} is {values[where]}")
     return values
+
+
+def _check_draws(resamples: int, level: float) -> None:
+    if resamples < 1:
+        raise UserError(f"resamples is {resamples}: it must be at least 1")
+    _check_level(level)
 
 
 def _check_level(level: float) -> None:

@@ -126,6 +126,15 @@ def fit(agent: Any, carry: Carry, dataset: Ring) -> Carry:
     return dataclasses.replace(carry, agent=agent.fit(carry.agent, (dataset,)))
 
 
+def annotated(agent: Any, data: rings.Rings) -> rings.Rings:
+    """Returns the data as an agent that has `annotate` wants them: with columns that follow from the others.
+
+    That happens within the program, as the columns may depend on numbers of the agent that are swept: to a dataset once
+    per epoch, to the replay, in which the end of an episode tells of the rows before it, in every iteration.
+    """
+    return agent.annotate(data) if hasattr(agent, "annotate") else data
+
+
 def enter(agent: Any, phase: Phase, carry: Carry) -> Carry:
     """Returns the carry at the start of a phase: an agent that has an online phase is in it from the first step on."""
     if phase.name == "offline" or not hasattr(agent, "start_online"):
@@ -157,6 +166,7 @@ def learn(
         steps = dataclasses.replace(steps, rewards=scale * steps.rewards + shift)
         world = World(world.rollout, rings.add(world.replay, steps))
         data = (*data, world.replay)
+    data = annotated(agent, data)
 
     def update(state: PyTree, key: jax.Array) -> tuple[PyTree, Metrics]:
         key_batch, key_step = jax.random.split(key)
@@ -184,6 +194,8 @@ def epoch(agent: Any, env: Env, phase: Phase, carry: Carry, dataset: Ring | None
     carry = dataclasses.replace(carry, key=key)
     flight = carry.world.rollout if carry.world is not None and phase.collects else None
     bank = None if flight is None else ro.resets(env, key_bank, len(flight.returns))
+    if dataset is not None:
+        (dataset,) = annotated(agent, (dataset,))
 
     def body(carry: Carry, key: jax.Array) -> tuple[Carry, tuple[Metrics, Metrics]]:
         carry, metrics, sums = iteration(agent, env, phase, carry, dataset, bank, key)

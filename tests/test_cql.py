@@ -15,7 +15,7 @@ import scipy.special
 import scipy.stats
 
 from jaxrl.agents import common
-from jaxrl.agents.cql import CQL, RETURN, multiplier, returns_to_go
+from jaxrl.agents.cql import CQL, RETURN, multiplier
 from jaxrl.data import ring as rings
 from jaxrl.data import task
 from jaxrl.data.files import Dataset
@@ -219,78 +219,44 @@ def test_a_low_return_changes_nothing():
     assert same(pull_of_term(agent, state, low, draws), pull_of_term(agent, state, batch, draws))
 
 
-EPISODES = {  # rewards of its steps, whether the task ended, returns to go at discount 1/2
-    "reached": ([0.0, 0.0, 8.0], True, [2.0, 4.0, 8.0]),
-    "constant, but ended": ([-1.0, -1.0], True, [-1.5, -1.0]),
-    "never reached": ([-3.0, -3.0, -3.0], False, [-6.0, -6.0, -6.0]),
-    "cut amid mixed rewards": ([1.0, 2.0, 4.0], False, [3.0, 4.0, 4.0]),
-    "one step, cut": ([5.0], False, [10.0]),
-}
-
-
-def rows(*names):
-    """Returns (rewards, ends of the task, closing rows, returns to go) of episodes one after the other."""
-    table = [[], [], [], []]
-    for name in names:
-        rewards, ended, returns = EPISODES[name]
-        none = [False] * len(rewards)
-        closing = (99.0, False, True, 0.0)  # a closing row's reward means nothing
-        for column, values, last in zip(table, (rewards, [*none[1:], ended], none, returns), closing, strict=True):
-            column += [*values, last]
-    return [np.array(column) for column in table]
-
-
-@pytest.mark.parametrize("names", [*([name] for name in EPISODES), list(EPISODES), list(EPISODES)[::-1]])
-def test_returns_to_go_are_of_their_own_episode_and_go_on_forever_where_the_clock_cut_what_never_changed(names):
-    rewards, ended, closes, wanted = rows(*names)
-    found = returns_to_go(rewards, ended, closes, 0.5)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
-
-
-def test_returns_that_are_not_discounted_are_sums_of_what_happened():
-    rewards, ended, closes, _ = rows("never reached", "reached")
-    np.testing.assert_allclose(returns_to_go(rewards, ended, closes, 1.0), [-9, -6, -3, 0, 8, 8, 8, 0])
-
-
-def test_an_antmaze_that_never_sees_its_goal_is_worth_five_hundred_below_nothing():
-    closes = np.arange(1001) == 1000
-    found = returns_to_go(np.full(1001, -5.0, np.float32), np.zeros(1001, bool), closes, 0.99)
-    np.testing.assert_allclose(found[:1000], np.full(1000, -500), rtol=1e-5)
-
-
-def test_a_long_return_is_the_sum_that_defines_it():
-    rewards = np.random.default_rng(0).normal(size=(301,)).astype(np.float32)
-    found = returns_to_go(rewards, np.zeros(301, bool), np.arange(301) == 300, 0.9)
-    wanted = [rewards[t:300] @ 0.9 ** np.arange(300 - t) for t in range(300)]
-    np.testing.assert_allclose(found[:300], wanted, rtol=1e-4, atol=1e-5)
-
-
-def data_in_memory(agent):
-    """Returns a dataset of one episode, with rewards doubled less one, laid out as the agent asks for."""
+def data_and_replay():
+    """Returns a dataset of one episode with rewards 0 to 9 doubled less one, and a replay of two, the second at 60."""
     ids = np.arange(11, dtype=np.float32)
     data = Dataset(ids[:, None], ids[:, None] / 11, ids == 10, rewards=ids, masks=(ids != 9).astype(np.float32))
-    env = types.SimpleNamespace(spec=NARROW)
-    return task.to_ring(data, env, scale=2.0, shift=-1.0, columns=agent.columns)
+    ring = task.to_ring(data, types.SimpleNamespace(spec=NARROW), scale=2.0, shift=-1.0)
+    place = np.where(np.arange(9) < 5, 50, 60).astype(np.float32)
+    own = Dataset(place[:, None], np.zeros((9, 1), np.float32), np.isin(np.arange(9), [4, 8]))
+    replay = rings.from_dataset(own, np.full(9, 3.0), np.arange(9) == 3)
+    return ring, dataclasses.replace(replay, truncated=jnp.zeros_like(replay.truncated))  # the second goes on
 
 
-def test_the_data_know_their_returns_and_what_was_collected_does_not():
+def test_data_and_finished_episodes_of_the_replay_know_their_returns():
     agent = Known(calibrated=True, discount=0.9, batch_size=64)
-    data = data_in_memory(agent)
-    own = Dataset(np.full((9, 1), 50.0, np.float32), np.zeros((9, 1), np.float32), np.arange(9) == 8)
-    replay = rings.from_dataset(own, np.zeros(9), np.zeros(9, bool))
-    wanted = [sum((2 * k - 1) * 0.9 ** (k - t) for k in range(t, 10)) for t in range(10)]
-    batch = jitted(Known.sample)(agent, (data, replay), KEY)
-    collected = np.asarray(batch.obs[:, 0] == 50)
-    assert 10 < collected.sum() < 54
-    found = np.asarray(batch.extra[RETURN])
-    assert np.isnan(found[collected]).all()
-    np.testing.assert_allclose(found[~collected], np.array(wanted)[batch.obs[~collected, 0].astype(int)], rtol=1e-5)
-    assert jax.eval_shape(agent.sample, (replay,), KEY).extra == {}
+    batch = jitted(Known.sample)(agent, agent.annotate(data_and_replay()), KEY)
+    obs, found = np.asarray(batch.obs[:, 0]), np.asarray(batch.extra[RETURN])
+    wanted = np.array([sum((2 * k - 1) * 0.9 ** (k - t) for k in range(t, 10)) for t in range(10)])
+    np.testing.assert_allclose(found[obs < 50], wanted[obs[obs < 50].astype(int)], rtol=1e-5)
+    ended = [3 * sum(0.9**k for k in range(left)) for left in (4, 3, 2, 1)]
+    assert {round(float(x), 3) for x in found[obs == 50]} == {round(x, 3) for x in ended}
+    assert np.isnan(found[obs == 60]).all() and (obs == 60).sum() > 5
 
 
-def test_plain_cql_asks_for_no_column():
-    assert data_in_memory(Known()).extra == {} and data_in_memory(Known(calibrated=True)).extra.keys() == {RETURN}
+def test_what_is_annotated_stays_as_it_is_and_plain_cql_asks_for_no_column():
+    agent, (data, replay) = Known(calibrated=True), data_and_replay()
+    (known,) = agent.annotate((data,))
+    marked = dataclasses.replace(known, extra={RETURN: known.extra[RETURN] + 1})
+    again, fresh = agent.annotate((marked, replay))
+    assert again is marked and fresh.extra.keys() == {RETURN} and replay.extra == {}
+    assert Known().annotate((data, replay)) == (data, replay)
+
+
+@pytest.mark.parametrize(("mixing", "from_data"), [(0.5, 32), (0.25, 16), (0.0, 0), (1.0, 64)])
+def test_a_batch_has_its_share_of_the_data_whatever_their_sizes(mixing, from_data):
+    data, replay = data_and_replay()
+    batch = jitted(Known.sample)(Known(mixing=mixing, batch_size=64), (data, replay), KEY)
+    assert (batch.obs < 50).sum() == from_data
+    one, other = (jitted(Known.sample)(Known(mixing=share), (replay,), KEY) for share in (mixing, 0.3))
+    assert same(one, other)  # one ring is all there is
 
 
 def test_goals_in_hindsight_cannot_be_calibrated():
@@ -461,6 +427,7 @@ def test_it_acts_on_a_squashed_sample_and_in_evaluation_on_the_squashed_mean():
         ({"conservatism": -1.0}, "CQL.conservatism = -1.0: must be at least 0"),
         ({"discount": 1.5}, "CQL.discount = 1.5: must be in [0, 1]"),
         ({"tau": -0.1}, "CQL.tau = -0.1: must be in [0, 1]"),
+        ({"mixing": 1.5}, "CQL.mixing = 1.5: must be in [0, 1]"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(fields, message):

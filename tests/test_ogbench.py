@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import tiny
 
 import envs
+from envs.ogbench_simulators import Simulator
 from jaxrl import cli, host, pool
 from jaxrl.data import files
 from jaxrl.errors import UserError
@@ -176,6 +178,28 @@ def test_goals_and_rewards_are_read_from_observations(thing):
     assert (ended == (columns["masks"] == 0)).all()
     sparse = envs.make(f"ogbench/{thing}-{kind}-singletask-task2-v0?sparse=true")
     assert sparse.relabel(states, None, None)[0].tolist() == [0.0 if over else -1.0 for over in ended]
+
+
+def test_a_sparse_reward_is_less_by_one_until_all_is_in_its_place():
+    paid = iter([-3.0, -1.0, 0.0])
+    simulator = types.SimpleNamespace(step=lambda action: (np.zeros(1), next(paid), False, False, {}))
+    simulator.unwrapped = types.SimpleNamespace(action_space=None)
+    simulator = Simulator(simulator, goal=False, sparse=True)
+    assert [simulator.step(np.zeros(1))[1] for _ in range(3)] == [-1, -1, 0]
+
+
+@needs_ogbench
+def test_the_option_sparse_reaches_the_simulator_and_is_of_single_tasks_only():
+    thing, rewards = "ogbench/puzzle-3x3-play", []
+    for option in ("", "?sparse=false", "?sparse=true"):
+        simulator = built(envs.make(f"{thing}-singletask-task3-v0{option}"))
+        simulator.reset(seed=0)
+        rewards.append(simulator.step(np.zeros(5))[1])
+    assert rewards[0] == rewards[1] < -1 == rewards[2]
+    with pytest.raises(UserError, match=f"'{thing}-v0': only single tasks have a reward that can be sparse"):
+        envs.make(f"{thing}-v0?sparse=true")
+    with pytest.raises(UserError, match="option sparse is 'yes', must be"):
+        envs.make(f"{thing}-singletask-v0?sparse=yes")
 
 
 # Episodes and data

@@ -7,7 +7,14 @@ import pytest
 import scipy.stats
 
 from jaxrl.errors import UserError
-from jaxrl.stats import iqm, mean_interval, stratified_bootstrap, success_interval
+from jaxrl.stats import (
+    iqm,
+    mean_interval,
+    performance_profile,
+    probability_of_improvement,
+    stratified_bootstrap,
+    success_interval,
+)
 
 Z95 = 1.959963984540054
 
@@ -118,6 +125,78 @@ def test_the_seed_decides_and_drawing_in_batches_is_as_good(monkeypatch):
     assert (low, high) == pytest.approx(first[1:], abs=0.15 * (first[2] - first[1]))
 
 
+def test_tasks_may_have_different_numbers_of_runs():
+    strata = (np.array([0.1, 0.9, 0.4]), np.array([10.0, 13.0]))
+    point, low, high = stratified_bootstrap(strata, resamples=20_000, level=0.8)
+    assert point == pytest.approx(scipy.stats.trim_mean(np.concatenate(strata), 0.25))
+    draws = itertools.product(itertools.product(strata[0], repeat=3), itertools.product(strata[1], repeat=2))
+    values = [scipy.stats.trim_mean([*a, *b], 0.25) for a, b in draws]
+    assert np.quantile(values, 0.085) - 1e-9 <= low <= np.quantile(values, 0.115) + 1e-9
+    assert np.quantile(values, 0.885) - 1e-9 <= high <= np.quantile(values, 0.915) + 1e-9
+    table = np.random.default_rng(0).normal(size=(5, 3))
+    assert stratified_bootstrap(tuple(table.T), resamples=300) == stratified_bootstrap(table, resamples=300)
+
+
+def test_the_probability_of_improvement_is_the_mann_whitney_statistic_per_pair():
+    generator = np.random.default_rng(6)
+    x, y = generator.integers(0, 6, (7, 3)) / 5, generator.integers(0, 5, (9, 3)) / 5  # with many ties
+    shares = [scipy.stats.mannwhitneyu(a, b).statistic / (7 * 9) for a, b in zip(x.T, y.T, strict=True)]
+    pairs = [[(a > b) + 0.5 * (a == b) for a in x[:, task] for b in y[:, task]] for task in range(3)]
+    point, low, high = probability_of_improvement(x, y)
+    assert point == pytest.approx(np.mean(shares)) == pytest.approx(np.mean(pairs))
+    assert low < point < high
+    back, back_low, back_high = probability_of_improvement(y, x)
+    assert back == pytest.approx(1 - point)
+    assert (1 - back_high, 1 - back_low) == pytest.approx((low, high), abs=0.02)
+
+
+def test_the_probability_of_improvement_agrees_with_every_possible_resample():
+    x, y = np.array([0.2, 0.5, 0.9]), np.array([0.3, 0.6, 0.7])
+    draws = [list(rows) for rows in itertools.product(range(3), repeat=3)]
+    values = [np.mean([[(a > b) + 0.5 * (a == b) for b in y[j]] for a in x[i]]) for i in draws for j in draws]
+    point, low, high = probability_of_improvement(x[:, None], y[:, None], resamples=40_000, level=0.8)
+    assert point == pytest.approx(4 / 9)
+    assert np.quantile(values, 0.09) - 1e-9 <= low <= np.quantile(values, 0.11) + 1e-9
+    assert np.quantile(values, 0.89) - 1e-9 <= high <= np.quantile(values, 0.91) + 1e-9
+
+
+def test_the_probability_of_improvement_of_shifted_normals_has_its_closed_form():
+    generator = np.random.default_rng(7)
+    truth = scipy.stats.norm.cdf(1 / np.sqrt(2))  # of N(1, 1) over N(0, 1)
+    found = [
+        probability_of_improvement(
+            generator.normal(1, 1, (30, 1)), generator.normal(0, 1, (30, 1)), resamples=300, seed=i
+        )
+        for i in range(200)
+    ]
+    assert np.mean([point for point, _, _ in found]) == pytest.approx(truth, abs=0.015)
+    assert 0.88 < np.mean([low <= truth <= high for _, low, high in found]) < 0.99
+
+
+def test_where_every_pair_says_the_same_no_resample_says_otherwise():
+    assert probability_of_improvement([[2.0], [3.0]], [[0.0], [1.0]]) == (1.0, 1.0, 1.0)
+    assert probability_of_improvement([[1.0], [1.0]], [[1.0], [1.0]]) == (0.5, 0.5, 0.5)
+    # better on one task and worse on the other
+    assert probability_of_improvement([[2.0, 0.0], [3.0, 1.0]], [[0.0, 2.0], [1.0, 3.0]]) == (0.5, 0.5, 0.5)
+
+
+def test_a_performance_profile_counts_the_runs_above_each_threshold():
+    scores, levels = np.array([[0.1, 0.9], [0.5, 0.7], [0.5, 0.2]]), [0.0, 0.2, 0.5, 0.8, 1.0]
+    share, low, high = performance_profile(scores, levels)
+    np.testing.assert_allclose(share, [np.mean([value > level for value in scores.ravel()]) for level in levels])
+    assert (low <= share).all() and (share <= high).all()
+    ragged, _, _ = performance_profile((np.array([0.0, 1.0]), np.array([0.0, 0.0, 1.0, 1.0, 1.0, 1.0])), [0.5])
+    assert ragged == pytest.approx([(1 / 2 + 4 / 6) / 2])  # tasks weigh the same
+
+
+def test_the_bands_of_a_profile_are_binomial_quantiles():
+    runs, above = 40, 27
+    scores = np.repeat([1.0, 0.0], [above, runs - above])[:, None]
+    _, low, high = performance_profile(scores, [0.5], resamples=20_000)
+    law = scipy.stats.binom(runs, above / runs)
+    assert (low[0] * runs, high[0] * runs) == pytest.approx((law.ppf(0.025), law.ppf(0.975)), abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -139,6 +218,13 @@ def test_the_seed_decides_and_drawing_in_batches_is_as_good(monkeypatch):
         (lambda: stratified_bootstrap([[1.0, 2.0], [3.0, np.inf]]), r"the value at \(1, 1\) is inf"),
         (lambda: stratified_bootstrap(np.ones((2, 2)), resamples=0), "resamples is 0"),
         (lambda: stratified_bootstrap(np.ones((2, 2)), level=1.0), "level is 1.0"),
+        (lambda: stratified_bootstrap((np.ones(3), np.ones(1))), r"scores has tasks of shapes \(3,\), \(1,\)"),
+        (lambda: stratified_bootstrap((np.ones(3), np.array([1, np.nan]))), r"scores\[1\] must be finite"),
+        (lambda: probability_of_improvement(np.ones((2, 2)), np.ones((2, 1))), "x has 2 tasks and y has 1"),
+        (lambda: probability_of_improvement(np.ones((2, 2)), np.ones((1, 2))), r"y has shape \(1, 2\)"),
+        (lambda: probability_of_improvement(np.ones((2, 2)), np.ones((2, 2)), resamples=0), "resamples is 0"),
+        (lambda: performance_profile(np.ones((2, 2)), [0.5], level=0.0), "level is 0.0"),
+        (lambda: performance_profile(np.ones((2, 2)), []), "thresholds is empty"),
     ],
 )
 def test_refusals_name_the_field_and_the_value(call, message):

@@ -179,7 +179,7 @@ def test_a_file_unlike_the_others_is_named_before_anything_is_loaded(folder, har
 
 
 def streamed(folder: Path, seed: int = 0, epochs: int = EPOCHS) -> stream.Stream:
-    config = dataclasses.replace(CONFIG, seed=seed, data=str(folder))
+    config = dataclasses.replace(CONFIG, order_seed=seed, data=str(folder))
     env = tiny.make(ENV)
     made = session.in_memory(config, env, session.load_data(config, env), epochs)
     assert isinstance(made, stream.Stream)

@@ -65,6 +65,20 @@ class Phased(Toy):
         return dataclasses.replace(state, anchor=jnp.copy(state.w), starts=state.starts + 1)
 
 
+@pytree
+class Annotating(Toy):
+    """A toy that wants to know of each row how many transitions its ring holds."""
+
+    def annotate(self, data):
+        known = [ring.extra or {"held": jnp.full(ring.valid.shape, ring.valid.sum())} for ring in data]
+        return tuple(dataclasses.replace(ring, extra=extra) for ring, extra in zip(data, known, strict=True))
+
+    def update(self, state, batch, key):
+        state, _ = super().update(state, batch, key)
+        in_data, held = batch.obs[:, 0] > 40, batch.extra["held"]
+        return state, {"toy/data": (held * in_data).max(), "toy/replay": (held * ~in_data).max()}
+
+
 ENV = Point(horizon=7)
 TOY = train.on_device(Toy(noise=0.5))
 SCHEDULE = Schedule(
@@ -232,6 +246,16 @@ def test_offline_it_learns_from_the_data_and_online_from_replay_as_well(dataset)
 def test_what_an_iteration_collects_it_learns_from_at_once():
     _, metrics = epoch(dataclasses.replace(ONLINE, iterations=1), begin(), None)
     assert float(metrics["toy/valid"]) == 1
+
+
+def test_an_agent_that_annotates_is_told_of_its_data_and_of_what_was_just_collected(dataset):
+    agent = train.on_device(Annotating(noise=0.5))
+    carry, metrics = epoch(OFFLINE, begin(agent), dataset, agent)
+    assert (metrics["toy/data"], metrics["toy/replay"]) == (35, 0)
+    for _ in range(3):
+        carry, metrics = epoch(Phase("online", 1, 1, True, 1), carry, dataset, agent)
+        assert metrics["toy/replay"] in (0, carry.world.replay.valid.sum())
+    assert metrics["toy/replay"] > 16 and dataset.extra == {} == carry.world.replay.extra
 
 
 def test_metrics_are_means_over_updates_and_over_the_episodes_that_ended(dataset):

@@ -2,7 +2,7 @@
 
     python -m experiments.official_speed --data cube-single-play-v0.npz --python ENVIRONMENT/bin/python \
         --qgf CLONE --dqc CLONE --fql CLONE --torch-python ENVIRONMENT/bin/python --td3bc CLONE --prdc CLONE \
-        --a2pr CLONE --odice CLONE
+        --a2pr CLONE --odice CLONE --alone
 
 The official repositories are clones outside this one. QGF, DQC and FQL are run by a Python that has the same version
 of JAX as here, flax, optax, distrax and ml_collections; TD3+BC, PRDC, A2PR and O-DICE by one that has PyTorch, with
@@ -10,7 +10,8 @@ its own choice of threads, and SciPy. Measured in turn, round after round, on th
 (sampling on the host and an update, without logs or evaluation), an offline epoch here, and parts of one update here,
 each repeated in a program of its own. Networks, batch, chunks, horizons and data are equal. Rewards are -1 throughout,
 as what they are changes no time. PRDC, whose searches get easier as the actor comes near the data, is measured from
-its 1,000th update on, also among many synthetic keys.
+its 1,000th update on, also among many synthetic keys. With --alone there are rows of methods that are measured against
+their matrix products only: the official code of ReBRAC, CQL, AWAC and FamO2O wants a JAX or a simulator of years ago.
 
 Rates are medians over rounds, ratios medians of each round's. Writes results.json and table.md into this folder, and
 leaves rows that are there and that it was not asked for as they are.
@@ -26,7 +27,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -41,7 +42,7 @@ from experiments.bench.__main__ import products
 from experiments.neighbours.ways import trajectories
 from experiments.tables import machine
 from jaxrl import train
-from jaxrl.agents import A2PR, DQC, FQL, ODICE, PRDC, QGF, TD3BC, common, td3
+from jaxrl.agents import A2PR, AWAC, CQL, DQC, FQL, ODICE, PRDC, QGF, TD3BC, FamO2O, ReBRAC, common, td3
 from jaxrl.data import files, task
 from jaxrl.data.files import Dataset
 from jaxrl.data.ring import Ring
@@ -81,6 +82,8 @@ class Study:
     """Clone of github.com/ltlhuuu/A2PR."""
     odice: Path | None = None
     """Clone of github.com/maoliyuan/ODICE-Pytorch."""
+    alone: bool = False
+    """Whether to measure methods against their matrix products that are compared with no official loop."""
     keys: int = 1_000_000
     """Transitions of the synthetic data among which PRDC searches as well; 0 leaves that row out."""
     seconds: float = 20.0
@@ -106,7 +109,7 @@ class Study:
         if not found:
             raise UserError("nothing to compare with: name a clone, such as --qgf or --td3bc, and its --sizes")
         for case in found:
-            if case.python is None:
+            if case.repository is not None and case.python is None:
                 option = "--torch-python" if case.size == "published" else "--python"
                 raise UserError(f"{case.name}: {option} must name the Python that runs the official code")
 
@@ -118,7 +121,7 @@ class Case:
     name: str
     size: str
     agent: Any
-    repository: Path
+    repository: Path | None  # None: there is no official loop
     python: Path | None
     keys: int = 0  # of synthetic data, in place of the study's
 
@@ -148,7 +151,7 @@ def cases(study: Study, size: str) -> Iterator[Case]:
 
 
 def published(study: Study) -> Iterator[Case]:
-    """Yields the methods whose official code has networks of one size, and is written in PyTorch."""
+    """Yields the methods whose official code has networks of one size and is written in PyTorch, then the others."""
     for name, method, repository, keys in (
         ("TD3+BC", TD3BC, study.td3bc, 0),
         ("PRDC", PRDC, study.prdc, 0),
@@ -158,6 +161,8 @@ def published(study: Study) -> Iterator[Case]:
     ):
         if repository is not None:
             yield Case(name, "published", method(batch_size=study.batch), repository, study.torch_python, keys)
+    for method in (ReBRAC, CQL, AWAC, FamO2O) if study.alone else ():
+        yield Case(method.__name__, "published", method(batch_size=study.batch), None, None)
 
 
 def synthesized(keys: int, folder: Path) -> Path:
@@ -232,7 +237,7 @@ def random_numbers(agent: Any, spec: Spec, batch: Batch, key: jax.Array) -> comm
     """Returns the random numbers of an update, none of O-DICE's."""
     if isinstance(agent, ODICE):
         return {}
-    return td3.draw(spec, batch, key) if isinstance(agent, TD3BC | PRDC) else agent.draw(spec, batch, key)
+    return agent.draw(spec, batch, key) if hasattr(agent, "draw") else td3.draw(spec, batch, key)
 
 
 def sampling(agent: Any, ring: Ring, spec: Spec) -> Callable[[], Any]:
@@ -288,17 +293,23 @@ def stepped_each(agent: Any, state: common.State, gradient: Any) -> common.State
     if hasattr(agent, "optimizers"):
         optimizers = agent.optimizers()
     else:
-        optimizers = {name: optax.adam(getattr(agent, f"{name}_lr")) for name in state.opt}
+        optimizers = {name: optax.adam(rate_of(agent, name)) for name in state.opt}
 
     def stepped(state: common.State, name: str) -> common.State:
         return common.step(state, name, towards(gradient[name]), optimizers[name])[0]
 
     def delayed(state: common.State) -> tuple[common.State, dict]:
-        return common.follow(stepped(state, "actor"), agent.tau, *state.target), {}
+        state = stepped(state, "actor") if "actor" in state.opt else state
+        return common.follow(state, agent.tau, *state.target), {}
 
     for name in [name for name in state.opt if name != "actor"]:
         state = stepped(state, name)
     return common.counted(common.every(getattr(agent, "delay", 1), state, delayed)[0])
+
+
+def rate_of(agent: Any, name: str) -> Any:
+    """Returns the learning rate of a network."""
+    return getattr(agent, f"{name}_lr") if hasattr(agent, f"{name}_lr") else agent.lr
 
 
 def multiplying(agent: Any, ring: Ring, spec: Spec) -> tuple[Callable[[], Any], float]:
@@ -360,6 +371,7 @@ def pieces(agent: Any, ring: Ring, spec: Spec) -> tuple[dict[str, Measure], floa
 def official(case: Case, data: Path) -> Generator[tuple[dict[str, str], Measure]]:
     """Yields the versions that the official code runs with, and the measure of its loop."""
     agent = case.agent
+    assert case.repository is not None
     command = [case.python, "-W", "ignore", HERE / "runner.py", type(agent).__name__.lower()]
     command += [case.repository.absolute(), data.absolute(), warmup(agent), agent.batch_size]
     command += [agent.chunk, getattr(agent, "backup", 1), *agent.actor_hidden]
@@ -387,10 +399,10 @@ def compared(study: Study, case: Case, data: Path) -> dict[str, Any]:
     dataset = files.load(data)
     measures, operations = pieces(case.agent, *laid(dataset, case.agent))
     rounds, load = [], [os.getloadavg()[0]]
-    with official(case, data) as (versions, theirs):
+    with nullcontext(({}, None)) if case.repository is None else official(case, data) as (versions, theirs):
         for _ in range(study.rounds):
             seconds = dict.fromkeys(("official", "jaxrl"), study.seconds / study.rounds)
-            turn = {"official": theirs, **measures}
+            turn = measures if theirs is None else {"official": theirs, **measures}
             part = study.seconds / study.rounds / 3
             rounds.append({name: one(seconds.get(name, part)) for name, one in turn.items()})
             load.append(os.getloadavg()[0])
@@ -402,12 +414,12 @@ def compared(study: Study, case: Case, data: Path) -> dict[str, Any]:
         "method": case.name,
         "networks": case.size,
         "per_second": {name: median(lambda turn, name=name: turn[name]) for name in rounds[0]},
-        "over_official": median(lambda turn: turn["jaxrl"] / turn["official"]),
+        "over_official": None if case.repository is None else median(lambda turn: turn["jaxrl"] / turn["official"]),
         "share": {name: median(lambda turn, name=name: turn["jaxrl"] / turn[name]) for name in rounds[0]},
         "update_gflop": operations / 1e9,
         "rounds": rounds,
         "load_average": load,
-        "commit": commit(case.repository),
+        "commit": case.repository and commit(case.repository),
         "official_versions": versions,
         "manifest": machine(dataset.digest) | {"processor": processor()},
     }
@@ -432,16 +444,16 @@ def cells(row: dict[str, Any]) -> list[str]:
     speed, gflop, loads = row["per_second"], row["update_gflop"], row["load_average"]
     parts = [row["share"].get(name) for name in ("products", "stepping", "sampling", "search")]
     parts.append(1 - sum(part or 0 for part in parts))
-    versions = row["official_versions"]
+    versions, ratio = row["official_versions"], row["over_official"]
     return [
         row["method"],
         row["networks"],
-        f"{speed['official']:.1f}",
+        "-" if ratio is None else f"{speed['official']:.1f}",
         f"{speed['jaxrl']:.1f}",
-        f"**{row['over_official']:.2f}**",
+        "-" if ratio is None else f"**{ratio:.2f}**",
         *("-" if part is None else f"{100 * part:.0f} %" for part in parts),
         f"{gflop * speed['jaxrl']:.0f} of {gflop * speed['products']:.0f}",
-        *(f"{name} {versions[name]}" for name in ("jax", "torch") if name in versions),
+        next((f"{name} {versions[name]}" for name in ("jax", "torch") if name in versions), "-"),
         f"{min(loads):.1f} to {max(loads):.1f}",
     ]
 
@@ -484,8 +496,7 @@ def main(study: Study) -> None:
         for case in (case for size in study.sizes for case in cases(study, size)):
             data = synthesized(case.keys, Path(folder)) if case.keys else study.data
             rows[case.name, case.size] = compared(study, case, data)
-            ratio = rows[case.name, case.size]["over_official"]
-            print(f"{case.name}, {case.size}: {ratio:.2f} times the official loop", flush=True)
+            print(" ".join(cells(rows[case.name, case.size])), flush=True)
             results = {"study": settings, "rows": list(rows.values())}
             path.write_text(json.dumps(results, indent=1) + "\n")
             (study.out / "table.md").write_text(table(results))

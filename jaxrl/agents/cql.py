@@ -8,32 +8,33 @@ policy here and at the next state, less Q of the data's action: CQL(H), with imp
 
 `calibrated` is Cal-QL: the policy's actions are not pushed below the return that the data went on to earn (Eq. 3.2).
 Where the clock cut an episode in which the reward never changed, as when the goal was never reached, that return goes
-on forever at that reward. Transitions that were collected online are not calibrated.
+on forever at that reward. Online, a transition is calibrated as soon as its episode is over, and a batch has a share
+of the data and a share of the replay, whatever their sizes.
 
 The temperature, the policy and the critics step on losses that all see the parameters from before, as in CORL's code,
 whose settings for locomotion are the defaults; only its initial weights are not copied.
 """
 
-import itertools
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxrl import losses
 from jaxrl.agents import common
 from jaxrl.agents.common import Draws, State
 from jaxrl.data.goals import Goals
-from jaxrl.data.ring import Rings, windows
+from jaxrl.data.returns import returns_to_go
+from jaxrl.data.ring import Ring, Rings, windows
 from jaxrl.errors import UserError
 from jaxrl.networks import Activation, Critic, Norm, Squashed, apply, repeat_for
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
-RETURN = "return_to_go"  # the data's column that Cal-QL asks for
+RETURN = "return_to_go"  # the column that Cal-QL adds to data and replay
 
 
 @pytree
@@ -59,6 +60,7 @@ class CQL:
     gap: Scalar = 5.0  # what the term may be, then
     max_target: bool = False  # whether the best of the policy's actions is the target's, not one of them
     calibrated: bool = False  # Cal-QL
+    mixing: Scalar = 0.5  # share of a batch that comes from the dataset, where there is a replay as well
     normalize: bool = True  # whether observations are normalised by the data's mean and spread
     goals: Goals = Goals()  # how goals are drawn where the task has some
 
@@ -67,7 +69,7 @@ class CQL:
         counts = ("actor_hidden", "critic_hidden", "batch_size", "samples")
         common.check_range(self, **dict.fromkeys(counts, (1, None)), soft=(1e-6, None))
         common.check_range(self, **dict.fromkeys(("actor_lr", "critic_lr", "conservatism"), (0, None)))
-        common.check_range(self, discount=(0, 1), tau=(0, 1))
+        common.check_range(self, discount=(0, 1), tau=(0, 1), mixing=(0, 1))
         self.goals.check()
 
     def actor(self, spec: Spec) -> Squashed:
@@ -101,13 +103,18 @@ class CQL:
         """Returns the initial state with the data's normaliser."""
         return common.fit(state, data) if self.normalize else state
 
-    def columns(self, rewards: np.ndarray, ended: np.ndarray, closes: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns what the data's rows are to know besides: for Cal-QL their discounted returns to go."""
-        return {RETURN: returns_to_go(rewards, ended, closes, float(self.discount))} if self.calibrated else {}
+    def annotate(self, data: Rings) -> Rings:
+        """Returns the data with their rows' returns to go, for Cal-QL; where they have these already, as they are."""
+
+        def annotated(ring: Ring) -> Ring:
+            return dataclasses.replace(ring, extra={**ring.extra, RETURN: returns_to_go(ring, self.discount)})
+
+        missing = [self.calibrated and RETURN not in ring.extra for ring in data]
+        return tuple(annotated(ring) if lacks else ring for ring, lacks in zip(data, missing, strict=True))
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of transitions."""
-        return windows(data, key, self.batch_size, 1, self.goals)
+        return windows(data, key, self.batch_size, 1, self.goals, self.mixing)
 
     def update(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         """Returns the state after a step of each network, and of the target critics."""
@@ -222,21 +229,3 @@ class CQL:
 def multiplier(log: jax.Array) -> jax.Array:
     """Returns the multiplier whose logarithm is learned, within [0, 1e6]."""
     return jnp.clip(jnp.exp(log), 0, 1e6)
-
-
-def returns_to_go(rewards: np.ndarray, ended: np.ndarray, closes: np.ndarray, discount: float) -> np.ndarray:
-    """Returns the discounted return [N] that the data earned from each row on, float32.
-
-    `ended` [N] marks the steps that ended the task, `closes` [N] the rows from which no step leaves. Where the clock
-    cut an episode of one reward only, that reward goes on forever.
-    """
-    from scipy.signal import lfilter  # half a second to load, for one agent's option
-
-    result = np.zeros(len(rewards), np.float32)
-    for before, last in itertools.pairwise([-1, *np.flatnonzero(closes).tolist()]):
-        earned = rewards[before + 1 : last]
-        forever = discount < 1 and not ended[last - 1] and (earned == earned[0]).all()
-        after = discount * earned[0] / (1 - discount) if forever else 0.0
-        backwards, _ = lfilter([1.0], [1.0, -discount], earned[::-1], zi=[after])  # G_t = r_t + gamma G_{t+1}
-        result[before + 1 : last] = backwards[::-1]
-    return result

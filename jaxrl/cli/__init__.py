@@ -13,7 +13,7 @@ import jax
 
 from jaxrl import rundir
 from jaxrl.agents import AGENTS
-from jaxrl.cli import datasets, runs
+from jaxrl.cli import datasets, report, runs, sweep
 from jaxrl.cli import flags as fl
 from jaxrl.config import PRESETS, VARIANTS
 from jaxrl.errors import UserError, unknown
@@ -70,10 +70,12 @@ def catalogue(args: list[str]) -> int:
 
 COMMANDS = {
     "train": (runs.train, "train an agent, or go on with a run"),
+    "sweep": (sweep.sweep, "train many settings and seeds as one program, or go on with a sweep"),
     "eval": (runs.evaluate, "evaluate a run's newest checkpoint"),
     "collect": (runs.collect, "record a scripted behaviour as a dataset"),
     "render": (runs.render, "draw an episode of a run"),
     "replay": (runs.replay, "repeat a run's first epochs and compare bit for bit"),
+    "report": (report.report, "compare runs and sweeps: curves, scores with intervals, tables, one page"),
     "data": (datasets.data, "describe, convert and mix dataset files"),
     "synthesize": (datasets.synthesize, "write a dataset that a diffusion model generates, guided by a policy or not"),
     "doctor": (examine, "check the installation, or an environment of yours"),

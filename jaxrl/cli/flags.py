@@ -15,7 +15,7 @@ from jaxrl.agents import AGENTS
 from jaxrl.errors import UserError
 
 Flat = tyro.conf.arg(name="")  # a dataclass whose fields are flags of their own
-FLAT_FIELDS = ("config", "generator", "sampler")  # which are those
+FLAT_FIELDS = ("config", "generator", "sampler", "settings")  # which are those
 SETTINGS = (tyro.conf.DisallowNone,)  # a flag that is not given is None, the word "None" is not
 
 
@@ -77,9 +77,14 @@ def parse(usage: str, kind: Any, default: Any, args: list[str]) -> Any:
         raise UserError(f"unexpected argument {left[0]!r}: names come first, and a switch takes no value")
     if left:
         flag = left[0].split("=")[0]
-        near = difflib.get_close_matches(flag, _flags(default), n=1, cutoff=0.5)
-        raise UserError(f"unknown flag {flag}: " + (f"did you mean {near[0]}? " if near else "") + "--help lists all")
+        raise UserError(f"unknown flag {flag}{nearest(flag, _flags(default)) or ':'} --help lists all")
     return options
+
+
+def nearest(flag: str, flags: list[str]) -> str:
+    """Returns the question whether the most similar of some flags was meant; nothing where none is similar."""
+    near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
+    return f": did you mean {near[0]}?" if near else ""
 
 
 def _complaint(text: str) -> str:

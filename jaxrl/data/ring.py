@@ -17,7 +17,6 @@ A dataset whose goals are drawn in hindsight is one lane that also knows its epi
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -30,7 +29,7 @@ from jaxrl.data.forest import Forest
 from jaxrl.data.goals import DEFAULT, Goals, Hindsight, goal_windows
 from jaxrl.data.weighting import Weights, draw_rows
 from jaxrl.errors import UserError
-from jaxrl.types import Batch, pytree
+from jaxrl.types import Batch, Scalar, pytree
 
 REDRAWS = 4  # candidates per window start, of which the first valid one is taken
 
@@ -63,7 +62,9 @@ class Ring:
     count: jax.Array  # [L] int32, rows behind the head that hold history
     hindsight: Hindsight | None = None  # where goals are drawn in hindsight; then L = 1 and rewards mean nothing
     forest: Forest | None = None  # where neighbours are searched on the host, in KD-trees of these very rows
-    extra: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # [L, T, ...] that only some agents ask for
+    extra: dict[str, jax.Array] = dataclasses.field(
+        default_factory=dict
+    )  # [L, T, ...] that an agent's `annotate` has added
     weights: Weights | None = None  # where trajectories are not drawn alike; then L = 1 and none was added
 
 
@@ -117,29 +118,27 @@ def add(ring: Ring, steps: Steps) -> Ring:
     )
 
 
-def windows(rings: Rings, key: jax.Array, batch: int, length: int, goals: Goals = DEFAULT) -> Batch:
+def windows(
+    rings: Rings, key: jax.Array, batch: int, length: int, goals: Goals = DEFAULT, share: Scalar | None = None
+) -> Batch:
     """Returns `batch` windows of `length` steps, started uniformly over the history of all rings together.
 
-    A ring is chosen in proportion to its rows, so data and replay act as one buffer without being copied into one.
+    A ring is chosen in proportion to its rows, so data and replay act as one buffer without being copied into one. Or
+    the first of two has a `share` of every batch, to the nearest window, and the other the rest.
     `goals` is the law of the goals that are drawn in hindsight, in rings that know their episodes; a replay keeps the
     goals that were pursued.
     """
     key_ring, *keys = jax.random.split(key, len(rings) + 1)
     parts = [_windows(ring, k, batch, length, goals) for ring, k in zip(rings, keys, strict=True)]
-    parts = [_with_extra(part, parts) for part in parts]
-    rows = jnp.stack([ring.count.sum() for ring in rings])
-    source = jax.random.categorical(key_ring, jnp.log(rows), shape=(batch,))
+    if share is None or len(rings) == 1:
+        rows = jnp.stack([ring.count.sum() for ring in rings])
+        source = jax.random.categorical(key_ring, jnp.log(rows), shape=(batch,))
+    else:
+        source = (jnp.arange(batch) >= jnp.round(batch * share)).astype(jnp.int32)
     chosen = parts[0]
     for i, part in enumerate(parts[1:], start=1):
         chosen = jax.tree.map(lambda a, b, here=source == i: jnp.where(_like(here, a), b, a), chosen, part)
     return chosen
-
-
-def _with_extra(part: Batch, parts: list[Batch]) -> Batch:
-    """Returns windows with the extra columns that any of them has; NaN where their ring does not know them."""
-    known = {name: column for other in parts for name, column in other.extra.items()}
-    unknown = {name: jnp.full_like(column, jnp.nan) for name, column in known.items()}
-    return dataclasses.replace(part, extra=unknown | part.extra)
 
 
 def _windows(ring: Ring, key: jax.Array, batch: int, length: int, goals: Goals) -> Batch:
@@ -211,7 +210,6 @@ def from_dataset(
     lanes: int = 1,
     goals: np.ndarray | None = None,
     room: tuple[int, int] = (0, 0),
-    extra: Mapping[str, np.ndarray] | None = None,
 ) -> Ring:
     """Returns a dataset as a full ring. `rewards` [N] and `terminated` [N] belong to the transition leaving each row.
 
@@ -253,13 +251,7 @@ def from_dataset(
         hindsight = Hindsight(own, jnp.asarray(begin), jnp.asarray(steps))
     count = jnp.asarray(filled, jnp.int32)
     fields: dict[str, Any] = {name: lay(column) for name, column in columns.items()}
-    return Ring(
-        **fields,
-        head=count,
-        count=count,
-        hindsight=hindsight,
-        extra={name: lay(column) for name, column in (extra or {}).items()},
-    )
+    return Ring(**fields, head=count, count=count, hindsight=hindsight)
 
 
 def _deal(first: np.ndarray, last: np.ndarray, lanes: int) -> list[np.ndarray]:

@@ -1,8 +1,8 @@
 """A dataset as a task needs it: sizes held against the environment's, rewards and goals added, laid out as a ring."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,6 @@ from jaxrl.data.neighbours import planted
 from jaxrl.data.ring import Ring, empty, from_dataset
 from jaxrl.data.weighting import UNIFORM, Weighting, Weights, trajectory_weights, weights_of
 from jaxrl.errors import UserError
-
-Columns: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
-"""More columns [N, ...] of rows whose rewards [N], ends of the task [N] and closing rows [N] are known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +94,13 @@ def to_ring(
     probabilities: bool = False,
     weighting: Weighting = UNIFORM,
     searched: bool = False,
-    columns: Columns | None = None,
 ) -> Ring:
     """Returns the dataset in device memory, with the environment's own rewards where it can relabel.
 
     Rewards r become scale * r + shift; with `probabilities`, UserError where they then leave [0, 1]. In a
     goal-conditioned environment goals are drawn in hindsight, and rewards with them. `room` is the rows and the
     episodes that there is place for, so that datasets of several sizes are alike. `weighting` says which episodes are
-    drawn more often. With `searched`, the host can look for neighbours among the rows. `columns` are the columns that
-    an agent asks for besides.
+    drawn more often. With `searched`, the host can look for neighbours among the rows.
     """
     check_weighting(weighting, env)
     finish = planted if searched else lambda ring: ring
@@ -121,8 +116,7 @@ def to_ring(
     if probabilities:
         check_probabilities(rewards[~dataset.terminals], dataset.path)
     weights = weigh(dataset, weighting, room[1])
-    extra = {} if columns is None else columns(rewards, ended, dataset.terminals)
-    ring = from_dataset(dataset, rewards, ended, room=room, extra=extra)
+    ring = from_dataset(dataset, rewards, ended, room=room)
     return finish(dataclasses.replace(ring, weights=weights))
 
 
