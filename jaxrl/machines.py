@@ -68,7 +68,7 @@ def meet(coordinator: str | None, processes: int | None, process: int | None, as
     # Before a backend is there, JAX keeps who we are, and the store that all share, in this place only.
     from jax._src import distributed
 
-    state = distributed.global_state
+    state: Any = distributed.global_state
     client, me = state.client, Machine(state.process_id, state.num_processes)
     client.key_value_set(f"jaxrl/asked/{me.process}", json.dumps(asked))
     if me.process == 0:

@@ -122,6 +122,45 @@ class Space:
 
 
 @dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a sweep is carried out, besides what is swept."""
+
+    layout: Literal["auto", "vmap", "map"] = "auto"
+    """All members of a program at once, or one after the other on each device; auto measures which is faster."""
+    max_members_per_program: int | None = None
+    """Most members in one program; by default as many as fit in memory."""
+    devices: int | None = None
+    """Devices of each process that members are spread over; by default all."""
+    rungs: tuple[float, ...] = ()
+    """Successive halving: shares of the run, such as 0.25 0.5, after which the worst settings leave."""
+    keep: float = 0.5
+    """Share of the settings that each rung keeps."""
+    checkpoint_seconds: float = 60.0
+    """Seconds between checkpoints, at the least; they are written at the ends of epochs."""
+    patience: float = 60.0
+    """Seconds without a sign of life after which another process counts as lost; then all save and stop."""
+
+    def check(self) -> None:
+        """Raises UserError for the first value that is out of range."""
+        if self.max_members_per_program is not None and self.max_members_per_program < 1:
+            raise UserError(f"max_members_per_program = {self.max_members_per_program}: must be at least 1")
+        if list(self.rungs) != sorted(set(self.rungs)) or not all(0 < rung < 1 for rung in self.rungs):
+            raise UserError(f"rungs = {' '.join(map(str, self.rungs))}: must ascend, between 0 and 1")
+        if not 0 < self.keep < 1:
+            raise UserError(f"keep = {self.keep}: must lie between 0 and 1")
+        for name in ("checkpoint_seconds", "patience"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} = {getattr(self, name)}: must be at least 0, and finite")
+
+    def local(self) -> list[jax.Device]:
+        """Returns the devices of this process that members are spread over. Raises UserError where there are fewer."""
+        here = jax.local_devices()
+        if self.devices is not None and not 1 <= self.devices <= len(here):
+            raise UserError(f"devices = {self.devices}: there are {len(here)}")
+        return here[: self.devices]
+
+
+@dataclasses.dataclass(frozen=True)
 class Member:
     """One run of a sweep."""
 
@@ -186,9 +225,7 @@ def groups(members: Iterable[Member]) -> list[list[Member]]:
 
 def shape_of(config: Config) -> Any:
     """Returns what two configurations have in common where one program and one dataset serve both."""
-    agent = config.agent
-    data = {name: getattr(agent, name) for name in getattr(agent, "shapes_data", ())}
-    return jax.tree.structure(agent), data, dataclasses.replace(config, agent=None, seed=0)
+    return jax.tree.structure(config.agent), dataclasses.replace(config, agent=None, seed=0)
 
 
 def cohorts(group: list[Member], most: int, lots: int = 1) -> list[list[Member]]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.data.ring import Steps
+from jaxrl.devices import spread
 from jaxrl.types import Behaviour, Env, EnvState, Metrics, PyTree, pytree
 
 
@@ -81,7 +82,7 @@ def start(env: Env, policy: Policy, key: jax.Array, count: int) -> Rollout:
 
 def resets(env: Env, key: jax.Array, count: int) -> EnvState:
     """Returns `count` fresh states, leaves [count, ...]."""
-    return jax.vmap(env.reset)(jax.random.split(key, count))
+    return spread(jax.vmap(env.reset)(jax.random.split(key, count)))
 
 
 def where(mask: jax.Array, a: PyTree, b: PyTree) -> PyTree:

@@ -64,10 +64,11 @@ def create(path: Path, config: Config, digest: str) -> None:
 
 def manifest(digest: str) -> dict[str, Any]:
     """Returns what a run's numbers depend on besides its configuration."""
-    device = jax.devices()[0]
+    device, mesh = jax.devices()[0], jax.sharding.get_abstract_mesh()
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "device": device.device_kind,
+        "devices": 1 if mesh.empty else mesh.size,  # that a run was spread over
         "platform": device.platform,
         "machine": platform.machine(),
         "cores": os.cpu_count(),

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrl import checkpoint, host, pictures, pool, rundir, stats, train
+from jaxrl import checkpoint, devices, host, pictures, pool, rundir, stats, train
 from jaxrl import rollout as ro
 from jaxrl.config import Config, to_dict
 from jaxrl.data import files, record, stream, task
@@ -168,13 +168,13 @@ class Run:
         carry = train.jitted_begin(self.agent, self.env, self.config.schedule, jax.random.key(self.config.seed))
         if hasattr(self.agent, "fit"):
             data = self.data.at(0) if isinstance(self.data, Stream) else self.data
-            carry = train.jitted_fit(self.agent, carry, data)
-        return jax.device_put(carry, jax.devices()[0])  # a restored one is bound to its device: else two programs
+            carry = train.jitted_fit(self.agent, carry, devices.shared(data))
+        return at_home(carry)
 
     def restore(self, folder: Path) -> tuple[Carry, int]:
         """Returns the carry to go on from and how many epochs it has seen: the newest checkpoint's, or the first."""
         loaded = checkpoint.load(folder, self.abstract)
-        return (self.first(), 0) if loaded is None else (loaded[1], loaded[0])
+        return (self.first(), 0) if loaded is None else (at_home(loaded[1]), loaded[0])
 
     def abstract(self, done: int) -> Carry:
         """Returns the shapes of the carry after `done` epochs, without computing anything."""
@@ -185,7 +185,7 @@ class Run:
         phase, before = self.timeline.at(index)
         if before == 0:
             carry = train.jitted_enter(self.agent, phase, carry)
-        data = self.data.at(index) if isinstance(self.data, Stream) else self.data
+        data = devices.shared(self.data.at(index) if isinstance(self.data, Stream) else self.data)
         if self.simulators is not None and phase.collects:
             carry, metrics = host.epoch(self.simulators, self.agent, phase, carry, data)
         else:
@@ -194,6 +194,11 @@ class Run:
         if self.timeline.evaluates(index, self.config.schedule.eval_every):
             row |= evaluation(episodes_of(self.config, self.agent, self.env, carry.agent, self.simulators))
         return carry, row
+
+
+def at_home(carry: Carry) -> Carry:
+    """Returns the carry bound to its devices, as a restored one is: one that is not would make another program."""
+    return train.placed(carry) if devices.several() else jax.device_put(carry, jax.devices()[0])
 
 
 def prepare(config: Config, env: Any, dataset: Dataset | Shards) -> Run:

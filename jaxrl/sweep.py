@@ -11,66 +11,26 @@ report/         what `jaxrl report` makes of it
 import collections
 import dataclasses
 import json
-import math
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxrl import members, plan, rundir, session, train
+from jaxrl import members, plan, report, rundir, session, train
 from jaxrl.config import from_dict, to_dict
 from jaxrl.crew import Layout, keys_of, stacked
 from jaxrl.errors import UserError
 from jaxrl.machines import Machine, Watch, difference, flat
-from jaxrl.members import Draw, Member, Space
+from jaxrl.members import Draw, Member, Settings, Space
 from jaxrl.session import StopRequested
 from jaxrl.signals import StopRequests
 from jaxrl.team import Cohort, Make, Team
 from jaxrl.types import on_host
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How a sweep is carried out, besides what is swept."""
-
-    layout: Literal["auto", "vmap", "map"] = "auto"
-    """All members of a program at once, or one after the other on each device; auto measures which is faster."""
-    max_members_per_program: int | None = None
-    """Most members in one program; by default as many as fit in memory."""
-    devices: int | None = None
-    """Devices of each process that members are spread over; by default all."""
-    rungs: tuple[float, ...] = ()
-    """Successive halving: shares of the run, such as 0.25 0.5, after which the worst settings leave."""
-    keep: float = 0.5
-    """Share of the settings that each rung keeps."""
-    checkpoint_seconds: float = 60.0
-    """Seconds between checkpoints, at the least; they are written at the ends of epochs."""
-    patience: float = 60.0
-    """Seconds without a sign of life after which another process counts as lost; then all save and stop."""
-
-    def check(self) -> None:
-        """Raises UserError for the first value that is out of range."""
-        if self.max_members_per_program is not None and self.max_members_per_program < 1:
-            raise UserError(f"max_members_per_program = {self.max_members_per_program}: must be at least 1")
-        if list(self.rungs) != sorted(set(self.rungs)) or not all(0 < rung < 1 for rung in self.rungs):
-            raise UserError(f"rungs = {' '.join(map(str, self.rungs))}: must ascend, between 0 and 1")
-        if not 0 < self.keep < 1:
-            raise UserError(f"keep = {self.keep}: must lie between 0 and 1")
-        for name in ("checkpoint_seconds", "patience"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} = {getattr(self, name)}: must be at least 0, and finite")
-
-    def local(self) -> list[jax.Device]:
-        """Returns the devices of this process that members are spread over. Raises UserError where there are fewer."""
-        here = jax.local_devices()
-        if self.devices is not None and not 1 <= self.devices <= len(here):
-            raise UserError(f"devices = {self.devices}: there are {len(here)}")
-        return here[: self.devices]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +160,9 @@ def fastest(group: list[Member], env: Any, settings: Settings) -> Layout:
     if len(group) < plan.MEASURED:
         return "map" if jax.default_backend() == "cpu" and len(group) > len(settings.local()) else "vmap"
     some = group[: plan.MEASURED]
-    seconds = plan.seconds_per_layout(stacked([m.config.agent for m in some]), keys_of(m.config.seed for m in some), some[0].config, env)
+    seconds = plan.seconds_per_layout(
+        stacked([m.config.agent for m in some]), keys_of(m.config.seed for m in some), some[0].config, env
+    )
     said = ", ".join(f"{name} {1e3 * each:.2f} ms" for name, each in seconds.items())
     print(f"layout, measured on {len(some)} members, time of an update of each: {said}", file=sys.stderr)
     return min(seconds, key=lambda name: seconds[name])
@@ -268,34 +230,21 @@ def wait(watch: Watch, ready: Callable[[], bool], stop: StopRequests) -> None:
 # What came of it
 
 
-def outcome(sweep: Sweep) -> dict[str, Any]:
-    """Returns how many members finished, diverged and were dropped, and the setting that was best.
-
-    It is chosen by the mean success, then the mean return, of its last evaluations; how well it does is said of the
-    episodes that are kept for that.
-    """
+def finish(sweep: Sweep) -> dict[str, Any]:
+    """Returns how many members finished, diverged and were dropped, and the best setting, having written the report."""
     results = [
-        rundir.read_json(sweep.path / "members" / m.name / "result.json", f"{sweep.path} is damaged")
-        for m in sweep.everyone
+        rundir.read_json(sweep.path / "members" / member.name / "result.json", f"{sweep.path} is damaged")
+        for member in sweep.everyone
     ]
     counts = collections.Counter(result["status"] for result in results)
-    each: dict[int, list[dict[str, Any]]] = {}
-    for member, result in zip(sweep.everyone, results, strict=True):
-        each.setdefault(member.setting, []).append(result)
-    whole = {s: found for s, found in each.items() if all(r["status"] == "finished" for r in found)}
-    best = max(whole, key=lambda s: (mean_of(whole[s], "success"), mean_of(whole[s], "return"), -s), default=None)
-    found: dict[str, Any] = {"sweep": str(sweep.path), "members": len(results), **counts}
-    if best is not None:
-        judged = [result["judged"] for result in whole[best]]
-        found["best"] = {
-            "values": whole[best][0]["values"],
-            "seeds": len(judged),
-            "chosen_by": mean_of(whole[best], "success"),
-        }
-        found["best"] |= {"success": mean_of(judged, "success"), "return": mean_of(judged, "return")}
-    return found
-
-
-def mean_of(rows: list[dict[str, Any]], name: str) -> float:
-    """Returns the mean of a field."""
-    return float(np.mean([row[name] for row in rows]))
+    seconds = sum(row["seconds"] for cohort in sweep.cohorts for row in rundir.rows(cohort.folder / "timings.jsonl"))
+    found = report.read([sweep.path])
+    report.write(found, sweep.path / "report")
+    print(report.summary(found))
+    result: dict[str, Any] = {"sweep": str(sweep.path), "members": len(results), **counts, "seconds": round(seconds, 1)}
+    if not found.ranked:
+        return result
+    best = found.ranked[0]
+    scores = {"chosen_by": report.estimate(best.counted, found.score), "success": report.separate(best, found.score)}
+    points = {name: None if score is None else round(score.point, 4) for name, score in scores.items()}
+    return result | {"best": {"values": best.values, "seeds": len(best.counted), **points}}

@@ -135,12 +135,13 @@ class Team:
             crew = self.programs.fit(self.agents, crew=crew, dataset=self.data(0))
         return self.programs.seat(crew, len(self.members))
 
-    def abstract(self, done: int) -> Crew:
+    def abstract(self, done: int) -> Any:
         """Returns the shapes of a checkpoint of the members after so many epochs."""
         run, count = self.run, len(self.members)
         one = session.abstract_carry(run.agent, run.env, run.config.schedule, run.timeline, done)
         carry = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
-        return Crew(carry, jax.ShapeDtypeStruct((count,), np.int32))
+        stopped: Any = jax.ShapeDtypeStruct((count,), np.int32)
+        return Crew(carry, stopped)
 
     def save(self, done: int, crew: Crew) -> None:
         """Writes a checkpoint of the members, without those that only fill up the devices."""
@@ -151,7 +152,7 @@ class Team:
     def restore(self, stage: int, gone: list[set[int]]) -> tuple[Crew, int]:
         """Returns the members as a stage finds them, and the epochs behind them; those that were dropped have left."""
 
-        def abstract(done: int) -> Crew:
+        def abstract(done: int) -> Any:
             self.enlist(next(s for s, end in enumerate(self.ends) if done <= end), gone)
             return self.abstract(done)
 

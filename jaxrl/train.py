@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxrl import rollout as ro
 from jaxrl.data import ring as rings
 from jaxrl.data.ring import Ring
+from jaxrl.devices import shared, spread, spread_batch
 from jaxrl.errors import UserError
 from jaxrl.types import Env, Metrics, PyTree, on_host, pytree
 
@@ -118,7 +119,12 @@ def begin(agent: Any, env: Env, schedule: Schedule, key: jax.Array) -> Carry:
         flight = None if on_host(env) else ro.start(env, ro.policy_of(agent, state), key_envs, schedule.envs)
         world = World(flight, replay)
     zero = jnp.zeros((), jnp.int32)
-    return Carry(state, key, world, zero, zero, zero)
+    return placed(Carry(state, key, world, zero, zero, zero))
+
+
+def placed(carry: Carry) -> Carry:
+    """Returns the carry as it lies on the devices of a run on several: environments and replay across them."""
+    return dataclasses.replace(shared(dataclasses.replace(carry, world=None)), world=spread(carry.world))
 
 
 def fit(agent: Any, carry: Carry, dataset: Ring) -> Carry:
@@ -139,7 +145,7 @@ def enter(agent: Any, phase: Phase, carry: Carry) -> Carry:
     """Returns the carry at the start of a phase: an agent that has an online phase is in it from the first step on."""
     if phase.name == "offline" or not hasattr(agent, "start_online"):
         return carry
-    return dataclasses.replace(carry, agent=agent.start_online(carry.agent))
+    return placed(dataclasses.replace(carry, agent=agent.start_online(carry.agent)))
 
 
 def iteration(
@@ -170,7 +176,7 @@ def learn(
 
     def update(state: PyTree, key: jax.Array) -> tuple[PyTree, Metrics]:
         key_batch, key_step = jax.random.split(key)
-        return agent.update(state, agent.sample(data, key_batch), key_step)
+        return agent.update(state, spread_batch(agent.sample(data, key_batch)), key_step)
 
     state, metrics = jax.lax.scan(update, carry.agent, jax.random.split(key, phase.updates))
     carry = dataclasses.replace(
@@ -204,7 +210,7 @@ def epoch(agent: Any, env: Env, phase: Phase, carry: Carry, dataset: Ring | None
     carry, (metrics, sums) = jax.lax.scan(body, carry, jax.random.split(key_iterations, phase.iterations))
     metrics = jax.tree.map(mean, metrics) | episode_metrics(jax.tree.map(jnp.sum, sums))
     carry, word = close(carry)
-    return carry, metrics | {"digest": word}
+    return placed(carry), metrics | {"digest": word}
 
 
 def close(carry: Carry) -> tuple[Carry, jax.Array]:

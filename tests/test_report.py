@@ -98,8 +98,8 @@ def write_sweep(path: Path, axes: dict[str, list[float]], seeds: int, evaluation
             path / f"members/{number:03}", scores, agent="fmq", seed=seed, fields=values | schedule, result=result
         )
     (path / "manifest.json").write_text(json.dumps({"versions": VERSIONS, "dataset_digest": "d1"}))
-    listed = [{"values": values, "seed": seed, "group": 0} for values, seed in members]
-    (path / "sweep.json").write_text(json.dumps({"axes": axes, "seeds": seeds, "members": listed}))
+    cohort = {"members": list(range(len(members))), "dataset_digest": "d1"}
+    (path / "sweep.json").write_text(json.dumps({"asked": {}, "cohorts": [cohort]}))
     return path
 
 
@@ -236,6 +236,24 @@ def test_slices_are_over_all_settings_with_a_value(sweep):
             assert estimate.low < estimate.point < estimate.high
 
 
+def test_a_sweep_over_datasets_has_a_task_for_each_and_says_who_has_not_begun(tmp_path):
+    for number, (data, score) in enumerate((("one.npz", 0.5), ("two.npz", 0.7))):
+        write_run(
+            tmp_path / f"members/{number:03}", [score], fields={"data": data}, result={"updates": 100, "steps": 0}
+        )
+    (tmp_path / "manifest.json").write_text(json.dumps({"versions": VERSIONS, "dataset_digest": "d1 d2"}))
+    cohorts = [{"members": [0, 2], "dataset_digest": "d1"}, {"members": [1], "dataset_digest": "d2"}]
+    (tmp_path / "sweep.json").write_text(json.dumps({"cohorts": cohorts}))
+    seen = found(tmp_path)
+    assert seen.tasks == ("point, one.npz", "point, two.npz")
+    assert f"{tmp_path}: 1 of its 3 members have not begun." in seen.notes
+    (tmp_path / "sweep.json").write_text('{"cohorts": [{}]}')
+    with pytest.raises(UserError, match=r"sweep\.json is damaged: its cohorts name no members or datasets"):
+        found(tmp_path)
+    member = found(tmp_path / "members/000").settings[0].members[0]  # one of them alone
+    assert member.last("success") == 0.5
+
+
 # Who counts
 
 
@@ -253,6 +271,21 @@ def test_diverged_members_keep_their_last_evaluation_and_count_as_failed_before_
     (row,) = report.rows(seen)
     assert (row["finished"], row["diverged"], row["seeds"]) == (1, 2, 3)
     assert report.estimate(found(tmp_path, score="return").ranked[0].counted, "return").point == pytest.approx(-25)
+
+
+def test_what_never_was_evaluated_has_no_interval_and_comes_after_what_failed(tmp_path):
+    for seed in range(2):
+        over = {"status": "diverged", "updates": 10, "steps": 0}
+        fields = {"schedule.offline_updates": 100, "agent.lr": 3e38}
+        finished(tmp_path / f"a{seed}", [], seed=seed, result=over, fields=fields)
+        finished(tmp_path / f"b{seed}", [0.0], seed=seed)
+    seen = found(tmp_path)
+    assert [setting.label for setting in seen.settings] == ["bc lr=1e-3", "bc lr=3e38"]
+    assert report.estimate(seen.settings[1].counted, "success") == report.Estimate(0.0)
+    assert report.estimate(seen.settings[0].counted, "success").over == "episodes"
+    (comparison,) = report.comparisons(seen)
+    assert comparison.estimate == report.Estimate(0.5) and not comparison.told_apart
+    assert "No episode succeeded." in seen.notes[-1]
 
 
 def test_partial_budgets_are_marked_and_compared_with_nobody_unless_that_is_allowed(tmp_path):

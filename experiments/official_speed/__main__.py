@@ -10,8 +10,8 @@ its own choice of threads, and SciPy. Measured in turn, round after round, on th
 (sampling on the host and an update, without logs or evaluation), an offline epoch here, and parts of one update here,
 each repeated in a program of its own. Networks, batch, chunks, horizons and data are equal. Rewards are -1 throughout,
 as what they are changes no time. PRDC, whose searches get easier as the actor comes near the data, is measured from
-its 1,000th update on, also among many synthetic keys. With --alone there are rows of methods that are measured against
-their matrix products only: the official code of ReBRAC, CQL, AWAC and FamO2O wants a JAX or a simulator of years ago.
+its 1,000th update on, also among many synthetic keys. With --alone, ReBRAC, CQL, AWAC and FamO2O are measured as well,
+against their matrix products only.
 
 Rates are medians over rounds, ratios medians of each round's. Writes results.json and table.md into this folder, and
 leaves rows that are there and that it was not asked for as they are.
@@ -471,7 +471,8 @@ def table(results: dict[str, Any]) -> str:
         f"synthetic keys: medians of {study['rounds']} rounds in turn, {study['seconds'] / study['rounds']:g} s each, "
         "of parts at least a third of that. Percentages: the time of an update's parts, each alone in a program, in "
         "per cent of the update's; the rest is activations, norms, losses, copies, and how the parts disturb each "
-        "other. GFLOP/s: of the update's matrix products but the search's, in the update and alone. "
+        "other. Products alone have operands and results of their own in memory, which an update shares, and can so take "
+        "longer than it. GFLOP/s: of the update's matrix products but the search's, in the update and alone. "
         f"{', '.join(machines)}, jax {', '.join(here)} here.\n"
     )
 

@@ -22,20 +22,25 @@ class ReportOptions:
     are not compared. The best setting is chosen on eval/success and reported on separate episodes, where there are any.
 
     The folder gets report.html, which opens offline, table.md, settings.csv, members.csv and the pictures; an earlier
-    report in it is replaced. Runs are compared at equal terms, and else refused: --mix says which terms may differ,
-    and the report then says it too.
+    report in it is replaced.
+
+    Runs are compared at equal terms, and else refused. --mix names the terms that may differ, which the report then
+    says at its top:
+
+        eval-seed   seed of the evaluation's episodes        episodes   their number
+        simulator   versions of MuJoCo, MJX and Brax         data       content of the dataset
+        budget      updates and steps, planned or spent; unfinished and dropped members count too
 
         exit code 0   written
                   2   a mistake, which one line names
     """
 
     out: Path | None = None
-    """Folder to write; by default `report` in the run or sweep that is named, or here where several are."""
+    """Folder to write; by default `report` in the folder that is named, or here where several are."""
     score: Literal["success", "return"] = "success"
-    """What is compared; `return` for one task, where the environment knows no success."""
+    """What is compared; return is for one task alone, where the environment knows no success."""
     mix: tuple[Literal["eval-seed", "episodes", "budget", "simulator", "data"], ...] = ()
-    """Terms in which runs of a task may differ: seed or number of the evaluation's episodes, updates and steps planned
-    or spent, the simulator's version, the dataset's content. With budget, unfinished and dropped members count too."""
+    """Terms in which runs of a task may differ."""
 
 
 def report(args: list[str]) -> int:

@@ -48,7 +48,9 @@ class TrainOptions(Generic[A]):
     out: Path | None = None
     """Run directory; by default a new one under runs/."""
     resume: Path | None = None
-    """Go on with the run in this directory; no other flag but --wandb applies."""
+    """Go on with the run in this directory; no other flag but --wandb and --devices applies."""
+    devices: int | None = None
+    """Devices that environments, replay and batches are spread over; by default one, or those that a run began with."""
     plan: bool = False
     """Print what the run would take in memory, and stop."""
     wandb: bool = False
@@ -122,8 +124,10 @@ def train(args: list[str]) -> int:
     options = fl.parse(usage, fl.of_agent(TrainOptions, AGENTS[agent]), TrainOptions(defaults), flags)
     if options.resume is not None:
         others = {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
-        if not_for_it := names + sorted(others - {"--resume", "--wandb", "--no-wandb"}):
+        if not_for_it := names + sorted(others - {"--resume", "--wandb", "--no-wandb", "--devices"}):
             raise UserError(f"--resume: a run goes on as it began, {not_for_it[0]} does not apply")
+    if options.resume is not None and (options.resume.parent.parent / "sweep.json").exists():
+        raise UserError(f"--resume {options.resume}: is a member of a sweep, which goes on as a whole: jaxrl sweep")
     config = options.config if options.resume is None else rundir.read_config(options.resume)
     config.check()
     path = options.resume or options.out or rundir.default_path(agent, config.env, config.seed)
@@ -131,7 +135,7 @@ def train(args: list[str]) -> int:
 
 
 def _train(config: Config, environment: Any, path: Path, options: TrainOptions) -> int:
-    from jaxrl import log, plan, session
+    from jaxrl import devices, log, plan, session
 
     config = session.with_data(config, environment)
     if options.plan:
@@ -142,8 +146,11 @@ def _train(config: Config, environment: Any, path: Path, options: TrainOptions) 
     if options.wandb:
         log.check_wandb()
     plan.check(config, environment)
+    known = {} if options.resume is None else rundir.read_json(path / "manifest.json", f"{path} is not a run directory")
+    count = options.devices or known.get("devices", 1)
+    devices.check(config, environment, count)
     drive = session.start if options.resume is None else session.resume
-    with StopRequests() as stop:
+    with StopRequests() as stop, devices.across(count):
         try:
             result = drive(config, environment, path, stop, options.wandb)
         except session.StopRequested:

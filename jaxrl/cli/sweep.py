@@ -16,9 +16,8 @@ from jaxrl.cli import flags as fl
 from jaxrl.config import A, Config, Preset, preset
 from jaxrl.errors import UserError
 from jaxrl.machines import Machine
-from jaxrl.members import Draw, Space
+from jaxrl.members import Draw, Settings, Space
 from jaxrl.signals import SAVED, StopRequests
-from jaxrl.sweep import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +47,8 @@ class SweepOptions(Generic[A]):
     Members share the data. One whose parameters are no longer finite leaves, and is reported. Every member is the run
     that `jaxrl train` would have made; `jaxrl eval` and `render` take its folder, runs/NAME/members/007.
 
-    Members are spread over the devices of this machine, and over several machines where SLURM, MPI or Kubernetes started
-    this command on each of them, with --out in a folder that all see. The same command goes on with its own folder.
+    Members are spread over the devices of this machine, and over several machines where SLURM, MPI or Kubernetes
+    started this command on each of them, with --out in a folder that all see. The same command goes on in its folder.
 
         exit code 0    done; the last line is `result: {...}` in JSON, the report is in runs/NAME/report
                   2    a mistake, which one line names
@@ -218,19 +217,20 @@ def value_of(path: str, word: str, parse: Any, config: Config) -> Any:
 
 
 def _sweep(space: Space | None, options: SweepOptions, path: Path) -> int:
-    from jaxrl import plan, session
+    from jaxrl import forecast, session
     from jaxrl import sweep as sweeps
 
     make, settings = functools.cache(fl.make), options.settings
     if options.plan:
         if space is None:
             raise UserError("--plan: is for a new sweep")
-        print(plan.sweep(space, settings, make))
+        print(forecast.forecast(space, settings, make))
         return 0
     asked = sweeps.asked_for(space, settings) if space is not None else {"resume": str(path)}
     machine = Machine()
     if options.processes is not None or machines.asked_by_environment():
         machine = machines.meet(options.coordinator, options.processes, options.process, asked)
+    settings.local()
     with StopRequests() as stop:
         try:
             if space is None:
@@ -241,7 +241,7 @@ def _sweep(space: Space | None, options: SweepOptions, path: Path) -> int:
             print(f"stopped and saved; go on with: jaxrl sweep --resume {shlex.quote(str(path))}", file=sys.stderr)
             return SAVED
     if machine.process == 0:
-        print(f"result: {json.dumps(sweeps.outcome(done))}")
+        print(f"result: {json.dumps(sweeps.finish(done))}")
     return 0
 
 

@@ -19,7 +19,18 @@ interquartile means, stratified bootstrap over seeds with tasks as strata, proba
 from jaxrl.report.folders import Member
 from jaxrl.report.page import html, markdown, member_rows, rows, summary, write
 from jaxrl.report.pictures import figures
-from jaxrl.report.scores import Comparison, Estimate, Report, Slice, comparisons, estimate, read, slices, verdict
+from jaxrl.report.scores import (
+    Comparison,
+    Estimate,
+    Report,
+    Slice,
+    comparisons,
+    estimate,
+    read,
+    separate,
+    slices,
+    verdict,
+)
 from jaxrl.report.settings import Mix, Setting
 
 __all__ = [
@@ -38,6 +49,7 @@ __all__ = [
     "member_rows",
     "read",
     "rows",
+    "separate",
     "slices",
     "summary",
     "verdict",

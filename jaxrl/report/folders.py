@@ -57,28 +57,38 @@ class Member:
         return 0.0 if self.status == "diverged" and score == "success" else None
 
     def scored(self, score: str, separate: bool) -> tuple[float | None, int]:
-        """Returns the score and of how many episodes it is: `separate` ones where there are some, else the newest."""
+        """Returns the score and of how many episodes it is: `separate` ones where there are some, else the newest.
+
+        What diverged before it was evaluated has a score of no episodes.
+        """
         if separate and self.judged is not None:
             return self.judged.get(score), self.judged["episodes"]
-        return self.last(score), self.config["schedule.eval_episodes"]
+        return self.last(score), self.config["schedule.eval_episodes"] if self.evaluations else 0
 
 
 def members(paths: Iterable[Path]) -> tuple[list[Member], list[str]]:
     """Returns the members of runs, sweeps and folders of these, each once, and notes on what they lack."""
-    found: dict[Path, Path] = {}
+    found: dict[Path, Member] = {}
     notes = []
-    for path in paths:
-        for folder in _folders(path):
-            if (folder / "config.json").exists():
-                found.setdefault(folder.resolve(), folder)
-                continue
-            below = sorted(child for child in (folder / "members").glob("*") if child.is_dir())
-            begun = [child for child in below if (child / "config.json").exists()]
-            for child in begun:
-                found.setdefault(child.resolve(), child)
-            if missing := _planned(folder) - len(begun):
-                notes.append(f"{folder}: {missing} of its {_planned(folder)} members have not begun.")
-    return [load(path) for path in found.values()], notes
+    for folder in (folder for path in paths for folder in _folders(path)):
+        if (folder / "config.json").exists():
+            found.setdefault(folder.resolve(), load(folder))
+            continue
+        digests = _digests(folder)
+        begun = [path.parent for path in sorted((folder / "members").glob("*/config.json"))]
+        found |= {path.resolve(): load(path, digests.get(path.name)) for path in begun if path.resolve() not in found}
+        if (missing := len(digests) - len(begun)) > 0:
+            notes.append(f"{folder}: {missing} of its {len(digests)} members have not begun.")
+    return list(found.values()), notes
+
+
+def _digests(sweep: Path) -> dict[str, str]:
+    """Returns the digest of each member's dataset, by the member's name."""
+    cohorts = rundir.read_json(sweep / "sweep.json", f"{sweep} is not a sweep").get("cohorts", [])
+    try:
+        return {f"{index:03}": cohort["dataset_digest"] for cohort in cohorts for index in cohort["members"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{sweep}/sweep.json is damaged: its cohorts name no members or datasets") from error
 
 
 def _folders(path: Path) -> list[Path]:
@@ -97,14 +107,11 @@ def _is_one(path: Path) -> bool:
     return any((path / name).exists() for name in ("config.json", "sweep.json"))
 
 
-def _planned(sweep: Path) -> int:
-    """Returns how many members a sweep is to have."""
-    planned = rundir.read_json(sweep / "sweep.json", f"{sweep} is not a sweep").get("members", ())
-    return len(planned)
+def load(path: Path, digest: str | None = None) -> Member:
+    """Returns what is in the folder of a run or of a sweep's member, whose dataset's digest the sweep knows.
 
-
-def load(path: Path) -> Member:
-    """Returns what is in the folder of a run or of a sweep's member. Raises UserError where a file is damaged."""
+    Raises UserError where a file is missing or damaged.
+    """
     rows = _rows(path / "metrics.jsonl")
     over = (path / "result.json").exists()
     result = rundir.read_json(path / "result.json", str(path)) if over else {}
@@ -125,7 +132,7 @@ def load(path: Path) -> Member:
         updates=last["updates"],
         steps=last["steps"],
         judged=rundir.as_json(result["judged"]) if result.get("judged") else None,
-        digest=manifest.get("dataset_digest"),
+        digest=digest or manifest.get("dataset_digest"),
         simulators=tuple(f"{name} {versions.get(name)}" for name in SIMULATORS),
     )
 

@@ -122,7 +122,7 @@ def _pipes(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 def _table(report: Report) -> tuple[list[str], list[list[str]]]:
     """Returns head and body of the table of settings."""
     several = any(row["separate"] is not None for row in rows(report))
-    head = ["setting", "seeds", f"{report.score}, IQM [95 %]"]
+    head = ["setting", "seeds", f"{report.score}, IQM [95\u00a0%]"]
     head += ["separate episodes"] if several else []
     head += ["mean success", "mean return", "updates", "steps", "members"]
     body = []

@@ -33,7 +33,7 @@ COLOURS = ("#3b82c4", "#e07b39", "#2f9e6e", "#c2559d", "#b8960c", "#7a6bd1")  # 
 LISTED = 24  # settings in a figure that has a line for each
 TICKS = 8  # values of a field, up to which each has its tick
 CELLS = 12  # values of a field, up to which a heat map has numbers in its cells
-STYLE = {
+STYLE: dict[Any, Any] = {
     **{name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
     **{"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True},
@@ -53,7 +53,8 @@ def figures(report: Report) -> dict[str, Figure]:
             result["profiles"] = profiles(report)
         for agent in dict.fromkeys(setting.agent for setting in report.settings):
             of_agent = [setting for setting in report.settings if setting.agent == agent]
-            if found := slices(report, agent):
+            found = slices(report, agent)
+            if any(one.estimates.count(None) < len(one.estimates) for one in found):
                 result[f"slices-{agent}"] = sliced(found, report)
             if len(found) == 2 and len(of_agent) == len(found[0].values) * len(found[1].values):
                 result[f"map-{agent}"] = heat_map(found, report)
@@ -246,7 +247,7 @@ def profiles(report: Report) -> Figure:
         colour = _colour(report, setting)
         best = colour != GREY
         label = setting.label if best else f"{len(shown) - len(COLOURS)} other settings"
-        style = {"linewidth": 1.6} if best else {"linewidth": 0.7, "alpha": 0.5}
+        style: dict[str, Any] = {"linewidth": 1.6} if best else {"linewidth": 0.7, "alpha": 0.5}
         axis.step(thresholds, share, where="post", color=colour, label=_plain(label), **style)
         if best:
             axis.fill_between(thresholds, below, above, step="post", color=colour, alpha=0.15, linewidth=0)
@@ -302,7 +303,7 @@ def _abscissa(axis: Axes, values: Sequence[Any]) -> list[float]:
     if numbers and len(values) > TICKS:
         return [float(value) for value in values]
     gaps = np.diff(np.log(values) if log else values) if numbers else np.zeros(1)
-    even = not numbers or gaps.min(initial=1) < 0.12 * gaps.sum()
+    even = not numbers or min(gaps, default=1.0) < 0.12 * sum(gaps)
     if even:
         axis.set_xscale("linear")
     places = [float(place) for place in (range(len(values)) if even else values)]

@@ -104,13 +104,17 @@ def read(paths: Iterable[Path | str], mix: Sequence[Mix] = (), score: Score = "s
     if score == "return" and len(tasks) > 1:
         raise UserError(f"score = 'return': returns of different tasks have no common unit, {' and '.join(tasks[:2])}")
 
-    def place(setting: Setting) -> tuple[bool, bool, float]:
-        shown = estimate(setting.counted, score)
-        return not _ranked(setting, tasks), setting.partial, -shown.point if shown else np.inf
-
-    settings.sort(key=place)
+    settings.sort(key=lambda setting: _place(setting, tasks, score))
     report = Report(tuple(settings), tasks, score, tuple(mixed), ())
     return dataclasses.replace(report, notes=(*notes, *left_out, *remarks(report, "budget" in mix)))
+
+
+def _place(setting: Setting, tasks: Sequence[str], score: Score) -> tuple[bool, bool, float, int, float]:
+    """Returns what settings are sorted by: of equal scores, who diverged less, and then who has the larger return."""
+    scores, returns = (strata_of(setting.counted, name, False) for name in (score, "return"))
+    diverged = sum(member.status == "diverged" for member in setting.counted)
+    point, tie = (-float(stats.iqm(np.concatenate(one))) if one else np.inf for one in (scores, returns))
+    return not _ranked(setting, tasks), setting.partial, point, diverged, tie
 
 
 def _ranked(setting: Setting, tasks: Sequence[str]) -> bool:
@@ -138,13 +142,13 @@ def estimate(members: Sequence[Member], score: Score, separate: bool = False) ->
             return Estimate(point, low, high, "seeds")
     elif len(strata) > 1:
         return Estimate(point)
-    if score != "success":
+    episodes = min((episodes for _, _, episodes in known if episodes), default=0)
+    if score != "success" or not episodes:
         return Estimate(point)
-    episodes = min(episodes for _, _, episodes in known)
     return Estimate(point, *stats.success_interval(round(point * episodes), episodes), over="episodes")
 
 
-def strata_of(members: Iterable[Member], score: Score, separate: bool) -> tuple[np.ndarray, ...]:
+def strata_of(members: Iterable[Member], score: str, separate: bool) -> tuple[np.ndarray, ...]:
     """Returns the scores of each task, tasks in alphabetical order."""
     strata: dict[str, list[float]] = {}
     for member in members:

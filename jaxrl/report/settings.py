@@ -163,7 +163,7 @@ def text(value: Any, digits: int = 3) -> str:
     if isinstance(value, float):
         plain = f"{value:g}"
         plain = plain if len(plain) <= 6 else f"{value:.{digits}g}"
-        powers = np.format_float_scientific(float(plain), trim="-", exp_digits=1)
+        powers = np.format_float_scientific(float(plain), trim="-", exp_digits=1).replace("e+", "e")
         return powers if "e" in plain or (0 < abs(value) < 0.01 and len(powers) < len(plain)) else plain
     if isinstance(value, tuple):
         return "x".join(text(part) for part in value) or "none"
