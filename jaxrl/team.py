@@ -70,8 +70,10 @@ class Team:
         self.clock = self.saved = time.perf_counter()
         cohort.folder.mkdir(parents=True, exist_ok=True)
         for member in cohort.members:
-            cohort.home(member).mkdir(parents=True, exist_ok=True)
-            rundir.write_json(cohort.home(member) / "config.json", to_dict(member.config))
+            home = cohort.home(member)
+            home.mkdir(parents=True, exist_ok=True)
+            (home / "metrics.jsonl").touch()
+            rundir.write_json(home / "config.json", to_dict(member.config))
 
     def close(self) -> None:
         """Ends the processes of the simulators, if there are any."""
@@ -267,7 +269,8 @@ class Team:
         member, stopped = self.members[i], int(crew.stopped[i])
         home = self.cohort.home(member)
         rows = rundir.rows(home / "metrics.jsonl")
-        last, evaluated = rows[-1], [row for row in rows if "eval/success" in row and row["phase"] != "behaviour"]
+        last = rows[-1] if rows else {"epoch": 0, "updates": 0, "steps": 0}
+        evaluated = [row for row in rows if "eval/success" in row and row["phase"] != "behaviour"]
         result: dict[str, Any] = {
             "member": member.index,
             "program": self.cohort.number,

@@ -471,8 +471,8 @@ def table(results: dict[str, Any]) -> str:
         f"synthetic keys: medians of {study['rounds']} rounds in turn, {study['seconds'] / study['rounds']:g} s each, "
         "of parts at least a third of that. Percentages: the time of an update's parts, each alone in a program, in "
         "per cent of the update's; the rest is activations, norms, losses, copies, and how the parts disturb each "
-        "other. Products alone have operands and results of their own in memory, which an update shares, and can so take "
-        "longer than it. GFLOP/s: of the update's matrix products but the search's, in the update and alone. "
+        "other. Products alone have operands and results of their own in memory, which an update shares, and can so "
+        "take longer than it. GFLOP/s: of the update's matrix products but the search's, in the update and alone. "
         f"{', '.join(machines)}, jax {', '.join(here)} here.\n"
     )
 
