@@ -46,9 +46,9 @@ class Lift:
             return jax.vmap(function)(*members)
         if self.devices == 1:
             return jax.lax.map(lambda one: function(*one), members)
-        lanes = jax.tree.map(lambda x: x.reshape(self.devices, -1, *x.shape[1:]), members)
+        lanes = jax.tree.map(lambda x: x.reshape(self.devices, len(x) // self.devices, *x.shape[1:]), members)
         found = jax.vmap(lambda lane: jax.lax.map(lambda one: function(*one), lane))(lanes)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+        return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), found)
 
 
 @pytree

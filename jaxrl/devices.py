@@ -51,12 +51,17 @@ def spec_of(leaf: Any, devices: int) -> PartitionSpec:
     return PartitionSpec(AXIS) if leaf.ndim and leaf.shape[0] % devices == 0 else PartitionSpec()
 
 
+def lay(x: Any, spec: PartitionSpec) -> Any:
+    """Returns an array as it is to lie on the devices in scope: a rule for the program, or moved there."""
+    return jax.lax.with_sharding_constraint(x, spec) if isinstance(x, jax.core.Tracer) else jax.device_put(x, spec)
+
+
 def spread(tree: PyTree) -> PyTree:
     """Returns trees [N, ...] across the devices in scope, within a program or not."""
     if not several():
         return tree
     count = jax.sharding.get_abstract_mesh().size
-    return jax.tree.map(lambda x: jax.device_put(x, spec_of(x, count)), tree)
+    return jax.tree.map(lambda x: lay(x, spec_of(x, count)), tree)
 
 
 def spread_batch(batch: Batch) -> Batch:
@@ -68,4 +73,4 @@ def shared(tree: PyTree) -> PyTree:
     """Returns a tree whole on each of the devices in scope, within a program or not."""
     if not several():
         return tree
-    return jax.tree.map(lambda x: jax.device_put(x, PartitionSpec()), tree)
+    return jax.tree.map(lambda x: lay(x, PartitionSpec()), tree)

@@ -184,7 +184,7 @@ class Run:
         """Returns the carry after the epoch with this index (from 0), and its row of metrics."""
         phase, before = self.timeline.at(index)
         if before == 0:
-            carry = train.jitted_enter(self.agent, phase, carry)
+            carry = at_home(train.jitted_enter(self.agent, phase, carry))
         data = devices.shared(self.data.at(index) if isinstance(self.data, Stream) else self.data)
         if self.simulators is not None and phase.collects:
             carry, metrics = host.epoch(self.simulators, self.agent, phase, carry, data)
@@ -197,7 +197,7 @@ class Run:
 
 
 def at_home(carry: Carry) -> Carry:
-    """Returns the carry bound to its devices, as a restored one is: one that is not would make another program."""
+    """Returns the carry bound to its devices, as a restored one is: lying otherwise, it would make another program."""
     return train.placed(carry) if devices.several() else jax.device_put(carry, jax.devices()[0])
 
 

@@ -33,6 +33,10 @@ from jaxrl.team import Cohort, Make, Team
 from jaxrl.types import on_host
 
 
+BEGUN = {"processes", *(name + end for name in ("manifest.json", "sweep.json") for end in ("", ".partial"))}
+"""What a folder may hold in which a sweep was begun, and stopped before it was one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """A sweep in its folder."""
@@ -178,7 +182,7 @@ def start(space: Space, settings: Settings, path: Path, make: Make, stop: StopRe
     """
     asked = asked_for(space, settings)
     if machine.process == 0 and not (path / "sweep.json").exists():
-        if path.exists() and {entry.name for entry in path.iterdir()} - {"manifest.json", "processes"}:
+        if path.exists() and {entry.name for entry in path.iterdir()} - BEGUN:
             raise UserError(f"{path} exists and is not the folder of a sweep: name another with --out")
         create(path, space, settings, make, machine.processes)
     with Watch(path / "processes", machine, settings.patience).kept() as watch:

@@ -190,7 +190,7 @@ with quick_to_compile():
     (phase,) = t.train.phases(t.SCHEDULE, t.AGENT.chunk)
     program = programs.epoch.lower(everyone, phase=phase, crew=team, dataset=data).compile()
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    found["collectives"] = len(re.findall(rf"= \\S+ ({kinds})", program.as_text()))
+    found["collectives"] = len(re.findall(rf" ({kinds})(-start)?\\(", program.as_text()))
     for _ in range(phase.epochs):
         team, _ = program(everyone, crew=team, dataset=data)
     found["params"] = [np.asarray(x).tolist() for x in jax.tree.leaves(team.carry.agent.params)]

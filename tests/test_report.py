@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 from PIL import Image
 
-from jaxrl import cli, config, report, stats
+from jaxrl import cli, config, report, rundir, stats
 from jaxrl.errors import UserError
 from jaxrl.report import pictures
 
@@ -571,10 +571,32 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path, monkeypatch, caps
     files = ["curves.png", "members.csv", "report.html", "scores.png", "settings.csv", "table.md"]
     assert sorted(path.name for path in Path("report").iterdir()) == files
     out = capsys.readouterr().out.splitlines()[-1]
-    assert out == "written: report/{table.md,settings.csv,members.csv,report.html,curves.png,scores.png}"
+    assert out == "written: report/{report.html,table.md,settings.csv,members.csv,curves.png,scores.png}"
     before = [(path, path.read_bytes()) for path in Path("report").iterdir()]
     assert cli.main(["report", "runs", "--out", "report"]) == 0
     assert all(path.read_bytes() == content for path, content in before)  # equal runs give equal files
+
+
+def test_a_report_that_was_cut_short_anywhere_is_written_anew(tmp_path, monkeypatch):
+    seen = found(finished(tmp_path / "a", [0.5]))
+    report.write(seen, tmp_path / "whole")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    write, left = rundir.write, [0]
+
+    def killed(path, text):
+        left[0] -= 1
+        if left[0] < 0:
+            path.with_name(f"{path.name}.partial").write_text(text[:10])
+            raise KeyboardInterrupt
+        write(path, text)
+
+    for whole in range(4):
+        folder, left[0] = tmp_path / f"after-{whole}", whole
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(rundir, "write", killed)
+            report.write(seen, folder)
+        report.write(seen, folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
 
 
 def test_names_from_folders_cannot_break_the_page(tmp_path):

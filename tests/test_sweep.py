@@ -207,6 +207,23 @@ def test_the_folder_of_another_sweep_is_refused(data, whole, tmp_path):
     assert (code, error) == (2, f"jaxrl: {tmp_path} is not the folder of a sweep: sweep.json is missing\n")
 
 
+@pytest.mark.parametrize("file", ["manifest.json", "sweep.json"])
+def test_a_folder_whose_making_was_cut_short_is_made_anew(data, whole, tmp_path, monkeypatch, file):
+    path, write = tmp_path / "run", rundir.write
+
+    def killed(at, text):
+        if at.name == file:
+            at.with_name(f"{file}.partial").write_text(text[:10])
+            raise KeyboardInterrupt
+        write(at, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "write", killed)
+        assert run(flags(data, path, "--layout=map"))[0] == 130
+    assert run(flags(data, path, "--layout=map"))[0] == 0
+    assert_same(path, whole)
+
+
 def test_data_that_have_changed_are_refused(data, tmp_path, monkeypatch):
     copy, path = shutil.copy(data, tmp_path / "copy.npz"), tmp_path / "run"
 

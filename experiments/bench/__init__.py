@@ -1,1 +1,1 @@
-"""How fast the default run's pieces are, as ratios to limits measured in the same process. See `__main__`."""
+"""How fast sweeps, the default run's pieces and a peer are, as ratios measured in one process. See `__main__`."""

@@ -1,174 +1,114 @@
-"""How fast are the pieces of the default run, and what bounds them?
+"""How fast are members of a sweep, the online loop against a peer's, and the default run's pieces?
 
-    python -m experiments.bench [--env maze-medium] [--agent fmq] [--preset quick]
+    python -m experiments.bench [--only members peer pieces] [--peer.python ENVIRONMENT/bin/python]
 
-Measured in one process, each as the best of several repetitions after compilation: environment steps per second with
-random actions and with the agent in the loop, offline updates per second, fused online steps per second (collection
-and updates in one program), seconds to compile the online epoch without and with the compilation cache, and the ratio
-of an update's time to the time of its matrix products alone. Absolute times depend on what else the machine does;
-the ratio is what to compare. Writes results.json into this folder.
+    members  a member of 1, 4, 16 and 64 in one program against a run alone: offline and online epochs of FMQ in the
+             default maze, at the sizes of the default run and at small ones, in both layouts of a sweep (members.py)
+    peer     the fused online loop against rejax's SAC on the same Brax environment (peer.py); its Python needs
+             `pip install rejax brax 'gymnax<1'`, in a version of JAX that it allows, best the one that runs this
+    pieces   how fast the default run's pieces are, and what bounds them (pieces.py)
+
+Members and peer are measured in turn, round after round: rates are medians over rounds, ratios medians of each round's.
+The time to compile stands apart and is in none of them. Writes results.json, table.md and figure.png into this folder.
+What results.json holds of this device already is not measured again, so that a bench which was stopped goes on; what was
+measured on other devices stays. For a GPU, run the same line there, with a JAX on either side that knows it: the results
+of both devices are then in one table and one figure.
 """
 
 import dataclasses
 import json
-import math
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import tyro
-from jax import lax
 
-import envs
-from experiments.tables import machine
-from jaxrl import rollout as ro
-from jaxrl import session, train
-from jaxrl.config import preset
-from jaxrl.data.record import Uniform
+from experiments.bench import members, peer, pieces
+from experiments.bench.members import Members
+from experiments.bench.peer import Peer
+from experiments.bench.pieces import Pieces
+from experiments.bench.results import figure, table
+from experiments.official_speed.__main__ import processor
+from jaxrl import rundir
+from jaxrl.errors import UserError
 
-REPETITIONS = 5
+HERE = Path(__file__).parent
+Name: TypeAlias = Literal["members", "peer", "pieces"]
+Block: TypeAlias = tuple[str, Callable[[], dict[str, Any]]]
+"""What is measured in one go: its name in the results, and the measurement."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Speed of the default run's pieces."""
+    """Speed of sweeps, of the online loop against a peer's, and of the default run's pieces."""
 
-    agent: str = "fmq"
-    """Agent."""
-    preset: str = "quick"
-    """Preset of its sizes."""
-    env: str = "maze-medium"
-    """Environment."""
-    count: int = 256
-    """Environments side by side, in the rollout measurements."""
-    out: Path = Path(__file__).parent / "results.json"
-    """File of the results."""
+    only: tuple[Name, ...] = ("members", "peer", "pieces")
+    """Studies to run."""
+    members: Members = dataclasses.field(default_factory=Members)
+    peer: Peer = dataclasses.field(default_factory=Peer)
+    pieces: Pieces = dataclasses.field(default_factory=Pieces)
+    out: Path = HERE
+    """Folder of the results."""
 
+    def check(self) -> None:
+        """Raises UserError for the first value that nothing can be measured with."""
+        self.members.check()
+        self.peer.check()
 
-def best_seconds(program: Callable[..., Any], *args: Any) -> float:
-    """Returns the shortest of several timings of a compiled program, its first call left out."""
-    jax.block_until_ready(program(*args))
-    times = []
-    for _ in range(REPETITIONS):
-        began = time.perf_counter()
-        jax.block_until_ready(program(*args))
-        times.append(time.perf_counter() - began)
-    return min(times)
+    def blocks(self, name: Name) -> Iterator[Block]:
+        """Yields what a study measures."""
+        if name == "members":
+            for case in self.members.cases:
+                for what in self.members.what:
+                    yield f"{case} {what}", lambda case=case, what=what: members.measured(self.members, case, what)
+        elif name == "peer" and self.peer.python is not None:
+            for width in self.peer.widths:
+                for seeds in self.peer.seeds:
+                    yield f"{width} {seeds}", lambda width=width, seeds=seeds: peer.measured(self.peer, width, seeds)
+        elif name == "pieces":
+            yield "pieces", lambda: pieces.measured(self.pieces)
 
-
-def steps_per_second(env: Any, policy: ro.Policy, count: int, decisions: int = 40) -> float:
-    """Returns environment steps per second of whole rollouts, resets from the bank included."""
-
-    def rolled(key: jax.Array) -> jax.Array:
-        key_start, key_bank, key_steps = jax.random.split(key, 3)
-        rollout, bank = ro.start(env, policy, key_start, count), ro.resets(env, key_bank, count)
-
-        def body(rollout: ro.Rollout, key: jax.Array) -> tuple[ro.Rollout, jax.Array]:
-            rollout, _, sums = ro.advance(env, policy, rollout, bank, key)
-            return rollout, sums["returns"]
-
-        return lax.scan(body, rollout, jax.random.split(key_steps, decisions))[1]
-
-    return count * decisions * policy.chunk / best_seconds(jax.jit(rolled), jax.random.key(0))
+    def settings(self, name: Name) -> dict[str, Any]:
+        """Returns what the blocks of a study must have in common, as JSON holds it."""
+        study = {"members": self.members, "peer": self.peer, "pieces": self.pieces}[name]
+        return json.loads(json.dumps(study.settings() | {"processor": processor()}))
 
 
-def products(jaxpr: Any, times: int = 1, branches: int | None = None) -> Iterator[tuple[Any, Any, Any, int]]:
-    """Yields (left, right, dimension numbers, how often) of every matrix product in a program that runs `times` times.
-
-    It goes through each of its branches as often, or `branches` times.
-    """
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            left, right = (variable.aval for variable in equation.invars)
-            yield left, right, equation.params["dimension_numbers"], times
-        inner = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
-        inner = branches if equation.primitive.name == "cond" and branches is not None else inner
-        for parameter in equation.params.values():
-            for part in parameter if isinstance(parameter, tuple | list) else (parameter,):
-                body = getattr(part, "jaxpr", part)
-                if hasattr(body, "eqns"):
-                    yield from products(body, inner, branches)
-
-
-def bare_products(program: Callable[..., Any], *args: Any) -> tuple[Callable[[], list], float]:
-    """Returns a compiled program of nothing but the matrix products of `program`, and its floating-point operations."""
-    pairs, numbers, flops = [], [], 0.0
-    for left, right, dimensions, times in products(jax.make_jaxpr(program)(*args).jaxpr):
-        for _ in range(times):  # operands of its own for each, so that none is computed once for all
-            key = jax.random.key(len(pairs))
-            pairs.append((jax.random.normal(key, left.shape), jax.random.normal(key, right.shape)))
-            numbers.append(dimensions)
-        (contracted, _), (batched, _) = dimensions
-        twice = math.prod(left.shape[i] for i in (*contracted, *batched))  # dimensions that both operands list
-        flops += 2 * times * math.prod(left.shape) * math.prod(right.shape) / twice
-    compiled = jax.jit(lambda pairs: [lax.dot_general(a, b, n) for (a, b), n in zip(pairs, numbers, strict=True)])
-    return lambda: compiled(pairs), flops
-
-
-def compile_seconds(run: session.Run, phase: train.Phase, carry: Any) -> tuple[float, float]:
-    """Returns the seconds to compile an epoch without a cache, and again from the cache that this filled."""
-    seconds = []
-    with tempfile.TemporaryDirectory() as folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        for _ in range(2):
-            jax.clear_caches()
-            lowered = train.jitted_epoch.lower(run.agent, run.env, phase, carry, run.data)
-            began = time.perf_counter()
-            lowered.compile()
-            seconds.append(time.perf_counter() - began)
-        jax.config.update("jax_enable_compilation_cache", False)
-    return seconds[0], seconds[1]
+def measure(results: dict[str, Any], name: Name, bench: Bench, save: Callable[[], None]) -> None:
+    """Measures what is not in the results yet. Raises UserError where these were measured with other settings."""
+    device, settings = jax.devices()[0].device_kind, bench.settings(name)
+    for block, measured in bench.blocks(name):
+        studies = results["machines"].setdefault(device, {})
+        study = studies.setdefault(name, {"settings": settings, "blocks": {}})
+        if study["settings"] != settings:
+            raise UserError(
+                f"{bench.out}: {name} were measured with {study['settings']}, not {settings}: name another --out"
+            )
+        if block in study["blocks"]:
+            continue
+        print(f"{name}: {block}", flush=True)
+        study["blocks"][block] = measured()
+        save()
+        jax.clear_caches()
 
 
 def main(bench: Bench) -> None:
-    """Measures, prints and writes."""
-    config = dataclasses.replace(preset(bench.preset, bench.agent), env=bench.env)
-    env = envs.make(config.env)
-    dataset = session.load_data(config, env)
-    run = session.prepare(config, env, dataset)
-    online = run.timeline.phases[-1]
-    carry = run.first()
-    measured: dict[str, Any] = {"agent": bench.agent, "env": bench.env, "preset": bench.preset}
+    """Runs the studies and writes their results."""
+    bench.check()
+    jax.config.update("jax_enable_compilation_cache", False)  # compiling is to be measured
+    path = bench.out / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {"machines": {}}
 
-    uniform = ro.scripted(Uniform(env.spec.action))
-    measured["steps_per_second_random"] = steps_per_second(env, uniform, bench.count)
-    policy = ro.policy_of(run.agent, carry.agent)
-    measured["steps_per_second_policy"] = steps_per_second(env, policy, bench.count)
+    def save() -> None:
+        rundir.write_json(path, results)
+        (bench.out / "table.md").write_text(table(results))
+        figure(results, bench.out / "figure.png")
 
-    def updates(state: Any, data: Any, key: jax.Array) -> Any:
-        def update(state: Any, key: jax.Array) -> tuple[Any, None]:
-            key_batch, key_step = jax.random.split(key)
-            return run.agent.update(state, run.agent.sample((data,), key_batch), key_step)[0], None
-
-        return lax.scan(update, state, jax.random.split(key, 100))[0]
-
-    seconds = best_seconds(jax.jit(updates), carry.agent, run.data, jax.random.key(1)) / 100
-    measured["offline_updates_per_second"] = 1 / seconds
-
-    def one(state: Any, data: Any, key: jax.Array) -> Any:
-        return run.agent.update(state, run.agent.sample((data,), key), key)[0]
-
-    bare, flops = bare_products(one, carry.agent, run.data, jax.random.key(1))
-    bare_seconds = best_seconds(bare)
-    measured["update_over_bare_products"] = seconds / bare_seconds
-    measured["gflops_of_bare_products"] = flops / bare_seconds / 1e9
-    measured["update_gflop"] = flops / 1e9
-
-    if online.collects:
-        carry = train.jitted_enter(run.agent, online, carry)
-        first, second = compile_seconds(run, online, carry)
-        measured |= {"compile_seconds": first, "compile_seconds_cached": second}
-        epoch = jax.jit(train.epoch, static_argnames=("env", "phase"))  # not donated, so that it can be repeated
-        seconds = best_seconds(lambda: epoch(run.agent, env, online, carry, run.data))
-        steps = online.iterations * run.agent.chunk * config.schedule.envs
-        measured["fused_online_steps_per_second"] = steps / seconds
-        measured["fused_online_updates_per_second"] = online.iterations * online.updates / seconds
-    for name, value in measured.items():
-        print(f"{name:<36}{value:>14.2f}" if isinstance(value, float) else f"{name:<36}{value:>14}")
-    bench.out.write_text(json.dumps({"manifest": machine(dataset.digest)} | measured, indent=1) + "\n")
+    for name in bench.only:
+        measure(results, name, bench, save)
+    save()
+    print((bench.out / "table.md").read_text())
 
 
 if __name__ == "__main__":

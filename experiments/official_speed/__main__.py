@@ -38,7 +38,7 @@ import optax
 import tyro
 from jax import lax
 
-from experiments.bench.__main__ import products
+from experiments.bench.products import products
 from experiments.neighbours.ways import trajectories
 from experiments.tables import machine
 from jaxrl import train

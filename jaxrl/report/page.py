@@ -56,11 +56,11 @@ def write(report: Report, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.png"):
             old.unlink()
-        texts = {
+        texts = {  # the page first: by it a report that was cut short is known, and replaced
+            PAGE: html(report, drawn),
             "table.md": markdown(report),
             "settings.csv": as_csv(rows(report)),
             "members.csv": as_csv(member_rows(report)),
-            PAGE: html(report, drawn),
         }
         for name, text in texts.items():
             rundir.write(folder / name, text)
@@ -75,7 +75,8 @@ def check_folder(folder: Path) -> None:
     """Raises UserError where a folder holds something that is no report."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: it is a file, name a folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder / PAGE).exists():
+    holds = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    if holds - {f"{PAGE}.partial"} and PAGE not in holds:
         raise UserError(f"--out {folder}: it holds something that is no report, name another folder")
 
 

@@ -1,0 +1,232 @@
+"""What a member of a sweep costs against a run alone. `python -m experiments.bench` says what is written.
+
+Members are driven by `jaxrl.crew.Programs`, the run alone by `jaxrl.train.jitted_epoch`, both compiled before anything
+is timed. Measured in turn: the run alone, members in one layout, the run alone, members in the other, and so on through
+all numbers of members, round after round; the ratio is to the run alone just before and just after.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import envs
+from experiments.tables import machine
+from jaxrl import plan, session, train
+from jaxrl.agents import FMQ
+from jaxrl.config import Config, preset
+from jaxrl.crew import Crew, Layout, Programs, keys_of, stacked
+from jaxrl.errors import UserError
+from jaxrl.train import Carry, Phase
+
+What: TypeAlias = Literal["offline", "online", "evaluation"]
+CASES: dict[str, dict[str, Any]] = {
+    "quick": {},
+    "small": {"actor_hidden": (32, 32), "critic_hidden": (32, 32), "batch_size": 64},
+}
+"""Sizes in which the agent of the default run differs from it, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """Cost of a member of a sweep against a run alone."""
+
+    env: str = "maze-medium"
+    """Environment."""
+    cases: tuple[str, ...] = tuple(CASES)
+    """Sizes of the networks and of the batch: the default run's, or small ones."""
+    what: tuple[What, ...] = ("offline", "online")
+    """Epochs that are measured, and the evaluation."""
+    counts: tuple[int, ...] = (1, 4, 16, 64)
+    """Members of one program."""
+    layouts: tuple[Layout, ...] = ("vmap", "map")
+    """All members at once, or one after the other."""
+    updates: int = 100
+    """Gradient steps of an offline epoch; a run's has more, so that what an epoch costs besides weighs less there."""
+    iterations: int = 4
+    """Iterations of an online epoch: a chunk of actions in every environment, and the gradient steps after it."""
+    rounds: int = 3
+    """How often they take turns."""
+    seconds: float = 1.0
+    """Seconds for which each is measured at a time, at least."""
+
+    def check(self) -> None:
+        """Raises UserError for the first value that nothing can be measured with."""
+        for case in self.cases:
+            if case not in CASES:
+                raise UserError(f"--members.cases {case}: must be among {', '.join(CASES)}")
+        for name in ("counts", "updates", "iterations", "rounds"):
+            if np.min(getattr(self, name)) < 1:
+                raise UserError(f"--members.{name} {getattr(self, name)}: must be at least 1")
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what measurements must have in common to stand in one table."""
+        names = ("env", "counts", "layouts", "updates", "iterations", "rounds", "seconds")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass
+class Program:
+    """A compiled program that goes on from where its last call ended."""
+
+    step: Callable[[Any], Any]  # state -> state
+    state: Any
+    compiling: float  # seconds
+    working: int  # bytes besides arguments and results in their place
+
+    def __call__(self, seconds: float) -> float:
+        """Returns the seconds of a call, the mean over calls for at least so many seconds."""
+        calls, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds or not calls:
+            self.state = jax.block_until_ready(self.step(self.state))
+            calls += 1
+        return (time.perf_counter() - began) / calls
+
+
+def compiled(program: Any, **arguments: Any) -> tuple[Any, float, int]:
+    """Returns a compiled program, the seconds that this took, and the bytes that it needs besides its arguments."""
+    lowered = program.lower(**arguments)
+    began = time.perf_counter()
+    ready = lowered.compile()
+    return ready, time.perf_counter() - began, plan.temporary(ready)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What is measured: one case, one kind of epoch."""
+
+    config: Config
+    env: Any
+    data: Any
+    phase: Phase
+    judging: bool  # whether the evaluation is measured and not the epoch
+
+    def begin(self) -> Carry:
+        """Returns the carry of a run alone."""
+        agent = train.on_device(self.config.agent)
+        carry = train.jitted_begin(agent, self.env, self.config.schedule, jax.random.key(0))
+        return train.jitted_enter(agent, self.phase, carry)
+
+    def alone(self) -> Program:
+        """Returns the program of a run alone."""
+        agent, carry, key = train.on_device(self.config.agent), self.begin(), jax.random.key(1)
+        if self.judging:
+            count = self.config.schedule.eval_episodes
+            given: dict[str, Any] = {"agent": agent, "state": carry.agent, "key": key}
+            program, *costs = compiled(train.jitted_evaluate, env=self.env, episodes=count, **given)
+            return Program(lambda _: program(**given), None, *costs)
+        given = {"agent": agent, "dataset": self.data}
+        program, *costs = compiled(train.jitted_epoch, env=self.env, phase=self.phase, carry=carry, **given)
+        return Program(lambda carry: program(carry=carry, **given)[0], carry, *costs)
+
+    def together(self, count: int, layout: Layout) -> Program:
+        """Returns the program of so many members."""
+        programs, crew = Programs(self.env, layout), alike(self.begin(), count)
+        crew = dataclasses.replace(crew, carry=programs.place(crew.carry), stopped=programs.place(crew.stopped))
+        agents = programs.place(stacked([self.config.agent] * count))
+        if self.judging:
+            episodes, key = self.config.schedule.eval_episodes, programs.share(jax.random.key(1))
+            program, *costs = compiled(
+                programs.evaluate, agents=agents, episodes=episodes, states=crew.carry.agent, key=key
+            )
+            return Program(lambda _: program(agents=agents, states=crew.carry.agent, key=key), None, *costs)
+        given = {"agents": agents, "dataset": programs.share(self.data)}
+        program, *costs = compiled(programs.epoch, phase=self.phase, crew=crew, **given)
+        return Program(lambda crew: program(crew=crew, **given)[0], crew, *costs)
+
+    def work(self) -> tuple[int, int]:
+        """Returns the gradient steps and the environment steps of a member in one call."""
+        if self.judging:
+            return 0, self.config.schedule.eval_episodes * self.env.horizon
+        steps = self.phase.iterations * self.config.schedule.envs * self.config.agent.chunk
+        return self.phase.iterations * self.phase.updates, steps if self.phase.collects else 0
+
+
+def alike(carry: Carry, count: int) -> Crew:
+    """Returns members that begin alike but for their keys."""
+    many = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), carry)
+    return Crew(dataclasses.replace(many, key=keys_of(range(count))), jnp.zeros(count, jnp.int32))
+
+
+def benches(study: Members, case: str, what: What) -> Bench:
+    """Returns what is to be measured, with the data in device memory."""
+    config = dataclasses.replace(preset("quick", "fmq"), env=study.env)
+    assert isinstance(config.agent, FMQ)
+    config = dataclasses.replace(config, agent=dataclasses.replace(config.agent, **CASES[case]))
+    env = envs.make(config.env)
+    run = session.prepare(config, env, session.load_data(config, env))
+    offline, online = run.timeline.phases
+    if what == "online":
+        phase = dataclasses.replace(online, iterations=study.iterations)
+    else:
+        phase = dataclasses.replace(offline, iterations=study.updates)
+    return Bench(config, env, run.data, phase, what == "evaluation")
+
+
+def measured(study: Members, case: str, what: What) -> dict[str, Any]:
+    """Returns the rows of one case and kind of epoch, one per number of members and layout, and what they hold for."""
+    bench = benches(study, case, what)
+    alone = bench.alone()
+    alone(0)
+    crews = {(count, layout): bench.together(count, layout) for count in study.counts for layout in study.layouts}
+    growth = {name: grown(crew) for name, crew in crews.items()}
+    turns: dict[tuple[int, Layout], list[tuple[float, float]]] = {name: [] for name in crews}
+    load = [os.getloadavg()[0]]
+    for _ in range(study.rounds):
+        before = alone(study.seconds)
+        for name, crew in crews.items():
+            seconds, after = crew(study.seconds), alone(study.seconds)
+            turns[name].append((seconds, (before + after) / 2))
+            before = after
+        load.append(os.getloadavg()[0])
+    check_running(crews.values())
+    held = plan.size(bench.begin())
+    updates, steps = bench.work()
+    rows = [
+        {
+            "members": count,
+            "layout": layout,
+            "seconds": [seconds for seconds, _ in turns[count, layout]],
+            "alone_seconds": [seconds for _, seconds in turns[count, layout]],
+            "compile_seconds": crew.compiling,
+            "bytes_held": count * held,
+            "bytes_working": crew.working,
+            "bytes_grown": growth[count, layout],
+        }
+        for (count, layout), crew in crews.items()
+    ]
+    single = {"compile_seconds": alone.compiling, "bytes_held": held, "bytes_working": alone.working}
+    about = {"case": case, "what": what, "updates": updates, "steps": steps, "alone": single, "load_average": load}
+    return about | {"manifest": machine(""), "rows": rows}
+
+
+def check_running(crews: Any) -> None:
+    """Raises RuntimeError where a member has left, which would cost nothing."""
+    for crew in crews:
+        if isinstance(crew.state, Crew) and np.asarray(crew.state.stopped).any():
+            raise RuntimeError("a member diverged: nothing can be said about its cost")
+
+
+def grown(program: Program) -> int | None:
+    """Returns the bytes by which this process grows during a program's second call; None but on the CPU of a Linux."""
+    program(0)
+    forget, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if jax.default_backend() != "cpu" or not forget.exists():
+        return None
+    forget.write_text("5")  # the peak is now what is held
+    before = next(resident(status))
+    program(0)
+    return next(resident(status)) - before
+
+
+def resident(status: Path) -> Iterator[int]:
+    """Yields the bytes that a process has held at most."""
+    for line in status.read_text().splitlines():
+        if line.startswith("VmHWM"):
+            yield int(line.split()[1]) * 1024
