@@ -32,7 +32,6 @@ from jaxrl.signals import StopRequests
 from jaxrl.team import Cohort, Make, Team
 from jaxrl.types import on_host
 
-
 BEGUN = {"processes", *(name + end for name in ("manifest.json", "sweep.json") for end in ("", ".partial"))}
 """What a folder may hold in which a sweep was begun, and stopped before it was one."""
 

@@ -39,7 +39,7 @@ def test_commands_have_flags_that_exist(line, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.flags, "make", stop_here)
     words = shlex.split(line)[1:]
-    if words[0] in ("doctor", "list"):
+    if words[0] in ("doctor", "list") or "--print-slurm" in words:
         assert cli.main(words) == 0
         return
     try:

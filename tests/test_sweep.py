@@ -349,6 +349,20 @@ def test_processes_that_disagree_all_say_in_what(data, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_settings_of_every_agent_are_checked_before_jax_begins():
+    """Processes meet before a backend is there, and what is asked for is checked before they meet."""
+    program = (
+        "from jax._src import xla_bridge\n"
+        "from jaxrl.config import PRESETS, VARIANTS, preset\n"
+        "for name, agents in PRESETS.items():\n"
+        "    for agent in agents:\n"
+        "        for variant in (None, *VARIANTS.get(agent, ())):\n"
+        "            preset(name, agent, variant).check()\n"
+        "            assert not xla_bridge.backends_are_initialized(), agent\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.mark.parametrize(
     ("environ", "several"),
     [

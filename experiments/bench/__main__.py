@@ -10,9 +10,9 @@
 
 Members and peer are measured in turn, round after round: rates are medians over rounds, ratios medians of each round's.
 The time to compile stands apart and is in none of them. Writes results.json, table.md and figure.png into this folder.
-What results.json holds of this device already is not measured again, so that a bench which was stopped goes on; what was
-measured on other devices stays. For a GPU, run the same line there, with a JAX on either side that knows it: the results
-of both devices are then in one table and one figure.
+What results.json holds of this device already is not measured again, so that a bench which was stopped goes on; what
+was measured on other devices stays. For a GPU, run the same line there, with a JAX on either side that knows it: both
+devices are then in one table and one figure.
 """
 
 import dataclasses

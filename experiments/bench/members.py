@@ -7,9 +7,9 @@ all numbers of members, round after round; the ratio is to the run alone just be
 
 import dataclasses
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import envs
+from experiments.neighbours.ways import peak_memory
 from experiments.tables import machine
 from jaxrl import plan, session, train
 from jaxrl.agents import FMQ
@@ -26,11 +27,9 @@ from jaxrl.errors import UserError
 from jaxrl.train import Carry, Phase
 
 What: TypeAlias = Literal["offline", "online", "evaluation"]
-CASES: dict[str, dict[str, Any]] = {
-    "quick": {},
-    "small": {"actor_hidden": (32, 32), "critic_hidden": (32, 32), "batch_size": 64},
-}
-"""Sizes in which the agent of the default run differs from it, by name."""
+SMALL: dict[str, Any] = {"actor_hidden": (32, 32), "critic_hidden": (32, 32), "batch_size": 64}
+CASES: dict[str, tuple[dict[str, Any], int]] = {"quick": ({}, 1), "small": (SMALL, 5)}
+"""By name, in what the agent differs from the default run's, and how many times as long its epochs are here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +46,9 @@ class Members:
     """Members of one program."""
     layouts: tuple[Layout, ...] = ("vmap", "map")
     """All members at once, or one after the other."""
-    updates: int = 100
+    updates: int = 50
     """Gradient steps of an offline epoch; a run's has more, so that what an epoch costs besides weighs less there."""
-    iterations: int = 4
+    iterations: int = 2
     """Iterations of an online epoch: a chunk of actions in every environment, and the gradient steps after it."""
     rounds: int = 3
     """How often they take turns."""
@@ -89,7 +88,7 @@ class Program:
         return (time.perf_counter() - began) / calls
 
 
-def compiled(program: Any, **arguments: Any) -> tuple[Any, float, int]:
+def compiled(program: Any, **arguments: Any) -> Any:
     """Returns a compiled program, the seconds that this took, and the bytes that it needs besides its arguments."""
     lowered = program.lower(**arguments)
     began = time.perf_counter()
@@ -158,14 +157,15 @@ def benches(study: Members, case: str, what: What) -> Bench:
     """Returns what is to be measured, with the data in device memory."""
     config = dataclasses.replace(preset("quick", "fmq"), env=study.env)
     assert isinstance(config.agent, FMQ)
-    config = dataclasses.replace(config, agent=dataclasses.replace(config.agent, **CASES[case]))
+    sizes, longer = CASES[case]
+    config = dataclasses.replace(config, agent=dataclasses.replace(config.agent, **sizes))
     env = envs.make(config.env)
     run = session.prepare(config, env, session.load_data(config, env))
     offline, online = run.timeline.phases
     if what == "online":
-        phase = dataclasses.replace(online, iterations=study.iterations)
+        phase = dataclasses.replace(online, iterations=longer * study.iterations)
     else:
-        phase = dataclasses.replace(offline, iterations=study.updates)
+        phase = dataclasses.replace(offline, iterations=longer * study.updates)
     return Bench(config, env, run.data, phase, what == "evaluation")
 
 
@@ -214,19 +214,8 @@ def check_running(crews: Any) -> None:
 
 
 def grown(program: Program) -> int | None:
-    """Returns the bytes by which this process grows during a program's second call; None but on the CPU of a Linux."""
+    """Returns the bytes by which this process grows during a program's first call, on the CPU of a Linux; else None."""
+    known = jax.default_backend() == "cpu" and sys.platform == "linux"
+    before = peak_memory(reset=True) if known else 0
     program(0)
-    forget, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if jax.default_backend() != "cpu" or not forget.exists():
-        return None
-    forget.write_text("5")  # the peak is now what is held
-    before = next(resident(status))
-    program(0)
-    return next(resident(status)) - before
-
-
-def resident(status: Path) -> Iterator[int]:
-    """Yields the bytes that a process has held at most."""
-    for line in status.read_text().splitlines():
-        if line.startswith("VmHWM"):
-            yield int(line.split()[1]) * 1024
+    return peak_memory() - before if known else None

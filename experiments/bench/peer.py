@@ -5,9 +5,9 @@ in every update evaluates the same networks as often: per update the policy and 
 the critics at the batch and the policy at its states with their gradients, and the critics at the policy's actions with
 the gradient that leads back to the policy. What SAC has besides is densities and a temperature, what ReBRAC has besides
 a distance to the batch's actions and a slow copy of the actor. The operations of matrix products are counted on both
-sides. So loops are compared, not what is learned: environment, environments side by side, gradient steps per environment
-step, batch, layers and rows of replay are equal. rejax runs without evaluation, several seeds by vmap, as it documents,
-and one without.
+sides. So loops are compared, not what is learned: environment, environments side by side, gradient steps after each of
+their steps, batch, layers and rows of replay are equal. rejax runs without evaluation, several seeds by vmap, as it
+documents, and one without.
 """
 
 import dataclasses
@@ -83,10 +83,11 @@ class Loop:
     """jaxrl's side of the comparison."""
 
     def __init__(self, study: Peer, width: int) -> None:
-        """Fills the replay with as many steps as one call makes, and more."""
+        """Makes as many steps without updates as one call of a program makes with them."""
         hidden = (width, width)
         agent = ReBRAC(actor_hidden=hidden, critic_hidden=hidden, critic_norm="none", batch_size=study.batch, delay=1)
-        self.env, self.agent = envs.make(f"brax/{study.env}?backend={study.backend}"), train.on_device(agent)
+        self.env: Any = envs.make(f"brax/{study.env}?backend={study.backend}")
+        self.agent = train.on_device(agent)
         self.schedule = Schedule(
             offline_updates=0,
             online_steps=study.replay,

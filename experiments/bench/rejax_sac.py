@@ -20,11 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from products import operations
+from products import operations  # ty: ignore[import-not-found]
 
 warnings.simplefilter("ignore")  # Brax's and flax's, about their own future
 
-from rejax import SAC  # noqa: E402
+from rejax import SAC  # noqa: E402  # ty: ignore[import-not-found]
 
 
 def nothing(algorithm: Any, state: Any, key: jax.Array) -> tuple:

@@ -90,16 +90,17 @@ def member_table(study: dict[str, Any]) -> str:
     """Returns the table of members."""
     head = ["epoch of", "members", "updates/s", "steps/s", "member / alone", "in rounds", "all / alone"]
     head += ["compile, s", "held, MiB", "working, MiB", "grew, MiB"]
-    settings = study["settings"]
-    return markdown(head, [row for block in study["blocks"].values() for row in member_rows(block)], 2) + (
+    settings, blocks = study["settings"], list(study["blocks"].values())
+    return markdown(head, [row for block in blocks for row in member_rows(block)], 2) + (
         f"\n\nFMQ in `{settings['env']}` at its quick preset; small: two hidden layers of 32, batch 64. Updates and "
         "environment steps per second are those of all members together. Member / alone: the time of an epoch over "
         "members and over the time of a run alone, driven by `jaxrl.train.jitted_epoch` just before and just after in "
-        f"the same process; medians of {settings['rounds']} rounds in turn, of at least {settings['seconds']:g} s each. "
-        f"Epochs have {settings['updates']} updates, online {settings['iterations']} iterations, fewer than a run's: "
-        "what an epoch costs besides them weighs more than in a run. Compiling happens once and is in none of "
-        "these times. Held: by the members, besides the data that they share; working: what the program needs besides, "
-        f"as compiled; grew: by how much the process did during a call. {where(study)}\n"
+        f"the same process; medians of {settings['rounds']} rounds in turn, at least {settings['seconds']:g} s each. "
+        f"Epochs have {between([block['updates'] for block in blocks], 'd')} updates, fewer than a run's: what an "
+        "epoch costs besides them, above all copying what members hold, weighs more here than in a run. Compiling "
+        "happens once and is in none of these times. Held: by the members, besides the data that they share; working: "
+        "what the program needs besides, as compiled; grew: by how much the process did during the first call. "
+        f"{where(study)}\n"
     )
 
 
@@ -107,11 +108,12 @@ def peer_rows(block: dict[str, Any]) -> Iterator[list[str]]:
     """Yields the rows of a number of seeds and networks of one width, one per layout here."""
     theirs = np.array(block["seconds"]["rejax"])
     for layout, compiling in block["compile_seconds"].items():
-        ours, sampling = np.array(block["seconds"][layout]), "-"
+        ours, sampling, rest = np.array(block["seconds"][layout]), "-", "-"
         if "sampling" in block["seconds"]:
-            both = zip(("rejax sampling", "sampling"), (theirs, ours), strict=True)
-            shares = [middle(np.array(block["seconds"][part]) / whole) for part, whole in both]
-            sampling = " : ".join(f"{100 * share * block['updates'] / SAMPLES:.0f} %" for share in shares)
+            batches = block["updates"] / SAMPLES
+            drawing = [batches * np.array(block["seconds"][name]) for name in ("rejax sampling", "sampling")]
+            sampling = " : ".join(f"{100 * middle(x / y):.0f} %" for x, y in zip(drawing, (theirs, ours), strict=True))
+            rest = f"{middle((theirs - drawing[0]) / (ours - drawing[1])):.2f}"
         yield [
             f"{block['width']}x2",
             f"{block['seeds']}, {layout}",
@@ -121,6 +123,7 @@ def peer_rows(block: dict[str, Any]) -> Iterator[list[str]]:
             between(theirs / ours, ".2f"),
             f"{1000 * block['rejax']['update_gflop']:.0f} : {1000 * block['update_gflop']:.0f}",
             sampling,
+            rest,
             f"{block['rejax']['compile_seconds']:.0f} : {compiling:.0f}",
         ]
 
@@ -128,7 +131,7 @@ def peer_rows(block: dict[str, Any]) -> Iterator[list[str]]:
 def peer_table(study: dict[str, Any]) -> str:
     """Returns the table of the peer."""
     head = ["networks", "seeds", "steps/s, rejax", "steps/s, jaxrl", "updates/s, rejax", "updates/s, jaxrl", "ratio"]
-    head += ["in rounds", "MFLOP per update", "sampling", "compile, s"]
+    head += ["in rounds", "MFLOP per update", "sampling", "without it", "compile, s"]
     settings, blocks = study["settings"], list(study["blocks"].values())
     versions = blocks[0]["rejax"]["versions"]
     return markdown(head, [row for block in blocks for row in peer_rows(block)], 2) + (
@@ -136,15 +139,15 @@ def peer_table(study: dict[str, Any]) -> str:
         f"`brax/{settings['env']}`, backend {settings['backend']}; on both sides {settings['envs']} environments, "
         f"{settings['updates']} updates after each step of all of them, batch {settings['batch']}, a replay of "
         f"{settings['replay']:,}, no evaluation. The algorithms differ, as jaxrl has no SAC. An update evaluates, on "
-        "both sides, the policy and two target critics at the next states, two critics at the batch and the policy at its "
-        "states, both with gradients, and the critics at the policy's actions with the gradient to these. SAC has "
+        "both sides, the policy and two target critics at the next states, two critics at the batch and the policy at "
+        "its states, both with gradients, and the critics at the policy's actions with the gradient to these. SAC has "
         "densities and a temperature besides, ReBRAC a distance to the batch's actions and a slow actor. Pairs are "
         "rejax : jaxrl. MFLOP: of an update's matrix products. Sampling: the time of drawing batches, alone in a "
-        "program, in per cent of the loop's. The loops differ, too: rejax draws a batch without replacement, which "
-        "orders one number per row of the replay, and computes a reset of every environment in every step; jaxrl draws "
-        "with replacement, and computes resets once per epoch. Several seeds are vmapped by rejax, as it documents, "
-        f"and here as named. Medians of {settings['rounds']} rounds in turn, of at least {settings['seconds']:g} s each; "
-        f"rates of all seeds together. {where(study)}\n"
+        "program, in per cent of the loop's; without it: the ratio of what then remains. The loops differ, too: rejax "
+        "draws a batch without replacement, which orders one number per row of the replay, and computes a reset of "
+        "every environment in every step; jaxrl draws with replacement, and computes resets once per epoch. Several "
+        "seeds are vmapped by rejax, as it documents, and here as named; rates are those of all seeds together. "
+        f"Medians of {settings['rounds']} rounds in turn, of at least {settings['seconds']:g} s each. {where(study)}\n"
     )
 
 

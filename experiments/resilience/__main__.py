@@ -332,10 +332,10 @@ def table(results: dict[str, Any]) -> str:
     members = ", ".join(f"{count} {status}" for status, count in results["members"].items())
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (
         f"\n\nA sweep of {sum(results['members'].values())} members ({members}) in two programs, killed "
-        f"{len(alone['kills'])} times: {equal(alone)} as undisturbed. {results['undisturbed_s'][-1]:.0f} s undisturbed, "
-        f"{alone['seconds']:.0f} s with all kills.\n\n"
-        f"Two processes, of which one was killed {len(pair['kills'])} times: {equal(pair)}. The other stopped by itself, "
-        f"saved, with exit code 75, {seconds[0]:.1f} to {seconds[-1]:.1f} s later, at a patience of "
+        f"{len(alone['kills'])} times: {equal(alone)} as undisturbed. It takes {results['undisturbed_s'][-1]:.0f} s "
+        f"undisturbed, {alone['seconds']:.0f} s with all kills.\n\n"
+        f"Two processes, of which one was killed {len(pair['kills'])} times: {equal(pair)}. The other stopped by "
+        f"itself, saved, with exit code 75, {seconds[0]:.1f} to {seconds[-1]:.1f} s later, at a patience of "
         f"{results['study']['patience']} s; an epoch takes {results['epoch_s']:.2f} s, and "
         f"{results['begin_s']:.0f} s pass before the first.\n\n"
         f"{about['cores']} cores of {about['processor']}, load average {results['load_average']:.1f}, "

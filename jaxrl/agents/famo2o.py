@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxrl import losses
@@ -53,7 +54,7 @@ class FamO2O:
         """Raises UserError where a value is out of range."""
         common.check_range(self, **dict.fromkeys(("actor_hidden", "critic_hidden", "batch_size"), (1, None)))
         common.check_range(self, lr=(0, None), max_weight=(0, None), lowest=(0, None))
-        common.check_range(self, highest=(float(jnp.max(jnp.asarray(self.lowest))), None))
+        common.check_range(self, highest=(float(np.max(np.asarray(self.lowest))), None))
         common.check_range(self, discount=(0, 1), tau=(0, 1), expectile=(0, 1))
         self.goals.check()
 

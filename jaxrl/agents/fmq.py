@@ -24,6 +24,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxrl import flow, guidance, losses
@@ -90,7 +91,7 @@ class FMQ:
         check_range(self, discount=(0, 1), tau=(0, 1), curriculum=(self.warmup, None))
         check_range(self.beam, width=(1, None), rounds=(0, None), branches=(1, None), eta=(0, None), snr=(0, None))
         for weight in ("esd_weight", "diagonal_weight"):
-            if not self.flow_losses_online and jnp.any(jnp.asarray(getattr(self, weight)) > 0):
+            if not self.flow_losses_online and np.any(np.asarray(getattr(self, weight)) > 0):
                 raise UserError(f"FMQ.{weight} = {getattr(self, weight)}: has no effect unless flow_losses_online")
 
     def actor(self, spec: Spec) -> Velocity:
