@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxrl.errors import UserError
@@ -53,7 +54,7 @@ def spec_of(leaf: Any, devices: int) -> PartitionSpec:
 
 def lay(x: Any, spec: PartitionSpec) -> Any:
     """Returns an array as it is to lie on the devices in scope: a rule for the program, or moved there."""
-    return jax.lax.with_sharding_constraint(x, spec) if isinstance(x, jax.core.Tracer) else jax.device_put(x, spec)
+    return jax.lax.with_sharding_constraint(x, spec) if isinstance(x, Tracer) else jax.device_put(x, spec)
 
 
 def spread(tree: PyTree) -> PyTree:

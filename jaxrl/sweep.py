@@ -180,11 +180,11 @@ def start(space: Space, settings: Settings, path: Path, make: Make, stop: StopRe
     Raises StopRequested where asked to stop.
     """
     asked = asked_for(space, settings)
-    if machine.process == 0 and not (path / "sweep.json").exists():
-        if path.exists() and {entry.name for entry in path.iterdir()} - BEGUN:
-            raise UserError(f"{path} exists and is not the folder of a sweep: name another with --out")
-        create(path, space, settings, make, machine.processes)
+    if path.exists() and not (path / "sweep.json").exists() and {entry.name for entry in path.iterdir()} - BEGUN:
+        raise UserError(f"{path} exists and is not the folder of a sweep: name another with --out")
     with Watch(path / "processes", machine, settings.patience).kept() as watch:
+        if machine.process == 0 and not (path / "sweep.json").exists():
+            create(path, space, settings, make, machine.processes)
         wait(watch, lambda: (path / "sweep.json").exists(), stop)
         check_same(path, asked)
         return drive(read(path, settings), make, stop, watch)
@@ -241,10 +241,13 @@ def finish(sweep: Sweep) -> dict[str, Any]:
     ]
     counts = collections.Counter(result["status"] for result in results)
     seconds = sum(row["seconds"] for cohort in sweep.cohorts for row in rundir.rows(cohort.folder / "timings.jsonl"))
+    result: dict[str, Any] = {"sweep": str(sweep.path), "members": len(results), **counts, "seconds": round(seconds, 1)}
+    if all(found["success"] is None for found in results):
+        print("every member diverged before its first evaluation: there is nothing to report", file=sys.stderr)
+        return result
     found = report.read([sweep.path])
     report.write(found, sweep.path / "report")
     print(report.summary(found))
-    result: dict[str, Any] = {"sweep": str(sweep.path), "members": len(results), **counts, "seconds": round(seconds, 1)}
     if not found.ranked:
         return result
     best = found.ranked[0]

@@ -65,8 +65,10 @@ class Team:
         if dataset.digest != cohort.dataset_digest:
             raise UserError(f"dataset {dataset.path} has changed since {cohort.path} began")
         self.run = session.prepare(config, env, dataset)
-        self.ends = tuple(self.evaluated_from(share) for share in ends)
         self.programs = programs(env, cohort.layout, tuple(devices))
+        if not isinstance(self.run.data, Stream):
+            self.run = dataclasses.replace(self.run, data=self.programs.share(self.run.data))
+        self.ends = tuple(self.evaluated_from(share) for share in ends)
         self.clock = self.saved = time.perf_counter()
         cohort.folder.mkdir(parents=True, exist_ok=True)
         for member in cohort.members:
@@ -105,12 +107,12 @@ class Team:
                     raise StopRequested
         if last and self.members:
             self.finish(crew)
-        left = [
-            (m, runs) for m, runs in zip(self.members, self.running(crew), strict=True) if m.index not in gone[stage]
-        ]
-        rundir.write_json(
-            self.cohort.mark(stage), {"scores": {m.index: self.score(m) if runs else None for m, runs in left}}
-        )
+        scores = {
+            member.index: self.score(member) if runs else None
+            for member, runs in zip(self.members, self.running(crew), strict=True)
+            if member.index not in gone[stage]
+        }
+        rundir.write_json(self.cohort.mark(stage), {"scores": scores})
 
     # Who is in the program
 
@@ -169,7 +171,7 @@ class Team:
         crew, before, stopped = loaded[1], self.members, np.asarray(loaded[1].stopped)
         leaving = np.array([member.index in gone[stage] for member in before]) & (stopped >= RUNNING)
         crew = dataclasses.replace(crew, stopped=np.where(leaving & (stopped == RUNNING), -done, stopped))
-        for i in np.flatnonzero(leaving):
+        for i in np.flatnonzero(leaving).tolist():
             self.discharge(crew, i, None)
         self.enlist(stage, gone)
         rows = np.array([i for i, member in enumerate(before) if member in self.members], int)
@@ -181,7 +183,7 @@ class Team:
 
     def data(self, index: int) -> PyTree:
         """Returns the data of an epoch, on every device."""
-        return self.programs.share(self.run.data.at(index) if isinstance(self.run.data, Stream) else self.run.data)
+        return self.programs.share(self.run.data.at(index)) if isinstance(self.run.data, Stream) else self.run.data
 
     def epoch(self, crew: Crew, index: int) -> Crew:
         """Returns the members after the epoch with this index (from 0), and writes a row of each that still runs."""

@@ -96,7 +96,7 @@ def measure(results: dict[str, Any], name: Name, bench: Bench, save: Callable[[]
 def main(bench: Bench) -> None:
     """Runs the studies and writes their results."""
     bench.check()
-    jax.config.update("jax_enable_compilation_cache", False)  # compiling is to be measured
+    pieces.use_cache(None)  # the time to compile is measured
     path = bench.out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {"machines": {}}
 

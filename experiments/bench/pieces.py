@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.experimental.compilation_cache import compilation_cache
 
 import envs
 from experiments.bench.products import operations, products
@@ -88,16 +89,21 @@ def compile_seconds(run: session.Run, phase: train.Phase, carry: Any) -> tuple[f
     """Returns the seconds to compile an epoch without a cache, and again from the cache that this filled."""
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
-        jax.config.update("jax_enable_compilation_cache", True)
-        jax.config.update("jax_compilation_cache_dir", folder)
+        use_cache(folder)
         for _ in range(2):
             jax.clear_caches()
             lowered = train.jitted_epoch.lower(run.agent, run.env, phase, carry, run.data)
             began = time.perf_counter()
             lowered.compile()
             seconds.append(time.perf_counter() - began)
-        jax.config.update("jax_enable_compilation_cache", False)
+        use_cache(None)
     return seconds[0], seconds[1]
+
+
+def use_cache(folder: str | None) -> None:
+    """Keeps compiled programs in a folder, or nowhere."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # which otherwise stays where it was first
 
 
 def measured(study: Pieces) -> dict[str, Any]:

@@ -96,10 +96,11 @@ def member_table(study: dict[str, Any]) -> str:
         "environment steps per second are those of all members together. Member / alone: the time of an epoch over "
         "members and over the time of a run alone, driven by `jaxrl.train.jitted_epoch` just before and just after in "
         f"the same process; medians of {settings['rounds']} rounds in turn, at least {settings['seconds']:g} s each. "
-        f"Epochs have {between([block['updates'] for block in blocks], 'd')} updates, fewer than a run's: what an "
-        "epoch costs besides them, above all copying what members hold, weighs more here than in a run. Compiling "
-        "happens once and is in none of these times. Held: by the members, besides the data that they share; working: "
-        "what the program needs besides, as compiled; grew: by how much the process did during the first call. "
+        f"Epochs have {settings['updates']} updates offline and {settings['iterations']} iterations online, in the small "
+        "case five times as many, but fewer than a run's: what an epoch costs besides them, above all copying what "
+        "members hold, weighs more here. Compiling happens once and is in none of these times. Held: by the members, "
+        "besides the data that they share; working: what the program needs besides, as compiled; grew: by how much the "
+        "process did during the first call. "
         f"{where(study)}\n"
     )
 

@@ -4,7 +4,8 @@
 
 A small sweep of FMQ, offline and then online: twelve members, of which some diverge, in two programs, halved amid the
 run. It runs undisturbed. Then it is started, killed (SIGKILL) at a random time, and started again by the same command,
-until it was killed often enough; the first kills are spread over its epochs, the last ones over what remains. Should it
+until it was killed often enough. One kill in four falls before what was not done yet goes on, the others after, the first
+ones spread over the epochs, the last ones over all that remains. Should it
 end before, another one is begun in a new folder, until the number of kills is full. Kills while Python is still
 importing, before anything was touched, are not counted. In the end every member's metrics and result, the state of its
 agent and the report's table of settings are compared with the undisturbed ones, byte by byte.
@@ -97,10 +98,10 @@ class Place:
         with log_of(path, *more).open("a") as log:
             return subprocess.Popen([sys.executable, *line], cwd=ROOT, env=environ, stdout=log, stderr=log)
 
-    def remaining(self, path: Path, share: float = 1.0) -> float:
-        """Returns the seconds that the sweep in a folder may still take once it is started, of its work a share."""
+    def left(self, path: Path) -> float:
+        """Returns the seconds of work that are left in a folder."""
         done = sum(len(rundir.rows(path / f"cohorts/{number}/timings.jsonl")) for number in range(COHORTS))
-        return self.begin + share * self.work * max(1 - done / (COHORTS * EPOCHS), 0.1)
+        return self.work * max(1 - done / (COHORTS * EPOCHS), 0.25)
 
 
 def log_of(path: Path, *more: str) -> Path:
@@ -185,6 +186,38 @@ def hit(before: Progress | None, after: Progress | None) -> str:
     return "offline epoch" if after.epoch < OFFLINE else "online epoch"
 
 
+def went_on(before: Progress | None, now: Progress | None) -> bool:
+    """Whether a sweep that was started again is beyond what it could go on from."""
+    if before is None or now is None:
+        return now is not None and (now.epoch, now.results) > (0, 0)
+    if (now.stage, now.cohort) == (before.stage, before.cohort):
+        return now.epoch > max(before.saved, RUNG * before.stage) and now.epoch != before.epoch
+    return (now.stage, now.cohort) > (before.stage, before.cohort)
+
+
+def survived(
+    place: Place, path: Path, before: Progress | None, share: float, rng: random.Random, processes: list
+) -> bool:
+    """Returns whether all processes still run at a random moment, having waited for it.
+
+    One in four lies before what was not done yet goes on, the others within a share of what is left from there on.
+    """
+    if rng.random() < 0.25 or (before is not None and before.stage == STAGES):
+        time.sleep(rng.uniform(0, place.begin))
+    else:
+        while running(processes) and not went_on(before, progress(path)):
+            time.sleep(0.02)
+        seconds = time.perf_counter() + rng.uniform(0, share * place.left(path))
+        while running(processes) and time.perf_counter() < seconds:
+            time.sleep(0.01)
+    return running(processes)
+
+
+def running(processes: list[subprocess.Popen]) -> bool:
+    """Whether none has ended."""
+    return all(process.poll() is None for process in processes)
+
+
 # One process
 
 
@@ -207,26 +240,20 @@ def killed(place: Place, count: int, rng: random.Random) -> tuple[list[Path], li
         path, left = paths[-1], count - len(hits)
         before, since = progress(path), time.time()
         share = 1.0 if left <= ENDING else min(1.0, 2 / (left - ENDING))
-        process, delay = place.launch(path), rng.uniform(0, place.remaining(path, share))
-        try:
-            finished(process_within(process, delay), log_of(path))
+        process, began = place.launch(path), time.perf_counter()
+        if not survived(place, path, before, share, rng, [process]):
+            finished(process, log_of(path))
             paths.append(place.folder / f"killed-{len(paths)}")  # it came to its end
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            after = progress(path)
-            if touched(path, since - 0.01) or (before is not None and before.stage == STAGES):
-                row = {"sweep": len(paths) - 1, "at": hit(before, after), "seconds": round(delay, 2)}
-                hits.append(row | {"left": dataclasses.asdict(after) if after else None})
-                print(json.dumps(hits[-1]), flush=True)
+            continue
+        process.kill()
+        process.wait()
+        after, seconds = progress(path), round(time.perf_counter() - began, 1)
+        if touched(path, since - 0.01) or (before is not None and before.stage == STAGES):
+            row = {"sweep": len(paths) - 1, "at": hit(before, after), "seconds": seconds}
+            hits.append(row | {"left": dataclasses.asdict(after) if after else None})
+            print(json.dumps(hits[-1]), flush=True)
     finished(place.launch(paths[-1]), log_of(paths[-1]))
     return paths, hits
-
-
-def process_within(process: subprocess.Popen, seconds: float) -> subprocess.Popen:
-    """Returns a process that has ended. Raises subprocess.TimeoutExpired where it has not within some seconds."""
-    process.wait(seconds)
-    return process
 
 
 # Two processes
@@ -262,8 +289,7 @@ def bereaved(place: Place, count: int, patience: int, rng: random.Random) -> tup
                 raise RuntimeError(log_of(path, f"--process={victim}").read_text()[-3000:])
             time.sleep(0.05)
         known.add(meetings[0])
-        time.sleep(rng.uniform(0, place.remaining(path, min(1.0, 2 / (count - len(hits))))))
-        if any(process.poll() is not None for process in processes):
+        if not survived(place, path, before, min(1.0, 2 / (count - len(hits))), rng, processes):
             for number, process in enumerate(processes):
                 finished(process, log_of(path, f"--process={number}"))
             paths.append(place.folder / f"pair-{len(paths)}")
