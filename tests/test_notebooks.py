@@ -18,12 +18,19 @@ from PIL import Image, ImageSequence
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 QUICKSTART, STEP, PICTURES = "01_quickstart", "02_import_a_step", "03_flow_maps_and_guidance"
+SWEEP = "04_sweep_and_report"
 DRAWN = {  # the cells that draw a picture
     QUICKSTART: ["data-picture", "curves", "flow-picture", "guidance", "radius"],
     STEP: ["curves", "online-picture", "weight-picture"],
     PICTURES: ["flow", "chords", "steps", "errors", "critic", "guidance", "strength", "policy"],
+    SWEEP: ["curves", "slices", "map", "improvement", "draws"],
 }
-WRITTEN = {QUICKSTART: ["datasets", "rollout.gif"], STEP: ["state.npz"], PICTURES: []}  # files that are left behind
+WRITTEN = {  # files that are left behind
+    QUICKSTART: ["datasets", "rollout.gif"],
+    STEP: ["state.npz"],
+    PICTURES: [],
+    SWEEP: ["datasets", "runs"],
+}
 
 PROGRAM = """\
 offline: 2 epochs, each a
@@ -242,3 +249,52 @@ def test_stored_guidance_is_right_for_a_while_and_then_leaves_the_data():
 def test_stored_policy_moved_by_the_radius():
     for eta, moved in results(stored(PICTURES), "policy")["moved by"].items():
         assert moved == pytest.approx(float(eta), rel=0.1)
+
+
+# 04_sweep_and_report
+
+
+@of(SWEEP)
+def test_scalars_alone_keep_the_program(executed):
+    lines = printed(executed.notebook)["scalars"].splitlines()
+    assert "alpha" in lines[0] and "batch_size" not in lines[0]
+    assert lines[1:] == ["another alpha, the same program: True", "another batch size, the same program: False"]
+
+
+@of(SWEEP)
+def test_an_interrupted_sweep_goes_on_by_the_same_command(executed):
+    for notebook, epochs in ((executed.notebook, 4), (stored(SWEEP), 8)):
+        parts = [printed(notebook)[cell] for cell in ("interrupt", "again")]
+        assert "go on with: jaxrl sweep --resume runs/alpha\nexit code 75\n" in parts[0]
+        assert parts[1].endswith("exit code 0\n")
+        seen = [[int(epoch) for epoch in re.findall(r"^program.* epoch +(\d+)", part, re.MULTILINE)] for part in parts]
+        assert seen[0] and seen[1] and seen[0] + seen[1] == list(range(1, epochs + 1))
+        assert "metrics of the run alone and of the member are equal: True" in printed(notebook)["alone"]
+
+
+@of(SWEEP)
+def test_the_absurd_learning_rate_diverges_and_harms_no_other(executed):
+    for notebook, diverged, members in ((executed.notebook, 4, 8), (stored(SWEEP), 20, 60)):
+        result = json.loads(printed(notebook)["again"].splitlines()[-2].removeprefix("result: "))
+        assert (result["members"], result["diverged"]) == (members, diverged)
+        assert result["finished"] == members - diverged
+        assert result["best"]["values"]["agent.critic_lr"] < 1
+
+
+@of(SWEEP)
+def test_halving_halves_twice(executed):
+    for notebook in (executed.notebook, stored(SWEEP)):
+        assert printed(notebook)["draws"].endswith("share of the full budget: 0.5\n")
+
+
+def test_stored_sweep_found_the_ridge_between_critic_and_data():
+    scores = re.findall(r"alpha=(\d+) critic_lr=\S+ +(\d\.\d\d) \[", printed(stored(SWEEP))["report"])
+    assert scores[0][0] == "30" and float(scores[0][1]) > 0.8
+    rates = re.findall(r"alpha +(\S+): success of its seeds (\d\.\d\d) (\d\.\d\d)", printed(stored(SWEEP))["run"])
+    means = {alpha: (float(one) + float(other)) / 2 for alpha, one, other in rates}
+    assert means["2.5"] < means["1000"] < means["30"]
+
+
+def test_stored_choice_is_overrated():
+    for scores in results(stored(SWEEP), "honest").values():
+        assert scores["chosen on"] >= scores["separate"]

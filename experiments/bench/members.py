@@ -97,8 +97,8 @@ def compiled(program: Any, **arguments: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
-    """What is measured: one case, one kind of epoch."""
+class Trial:
+    """One case and one kind of epoch, to be driven alone and together."""
 
     config: Config
     env: Any
@@ -153,8 +153,8 @@ def alike(carry: Carry, count: int) -> Crew:
     return Crew(dataclasses.replace(many, key=keys_of(range(count))), jnp.zeros(count, jnp.int32))
 
 
-def benches(study: Members, case: str, what: What) -> Bench:
-    """Returns what is to be measured, with the data in device memory."""
+def trial(study: Members, case: str, what: What) -> Trial:
+    """Returns what is to be driven, with the recorded behaviour as its data."""
     config = dataclasses.replace(preset("quick", "fmq"), env=study.env)
     assert isinstance(config.agent, FMQ)
     sizes, longer = CASES[case]
@@ -166,15 +166,15 @@ def benches(study: Members, case: str, what: What) -> Bench:
         phase = dataclasses.replace(online, iterations=longer * study.iterations)
     else:
         phase = dataclasses.replace(offline, iterations=longer * study.updates)
-    return Bench(config, env, run.data, phase, what == "evaluation")
+    return Trial(config, env, run.data, phase, what == "evaluation")
 
 
 def measured(study: Members, case: str, what: What) -> dict[str, Any]:
     """Returns the rows of one case and kind of epoch, one per number of members and layout, and what they hold for."""
-    bench = benches(study, case, what)
-    alone = bench.alone()
+    one = trial(study, case, what)
+    alone = one.alone()
     alone(0)
-    crews = {(count, layout): bench.together(count, layout) for count in study.counts for layout in study.layouts}
+    crews = {(count, layout): one.together(count, layout) for count in study.counts for layout in study.layouts}
     growth = {name: grown(crew) for name, crew in crews.items()}
     turns: dict[tuple[int, Layout], list[tuple[float, float]]] = {name: [] for name in crews}
     load = [os.getloadavg()[0]]
@@ -186,8 +186,7 @@ def measured(study: Members, case: str, what: What) -> dict[str, Any]:
             before = after
         load.append(os.getloadavg()[0])
     check_running(crews.values())
-    held = plan.size(bench.begin())
-    updates, steps = bench.work()
+    held, (updates, steps) = plan.size(one.begin()), one.work()
     rows = [
         {
             "members": count,

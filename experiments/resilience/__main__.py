@@ -4,14 +4,15 @@
 
 A small sweep of FMQ, offline and then online: twelve members, of which some diverge, in two programs, halved amid the
 run. It runs undisturbed. Then it is started, killed (SIGKILL) at a random time, and started again by the same command,
-until it was killed often enough. One kill in four falls before what was not done yet goes on, the others after, the first
-ones spread over the epochs, the last ones over all that remains. Should it
-end before, another one is begun in a new folder, until the number of kills is full. Kills while Python is still
-importing, before anything was touched, are not counted. In the end every member's metrics and result, the state of its
-agent and the report's table of settings are compared with the undisturbed ones, byte by byte.
+until it was killed often enough. One kill in four falls before what was not done yet goes on, the others after that,
+the first ones spread over the epochs, the last ones over all that remains. Should it end before, another one is begun
+in a new folder, until the number of kills is full. Kills while Python is still importing, before anything was touched,
+are not counted. In the end every member's metrics and result, the state of its agent and the report's table of settings
+are compared with the undisturbed ones, byte by byte.
 
 The same with two processes, a program each: one of them, at random, is killed while both are at work, the other is to
-save and stop by itself (exit code 75) within patience, an epoch and saving; then both are started again.
+save and stop by itself (exit code 75) within patience, an epoch and saving; then both are started again. A process that
+was through with its part when it was killed takes nothing with it: the other comes to its end.
 
 Compiled programs are kept in a folder that is empty at first, so that kills may hit its writing, too. Writes
 results.json and table.md into this folder.
@@ -44,14 +45,14 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 ENV = "point?horizon=20"
 SWEEP = (
     "--agent.chunk=2 --agent.batch-size=64 --agent.num-samples=4 --agent.target-samples=4 --agent.warmup=50 "
-    "--agent.curriculum=500 --agent.actor-hidden 32 32 --agent.critic-hidden 32 32 --agent.lr 1e-3 1e-2 300 "
-    "--agent.eta 0.3 1.0 --seeds 2 --schedule.offline-updates=1200 --schedule.updates-per-epoch=100 "
-    "--schedule.online-steps=1280 --schedule.steps-per-epoch=160 --schedule.envs=8 --schedule.utd=0.5 "
-    "--schedule.eval-every=2 --schedule.eval-episodes=10 --rungs 0.5 --keep 0.5 --layout=map "
-    "--max-members-per-program=6 --checkpoint-seconds=1"
+    "--agent.curriculum=500 --agent.actor-hidden 32 32 --agent.critic-hidden 32 32 --agent.lr 1e-3 1e-2 1e3 "
+    "--agent.eta 0.3 1.0 --seeds 2 --schedule.offline-updates=1200 --schedule.updates-per-epoch=50 "
+    "--schedule.online-steps=1280 --schedule.steps-per-epoch=80 --schedule.envs=8 --schedule.utd=0.5 "
+    "--schedule.eval-every=4 --schedule.eval-episodes=10 --rungs 0.5 --keep 0.5 --layout=map "
+    "--max-members-per-program=6 --checkpoint-seconds=0.3"
 ).split()
-OFFLINE, EPOCHS, RUNG, STAGES, COHORTS = 12, 20, 10, 2, 2
-ENDING = 6  # kills, the last ones, that are not spread over the epochs
+OFFLINE, EPOCHS, RUNG, STAGES, COHORTS = 24, 40, 20, 2, 2
+ENDING = 4  # kills, the last ones, that are not spread over the epochs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +204,7 @@ def survived(
     One in four lies before what was not done yet goes on, the others within a share of what is left from there on.
     """
     if rng.random() < 0.25 or (before is not None and before.stage == STAGES):
-        time.sleep(rng.uniform(0, place.begin))
+        time.sleep(rng.uniform(0.3, 1.1) * place.begin)  # before that, Python imports
     else:
         while running(processes) and not went_on(before, progress(path)):
             time.sleep(0.02)
@@ -239,7 +240,7 @@ def killed(place: Place, count: int, rng: random.Random) -> tuple[list[Path], li
     while len(hits) < count:
         path, left = paths[-1], count - len(hits)
         before, since = progress(path), time.time()
-        share = 1.0 if left <= ENDING else min(1.0, 2 / (left - ENDING))
+        share = 1.0 if left <= ENDING else 1 / (left - ENDING)
         process, began = place.launch(path), time.perf_counter()
         if not survived(place, path, before, share, rng, [process]):
             finished(process, log_of(path))
@@ -296,7 +297,13 @@ def bereaved(place: Place, count: int, patience: int, rng: random.Random) -> tup
             continue
         processes[victim].kill()
         began, after = time.perf_counter(), progress(path)
-        finished(processes[1 - victim], log := log_of(path, f"--process={1 - victim}"), code=75)
+        log = log_of(path, f"--process={1 - victim}")
+        if processes[1 - victim].wait() == 0:
+            for number, process in enumerate(both(place, path, patience)):  # the report may be missing
+                finished(process, log_of(path, f"--process={number}"))
+            paths.append(place.folder / f"pair-{len(paths)}")
+            continue
+        finished(processes[1 - victim], log, code=75)
         row = {"sweep": len(paths) - 1, "killed": victim, "seconds": round(time.perf_counter() - began, 1)}
         said = f"process {victim} of 2 was not heard of for {patience} s" in log.read_text()
         hits.append(row | {"said": said, "at": hit(before, after)})
@@ -355,11 +362,12 @@ def table(results: dict[str, Any]) -> str:
     lines = [["what the kill hit", "kills"], ["---", "---:"]]
     lines += [[at, str(count)] for at, count in collections.Counter(row["at"] for row in alone["kills"]).items()]
     seconds = sorted(row["seconds"] for row in pair["kills"])
+    most = max(collections.Counter(row["sweep"] for row in alone["kills"]).values())
     members = ", ".join(f"{count} {status}" for status, count in results["members"].items())
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (
         f"\n\nA sweep of {sum(results['members'].values())} members ({members}) in two programs, killed "
-        f"{len(alone['kills'])} times: {equal(alone)} as undisturbed. It takes {results['undisturbed_s'][-1]:.0f} s "
-        f"undisturbed, {alone['seconds']:.0f} s with all kills.\n\n"
+        f"{len(alone['kills'])} times, up to {most} times before its end: {equal(alone)}. One takes "
+        f"{results['undisturbed_s'][-1]:.0f} s undisturbed; all of them with the kills, {alone['seconds']:.0f} s.\n\n"
         f"Two processes, of which one was killed {len(pair['kills'])} times: {equal(pair)}. The other stopped by "
         f"itself, saved, with exit code 75, {seconds[0]:.1f} to {seconds[-1]:.1f} s later, at a patience of "
         f"{results['study']['patience']} s; an epoch takes {results['epoch_s']:.2f} s, and "
@@ -374,8 +382,9 @@ def equal(part: dict[str, Any]) -> str:
     different = sum(bool(found) for found in part["differences"])
     count = len(part["differences"])
     if not different:
-        return "the result is the same, bit for bit" if count == 1 else f"all {count} results are the same, bit for bit"
-    return f"{different} of {count} results differ"
+        whose = "its result is" if count == 1 else f"the results of {count} such sweeps are"
+        return f"{whose} the undisturbed one, bit for bit"
+    return f"the results of {different} of {count} sweeps differ"
 
 
 def main(study: Study) -> None:
