@@ -189,6 +189,8 @@ def figure(results: dict[str, Any], path: Path) -> None:
         row[1].set(title="online", ylabel="environment steps per second, all members")
         row[2].set(title="time of a member over that of a run alone")
         row[3].set(title="online loop on Brax", ylabel="environment steps per second, all seeds")
+    for axis in axes.flat:
+        axis.set_visible(axis.has_data())  # not all was measured everywhere
     picture.savefig(path, dpi=110)
     plt.close(picture)
 
@@ -238,7 +240,7 @@ def over_members(axis: Any, blocks: list[dict[str, Any]]) -> None:
     counts = sorted({row["members"] for block in blocks for row in block["rows"]})
     axis.set(xscale="log", xlabel="members of one program")
     axis.set_xticks(counts, [f"{count}" for count in counts])
-    axis.minorticks_off()
+    axis.xaxis.minorticks_off()
     axis.grid(alpha=0.3)
     if blocks:
         axis.legend(frameon=False, fontsize="small")
