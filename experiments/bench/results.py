@@ -156,7 +156,7 @@ def piece_table(study: dict[str, Any]) -> str:
     """Returns the table of pieces."""
     settings, block = study["settings"], study["blocks"]["pieces"]
     numbers = {name: value for name, value in block.items() if isinstance(value, float)}
-    rows = [[name.replace("_", " "), f"{value:,.2f}"] for name, value in numbers.items()]
+    rows = [[name.replace("_", " "), f"{value:,.0f}" if value >= 100 else f"{value:.3g}"] for name, value in numbers.items()]
     return markdown(["piece", "measured"], rows, 1) + (
         f"\n\n{settings['agent']} at its {settings['preset']} preset in `{settings['env']}`, {settings['count']} "
         f"environments in the rollouts: the best of several repetitions each. {where(study)}\n"
@@ -227,6 +227,8 @@ def draw_costs(axis: Any, blocks: list[dict[str, Any]]) -> None:
             axis.fill_between(counts, ratios.min(axis=1), ratios.max(axis=1), color=colour, alpha=0.08, linewidth=0)
     axis.axhline(TARGET, color="black", linestyle=":", linewidth=0.8)
     over_members(axis, blocks)
+    if blocks:  # they are many, and would hide what they name
+        axis.legend(frameon=False, fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def by_layout(block: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
