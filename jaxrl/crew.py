@@ -133,7 +133,11 @@ class Programs:
         self.fit = jax.jit(functools.partial(fit, **lifted), **here)
         self.enter = jax.jit(functools.partial(enter, **lifted), static_argnames=("phase",), **here)
         self.epoch = jax.jit(
-            functools.partial(epoch, env=env, **lifted), static_argnames=("phase",), donate_argnames=("crew",), **here
+            functools.partial(epoch, env=env, **lifted),
+            static_argnames=("phase",),
+            donate_argnames=("crew",),
+            compiler_options=train.COMPILING,
+            **here,
         )
         self.evaluate = jax.jit(functools.partial(evaluate, env=env, **lifted), static_argnames=("episodes",), **here)
 

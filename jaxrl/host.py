@@ -116,7 +116,9 @@ def resume(carry: Carry) -> Carry:
 jitted_act = jax.jit(act)
 jitted_act_greedily = jax.jit(act_greedily)
 jitted_resume = jax.jit(resume, donate_argnames=("carry",))
-jitted_learn = jax.jit(train.learn, static_argnames=("phase",), donate_argnames=("carry",))
+jitted_learn = jax.jit(
+    train.learn, static_argnames=("phase",), donate_argnames=("carry",), compiler_options=train.COMPILING
+)
 jitted_close = jax.jit(train.close, donate_argnames=("carry",))
 
 

