@@ -283,7 +283,5 @@ def on_device(agent: Any) -> Any:
 jitted_begin = jax.jit(begin, static_argnames=("env", "schedule"))
 jitted_fit = jax.jit(fit)
 jitted_enter = jax.jit(enter, static_argnames=("phase",))
-jitted_epoch = jax.jit(
-    epoch, static_argnames=("env", "phase"), donate_argnames=("carry",), compiler_options=COMPILING
-)
+jitted_epoch = jax.jit(epoch, static_argnames=("env", "phase"), donate_argnames=("carry",), compiler_options=COMPILING)
 jitted_evaluate = jax.jit(evaluate, static_argnames=("env", "episodes"))

@@ -156,7 +156,9 @@ def piece_table(study: dict[str, Any]) -> str:
     """Returns the table of pieces."""
     settings, block = study["settings"], study["blocks"]["pieces"]
     numbers = {name: value for name, value in block.items() if isinstance(value, float)}
-    rows = [[name.replace("_", " "), f"{value:,.0f}" if value >= 100 else f"{value:.3g}"] for name, value in numbers.items()]
+    rows = [
+        [name.replace("_", " "), f"{value:,.0f}" if value >= 100 else f"{value:.3g}"] for name, value in numbers.items()
+    ]
     return markdown(["piece", "measured"], rows, 1) + (
         f"\n\n{settings['agent']} at its {settings['preset']} preset in `{settings['env']}`, {settings['count']} "
         f"environments in the rollouts: the best of several repetitions each. {where(study)}\n"
