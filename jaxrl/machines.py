@@ -1,7 +1,7 @@
 """Several processes, on one machine or many, that carry out one sweep together.
 
 Members have nothing to say to each other, so neither have the programs of different processes: `jax.distributed`
-brings the processes together, they agree on what is to be done, and then each goes on as a JAX of its own, over its own
+brings the processes together, they agree on what is to be done, and then each is a JAX of its own, over its own
 devices. What they still need to know of each other goes through the sweep's folder, which all of them see: each writes
 every few seconds that it lives. A process that is lost takes no other with it unsaved, and no collective can hang.
 """
@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from jaxrl.errors import UserError
 
 BEAT = 2.0  # seconds between two signs of life
 TOGETHER = 120  # seconds that processes wait for each other at the start
+VISIBLE = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")  # SLURM may give each process GPUs of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,32 +60,52 @@ def job() -> str | None:
 def meet(coordinator: str | None, processes: int | None, process: int | None, asked: dict[str, Any]) -> Machine:
     """Returns this process's place among the others, once all are there and want the same.
 
-    Without arguments the scheduler's environment tells them. Raises UserError where a process does not come, or asks
-    for something else, naming the first field.
-    """
-    try:
-        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=TOGETHER)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"processes cannot come together: {str(error).splitlines()[0]}") from error
-    # Before a backend is there, JAX keeps who we are, and the store that all share, in this place only.
-    from jax._src import distributed
+    Without a coordinator's address the scheduler's environment tells all three. Raises UserError where a process does
+    not come or is lost meanwhile, within twice `TOGETHER`, or asks for something else, naming the first field.
 
-    state: Any = distributed.global_state
-    client, me = state.client, Machine(state.process_id, state.num_processes)
-    client.key_value_set(f"jaxrl/asked/{me.process}", json.dumps(asked))
-    if me.process == 0:
-        client.key_value_set("jaxrl/meeting", f"{time.time():.3f}")
-    meeting = client.blocking_key_value_get("jaxrl/meeting", TOGETHER * 1000)
-    others = [
-        json.loads(client.blocking_key_value_get(f"jaxrl/asked/{i}", TOGETHER * 1000)) for i in range(me.processes)
-    ]
-    jax.distributed.shutdown()
-    state.process_id, state.num_processes = 0, 1  # from here on, a JAX of its own
+    JAX ends a process that waits for another in vain by a signal, so another one is sent to meet in our place.
+    """
+    words = [sys.executable, "-m", "jaxrl.machines", json.dumps([coordinator, processes, process, asked, TOGETHER])]
+    sent = subprocess.run(words, capture_output=True, text=True)
+    if sent.returncode < 0:
+        said = f"not all were there within {TOGETHER} s, or one was lost"
+    else:
+        said = (sent.stderr.splitlines() or [f"exit code {sent.returncode}"])[-1]
+    if sent.returncode:
+        raise UserError(f"processes cannot come together: {said}")
+    met = json.loads(sent.stdout.splitlines()[-1])
+    others = met["asked"]
     for i, other in enumerate(others):
         if name := difference(others[0], other):
             first, second = (flat(x).get(name, "absent") for x in (others[0], other))
             raise UserError(f"processes 0 and {i} disagree: {name} = {first} and {second}")
-    return dataclasses.replace(me, meeting=meeting)
+    for name, devices in met["visible"].items():
+        jax.config.update(name, devices)
+    return Machine(**met["machine"])
+
+
+def exchange(
+    coordinator: str | None, processes: int | None, process: int | None, asked: Any, seconds: int
+) -> dict[str, Any]:
+    """Returns the place of this process, what each process asks for, and the devices that the scheduler gave to it."""
+    jax.distributed.initialize(
+        coordinator, processes, process, initialization_timeout=seconds, heartbeat_timeout_seconds=seconds
+    )
+    from jax._src import distributed  # where alone JAX keeps, before a backend is there, who we are and what all share
+
+    state: Any = distributed.global_state
+    client, me = state.client, state.process_id
+    client.key_value_set(f"jaxrl/asked/{me}", json.dumps(asked))
+    if me == 0:
+        client.key_value_set("jaxrl/meeting", f"{time.time():.3f}")
+    meeting = client.blocking_key_value_get("jaxrl/meeting", 1000 * seconds)
+    texts = [client.blocking_key_value_get(f"jaxrl/asked/{i}", 1000 * seconds) for i in range(state.num_processes)]
+    jax.distributed.shutdown()
+    return {
+        "machine": {"process": me, "processes": state.num_processes, "meeting": meeting},
+        "asked": [json.loads(text) for text in texts],
+        "visible": {name: jax.config.read(name) for name in VISIBLE},
+    }
 
 
 def difference(one: Any, other: Any) -> str | None:
@@ -162,3 +184,7 @@ class Watch:
             elif now - since > self.patience:
                 return f"process {i} of {self.machine.processes} was not heard of for {self.patience:g} s"
         return None
+
+
+if __name__ == "__main__":
+    print(json.dumps(exchange(*json.loads(sys.argv[1]))))

@@ -349,8 +349,17 @@ def test_processes_that_disagree_all_say_in_what(data, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_process_that_nobody_comes_to_meet_says_so(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(machines, "TOGETHER", 2)
+    more = [f"--coordinator=127.0.0.1:{port()}", "--processes=2", "--process=0"]
+    code, _, error = run([*flags(data, tmp_path / "x"), *more])
+    assert code == 2
+    assert error == "jaxrl: processes cannot come together: not all were there within 2 s, or one was lost\n"
+    assert not (tmp_path / "x").exists()
+
+
 def test_settings_of_every_agent_are_checked_before_jax_begins():
-    """Processes meet before a backend is there, and what is asked for is checked before they meet."""
+    """Which devices are a process's own is known once it has met the others; what is asked for is checked before."""
     program = (
         "from jax._src import xla_bridge\n"
         "from jaxrl.config import PRESETS, VARIANTS, preset\n"
