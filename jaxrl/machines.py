@@ -67,11 +67,9 @@ def meet(coordinator: str | None, processes: int | None, process: int | None, as
     """
     words = [sys.executable, "-m", "jaxrl.machines", json.dumps([coordinator, processes, process, asked, TOGETHER])]
     sent = subprocess.run(words, capture_output=True, text=True)
-    if sent.returncode < 0:
-        said = f"not all were there within {TOGETHER} s, or one was lost"
-    else:
-        said = (sent.stderr.splitlines() or [f"exit code {sent.returncode}"])[-1]
     if sent.returncode:
+        lost = f"not all were there within {TOGETHER} s, or one was lost"
+        said = lost if sent.returncode < 0 else sent.stderr.splitlines()[-1]
         raise UserError(f"processes cannot come together: {said}")
     met = json.loads(sent.stdout.splitlines()[-1])
     others = met["asked"]
@@ -187,4 +185,7 @@ class Watch:
 
 
 if __name__ == "__main__":
-    print(json.dumps(exchange(*json.loads(sys.argv[1]))))
+    try:
+        print(json.dumps(exchange(*json.loads(sys.argv[1]))))
+    except (RuntimeError, ValueError) as error:
+        sys.exit(str(error).splitlines()[0])

@@ -161,6 +161,7 @@ class _Quantiles(nn.Module):
         return _dense(1, x.shape[-1], self.initial)(x)[..., 0]
 
     def normed(self, width: int, x: jax.Array) -> jax.Array:
+        """Returns a dense layer's outputs [..., width], normalised."""
         return nn.LayerNorm(1e-5)(_dense(width, x.shape[-1], self.initial)(x))
 
 

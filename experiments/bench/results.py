@@ -228,9 +228,8 @@ def draw_costs(axis: Any, blocks: list[dict[str, Any]]) -> None:
             axis.plot(counts, centre, style, color=colour, label=label, markersize=5)
             axis.fill_between(counts, ratios.min(axis=1), ratios.max(axis=1), color=colour, alpha=0.08, linewidth=0)
     axis.axhline(TARGET, color="black", linestyle=":", linewidth=0.8)
-    over_members(axis, blocks)
-    if blocks:  # they are many, and would hide what they name
-        axis.legend(frameon=False, fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    below = {"ncols": 2, "loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}  # so many names would hide the lines
+    over_members(axis, blocks, **below)
 
 
 def by_layout(block: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -239,15 +238,15 @@ def by_layout(block: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]
         yield layout, [row for row in block["rows"] if row["layout"] == layout]
 
 
-def over_members(axis: Any, blocks: list[dict[str, Any]]) -> None:
-    """Sets an axis that counts members."""
+def over_members(axis: Any, blocks: list[dict[str, Any]], **legend: Any) -> None:
+    """Sets an axis that counts members, and its legend."""
     counts = sorted({row["members"] for block in blocks for row in block["rows"]})
     axis.set(xscale="log", xlabel="members of one program")
     axis.set_xticks(counts, [f"{count}" for count in counts])
     axis.xaxis.minorticks_off()
     axis.grid(alpha=0.3)
     if blocks:
-        axis.legend(frameon=False, fontsize="small")
+        axis.legend(frameon=False, fontsize="small", **legend)
 
 
 def draw_peer(axis: Any, blocks: Any) -> None:

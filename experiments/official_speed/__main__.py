@@ -462,19 +462,8 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def table(results: dict[str, Any]) -> str:
     """Returns the results as people read them."""
-    head = [
-        "method",
-        "networks",
-        "official",
-        "jaxrl",
-        "ratio",
-        "rounds",
-        "products",
-        "Adam, target",
-        "sampling",
-        "search",
-    ]
-    head += ["rest", "GFLOP/s", "official runs", "load average"]
+    head = ["method", "networks", "official", "jaxrl", "ratio", "rounds", "products", "Adam, target", "sampling"]
+    head += ["search", "rest", "GFLOP/s", "official runs", "load average"]
     rows = [head, ["---", "---", *["---:"] * 10, "---", "---:"], *map(cells, results["rows"])]
     study, manifests = results["study"], [row["manifest"] for row in results["rows"]]
     here = sorted({manifest["versions"]["jax"] for manifest in manifests})
