@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.pool import Pool
+from jaxrl.rollout.workers import Pool
 from jaxrl.types import Env, EnvState, HostEnv, Spec, on_host
 
 STEPS, COPIES = 64, 8  # of the rollout that is looked at

@@ -5,7 +5,7 @@
     ogbench/cube-single-play-v0                     goal-conditioned: a goal is a whole observation, appended to it
     ogbench/cube-single-play-oraclerep-v0           a goal is what matters in it, such as where the cube is
 
-They step on the CPU, in worker processes (`jaxrl.host`). One is built in this process, to know sizes and tasks.
+They step on the CPU, in worker processes (`jaxrl.rollout.host`). One is built in this process, to know sizes and tasks.
 """
 
 import contextlib

@@ -4,12 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl import rundir, stats
+from jaxrl import stats
+from jaxrl.runs import directory
 
 
 def machine(digest: str) -> dict[str, Any]:
     """Returns the versions, the machine and the data that a study's numbers depend on."""
-    return {name: value for name, value in rundir.manifest(digest).items() if name != "argv"}
+    return {name: value for name, value in directory.manifest(digest).items() if name != "argv"}
 
 
 def last(results: dict[str, Any], name: str, metric: str = "success") -> np.ndarray:

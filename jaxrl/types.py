@@ -175,7 +175,7 @@ class Env(Protocol):
 
 @runtime_checkable
 class HostEnv(Protocol):
-    """A simulator that steps on the CPU in worker processes, such as Gymnasium's: many are run by `jaxrl.host`."""
+    """A simulator that steps on the CPU in worker processes, such as Gymnasium's: many are run by `jaxrl.rollout.host`."""
 
     @property
     def spec(self) -> Spec:
@@ -193,7 +193,7 @@ class HostEnv(Protocol):
         ...
 
     def builder(self, picture: int = 0) -> Callable[[], Any]:
-        """Returns what makes one simulator, see `jaxrl.pool`; with `picture`, one that renders in so many pixels.
+        """Returns what makes one simulator, see `jaxrl.rollout.workers`; with `picture`, one that renders in so many pixels.
 
         It is pickled and called in worker processes, so it is a function of a module that imports no JAX.
         """

@@ -10,7 +10,7 @@ import jax
 import jaxtyping
 import pytest
 
-jaxtyping.install_import_hook(["jaxrl.flow", "jaxrl.guidance", "jaxrl.losses"], "beartype.beartype")
+jaxtyping.install_import_hook(["jaxrl.ops.flow", "jaxrl.ops.guidance", "jaxrl.ops.losses"], "beartype.beartype")
 
 
 @pytest.hookimpl(tryfirst=True)

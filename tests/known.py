@@ -17,7 +17,8 @@ import optax
 
 from jaxrl.agents.common import Normalizer, State
 from jaxrl.data.files import Dataset
-from jaxrl.data.ring import Ring, from_dataset
+from jaxrl.replay.loading import from_dataset
+from jaxrl.replay.ring import Ring
 from jaxrl.types import Batch, PyTree, Spec
 
 KEY = jax.random.key(0)

@@ -12,9 +12,12 @@ import jaxtyping
 import numpy as np
 
 import envs
-from jaxrl import checkpoint, cli, rundir, session, train
+from jaxrl import cli
 from jaxrl.data import files
-from jaxrl.log import Log
+from jaxrl.runs import checkpoint, directory, driver
+from jaxrl.runs.logging import Log
+from jaxrl.training import loop
+from jaxrl.training.schedule import phases
 
 ENV = "point?horizon=20"
 AGENT = (
@@ -106,12 +109,12 @@ def finished(temporary: Path) -> Path:
 
 def carry(path: Path, epoch: int = EPOCHS) -> dict[str, np.ndarray]:
     """Returns every leaf of a run's checkpoint by its path, random keys as numbers."""
-    config = rundir.read_config(path)
-    agent = train.on_device(config.agent)
-    timeline = session.Timeline(train.phases(config.schedule, agent.chunk))
+    config = directory.read_config(path)
+    agent = loop.on_device(config.agent)
+    timeline = driver.Timeline(phases(config.schedule, agent.chunk))
     loaded = checkpoint.load(
         path / "checkpoints",
-        lambda done: session.abstract_carry(agent, make(config.env), config.schedule, timeline, done),
+        lambda done: driver.abstract_carry(agent, make(config.env), config.schedule, timeline, done),
     )
     assert loaded is not None and loaded[0] == epoch
     numbers = jax.tree.map(

@@ -30,8 +30,8 @@ from experiments.bench.peer import Peer
 from experiments.bench.pieces import Pieces
 from experiments.bench.results import figure, table
 from experiments.official_speed.__main__ import processor
-from jaxrl import rundir
 from jaxrl.errors import UserError
+from jaxrl.runs.jsonlines import write_json
 
 HERE = Path(__file__).parent
 Name: TypeAlias = Literal["members", "peer", "pieces"]
@@ -101,7 +101,7 @@ def main(bench: Bench) -> None:
     results = json.loads(path.read_text()) if path.exists() else {"machines": {}}
 
     def save() -> None:
-        rundir.write_json(path, results)
+        write_json(path, results)
         (bench.out / "table.md").write_text(table(results))
         figure(results, bench.out / "figure.png")
 

@@ -1,8 +1,9 @@
 """What a member of a sweep costs against a run alone. `python -m experiments.bench` says what is written.
 
-Members are driven by `jaxrl.crew.Programs`, the run alone by `jaxrl.train.jitted_epoch`, both compiled before anything
-is timed. Measured in turn: the run alone, members in one layout, the run alone, members in the other, and so on through
-all numbers of members, round after round; the ratio is to the run alone just before and just after.
+Members are driven by `jaxrl.sweeps.population.Programs`, the run alone by `jaxrl.training.loop.jitted_epoch`, both
+compiled before anything is timed. Measured in turn: the run alone, members in one layout, the run alone, members in
+the other, and so on through all numbers of members, round after round; the ratio is to the run alone just before and
+just after.
 """
 
 import dataclasses
@@ -19,12 +20,16 @@ import numpy as np
 import envs
 from experiments.neighbours.ways import peak_memory
 from experiments.tables import machine
-from jaxrl import plan, session, train
 from jaxrl.agents import FMQ
-from jaxrl.config import Config, preset
-from jaxrl.crew import Crew, Layout, Programs, keys_of, stacked
 from jaxrl.errors import UserError
-from jaxrl.train import Carry, Phase
+from jaxrl.runs import driver, memory
+from jaxrl.runs.config import Config
+from jaxrl.runs.datasets import load_data
+from jaxrl.runs.presets import preset
+from jaxrl.sweeps.population import Crew, Layout, Programs, keys_of, stacked
+from jaxrl.training import loop
+from jaxrl.training.loop import Carry
+from jaxrl.training.schedule import Phase
 
 What: TypeAlias = Literal["offline", "online", "evaluation"]
 SMALL: dict[str, Any] = {"actor_hidden": (32, 32), "critic_hidden": (32, 32), "batch_size": 64}
@@ -93,7 +98,7 @@ def compiled(program: Any, **arguments: Any) -> Any:
     lowered = program.lower(**arguments)
     began = time.perf_counter()
     ready = lowered.compile()
-    return ready, time.perf_counter() - began, plan.temporary(ready)
+    return ready, time.perf_counter() - began, memory.temporary(ready)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,20 +113,20 @@ class Trial:
 
     def begin(self) -> Carry:
         """Returns the carry of a run alone."""
-        agent = train.on_device(self.config.agent)
-        carry = train.jitted_begin(agent, self.env, self.config.schedule, jax.random.key(0))
-        return train.jitted_enter(agent, self.phase, carry)
+        agent = loop.on_device(self.config.agent)
+        carry = loop.jitted_begin(agent, self.env, self.config.schedule, jax.random.key(0))
+        return loop.jitted_enter(agent, self.phase, carry)
 
     def alone(self) -> Program:
         """Returns the program of a run alone."""
-        agent, carry, key = train.on_device(self.config.agent), self.begin(), jax.random.key(1)
+        agent, carry, key = loop.on_device(self.config.agent), self.begin(), jax.random.key(1)
         if self.judging:
             count = self.config.schedule.eval_episodes
             given: dict[str, Any] = {"agent": agent, "state": carry.agent, "key": key}
-            program, *costs = compiled(train.jitted_evaluate, env=self.env, episodes=count, **given)
+            program, *costs = compiled(loop.jitted_evaluate, env=self.env, episodes=count, **given)
             return Program(lambda _: program(**given), None, *costs)
         given = {"agent": agent, "dataset": self.data}
-        program, *costs = compiled(train.jitted_epoch, env=self.env, phase=self.phase, carry=carry, **given)
+        program, *costs = compiled(loop.jitted_epoch, env=self.env, phase=self.phase, carry=carry, **given)
         return Program(lambda carry: program(carry=carry, **given)[0], carry, *costs)
 
     def together(self, count: int, layout: Layout) -> Program:
@@ -160,7 +165,7 @@ def trial(study: Members, case: str, what: What) -> Trial:
     sizes, longer = CASES[case]
     config = dataclasses.replace(config, agent=dataclasses.replace(config.agent, **sizes))
     env = envs.make(config.env)
-    run = session.prepare(config, env, session.load_data(config, env))
+    run = driver.prepare(config, env, load_data(config, env))
     offline, online = run.timeline.phases
     if what == "online":
         phase = dataclasses.replace(online, iterations=longer * study.iterations)
@@ -186,7 +191,7 @@ def measured(study: Members, case: str, what: What) -> dict[str, Any]:
             before = after
         load.append(os.getloadavg()[0])
     check_running(crews.values())
-    held, (updates, steps) = plan.size(one.begin()), one.work()
+    held, (updates, steps) = memory.size(one.begin()), one.work()
     rows = [
         {
             "members": count,

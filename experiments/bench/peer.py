@@ -26,11 +26,11 @@ import envs
 from experiments.bench.members import Program, alike, compiled
 from experiments.bench.products import operations
 from experiments.tables import machine
-from jaxrl import train
 from jaxrl.agents import ReBRAC
-from jaxrl.crew import Programs, stacked
 from jaxrl.errors import UserError
-from jaxrl.train import Schedule
+from jaxrl.sweeps.population import Programs, stacked
+from jaxrl.training import loop as train
+from jaxrl.training.schedule import Schedule, phases
 
 SAMPLES = 16  # batches that are sampled by one call of a program
 
@@ -97,7 +97,7 @@ class Loop:
             replay=study.replay,
             steps_per_epoch=study.iterations * study.envs,
         )
-        filling, self.phase = train.phases(self.schedule, agent.chunk)
+        filling, self.phase = phases(self.schedule, agent.chunk)
         self.carry = train.jitted_begin(self.agent, self.env, self.schedule, jax.random.key(0))
         self.carry = train.jitted_epoch(self.agent, self.env, filling, self.carry, None)[0]
 

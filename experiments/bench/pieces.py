@@ -20,10 +20,13 @@ from jax.experimental.compilation_cache import compilation_cache
 import envs
 from experiments.bench.products import operations, products
 from experiments.tables import machine
-from jaxrl import rollout as ro
-from jaxrl import session, train
-from jaxrl.config import preset
-from jaxrl.data.record import Uniform
+from jaxrl.rollout import device as ro
+from jaxrl.rollout.record import Uniform
+from jaxrl.runs import driver
+from jaxrl.runs.datasets import load_data
+from jaxrl.runs.presets import preset
+from jaxrl.training import loop
+from jaxrl.training.schedule import Phase
 
 REPETITIONS = 5
 
@@ -85,14 +88,14 @@ def bare_products(program: Callable[..., Any], *args: Any) -> Callable[[], list]
     return lambda: compiled(pairs)
 
 
-def compile_seconds(run: session.Run, phase: train.Phase, carry: Any) -> tuple[float, float]:
+def compile_seconds(run: driver.Run, phase: Phase, carry: Any) -> tuple[float, float]:
     """Returns the seconds to compile an epoch without a cache, and again from the cache that this filled."""
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         use_cache(folder)
         for _ in range(2):
             jax.clear_caches()
-            lowered = train.jitted_epoch.lower(run.agent, run.env, phase, carry, run.data)
+            lowered = loop.jitted_epoch.lower(run.agent, run.env, phase, carry, run.data)
             began = time.perf_counter()
             lowered.compile()
             seconds.append(time.perf_counter() - began)
@@ -110,8 +113,8 @@ def measured(study: Pieces) -> dict[str, Any]:
     """Returns what was measured, by name, and on what."""
     config = dataclasses.replace(preset(study.preset, study.agent), env=study.env)
     env = envs.make(config.env)
-    dataset = session.load_data(config, env)
-    run = session.prepare(config, env, dataset)
+    dataset = load_data(config, env)
+    run = driver.prepare(config, env, dataset)
     online, carry = run.timeline.phases[-1], run.first()
     found: dict[str, Any] = {"manifest": machine(dataset.digest), "load_average": [os.getloadavg()[0]]}
     found["steps_per_second_random"] = steps_per_second(env, ro.scripted(Uniform(env.spec.action)), study.count)
@@ -137,11 +140,11 @@ def measured(study: Pieces) -> dict[str, Any]:
     return found | (fused(run, online, carry) if online.collects else {})
 
 
-def fused(run: session.Run, online: train.Phase, carry: Any) -> dict[str, float]:
+def fused(run: driver.Run, online: Phase, carry: Any) -> dict[str, float]:
     """Returns the speed of the online epoch, and the seconds to compile it."""
-    carry = train.jitted_enter(run.agent, online, carry)
+    carry = loop.jitted_enter(run.agent, online, carry)
     first, second = compile_seconds(run, online, carry)
-    epoch = jax.jit(train.epoch, static_argnames=("env", "phase"))  # not donated, so that it can be repeated
+    epoch = jax.jit(loop.epoch, static_argnames=("env", "phase"))  # not donated, so that it can be repeated
     seconds = best_seconds(lambda: epoch(run.agent, run.env, online, carry, run.data))
     return {
         "compile_seconds": first,

@@ -94,7 +94,7 @@ def member_table(study: dict[str, Any]) -> str:
     return markdown(head, [row for block in blocks for row in member_rows(block)], 2) + (
         f"\n\nFMQ in `{settings['env']}` at its quick preset; small: two hidden layers of 32, batch 64. Updates and "
         "environment steps per second are those of all members together. Member / alone: the time of an epoch over "
-        "members and over the time of a run alone, driven by `jaxrl.train.jitted_epoch` just before and just after in "
+        "members and over the time of a run alone, driven by `jitted_epoch` just before and just after in "
         f"the same process; medians of {settings['rounds']} rounds in turn, at least {settings['seconds']:g} s each. "
         f"Epochs have {settings['updates']} updates offline and {settings['iterations']} iterations online, five times "
         "as many in the small case, fewer than a run's: what an epoch costs besides them, above all copying what "

@@ -24,8 +24,12 @@ import tyro
 
 import envs
 from experiments.tables import footnote, last, machine, spread
-from jaxrl import session, train
-from jaxrl.config import Config, preset
+from jaxrl.runs import driver
+from jaxrl.runs.config import Config
+from jaxrl.runs.datasets import load_data
+from jaxrl.runs.evaluation import episodes_of, evaluate_behaviour, evaluation
+from jaxrl.runs.presets import preset
+from jaxrl.training import loop
 
 HERE = Path(__file__).parent
 ONLINE = {"FMQ": {}, "eta = 0": {"eta": 0.0}, "fixed radius": {"adaptive": False}}
@@ -47,13 +51,13 @@ def main(study: Study) -> None:
     """Runs the study and writes its results."""
     base = preset("quick", "fmq")
     env = envs.make(base.env)
-    dataset = session.load_data(base, env)
+    dataset = load_data(base, env)
     results: dict[str, Any] = {"manifest": machine(dataset.digest), "config": dataclasses.asdict(base)}
-    results["behaviour"] = session.evaluate_behaviour(base, env)
+    results["behaviour"] = evaluate_behaviour(base, env)
     results["seeds"] = []
     for seed in range(study.seeds):
         config = dataclasses.replace(base, seed=seed)
-        results["seeds"].append(one_seed(session.prepare(config, env, dataset)) | {"bc": cloned(config, env, dataset)})
+        results["seeds"].append(one_seed(driver.prepare(config, env, dataset)) | {"bc": cloned(config, env, dataset)})
         (study.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         print(json.dumps({name: rows[-1]["eval/success"] for name, rows in results["seeds"][-1].items()}), flush=True)
     (study.out / "table.md").write_text(table(results))
@@ -61,7 +65,7 @@ def main(study: Study) -> None:
     print(table(results))
 
 
-def one_seed(run: session.Run) -> dict[str, list[dict]]:
+def one_seed(run: driver.Run) -> dict[str, list[dict]]:
     """Returns the evaluated rows of the offline phase, of each online variant, and of beam search on their ends."""
     carry, rows = run.first(), {"offline": []}
     offline_epochs = run.timeline.phases[0].epochs
@@ -70,7 +74,7 @@ def one_seed(run: session.Run) -> dict[str, list[dict]]:
         rows["offline"].append(row)
     rows |= {f"offline{label}": [acting(run, carry, changes)] for label, changes in ACTING.items() if label}
     for name, changes in ONLINE.items():
-        agent = train.on_device(dataclasses.replace(run.config.agent, **changes))
+        agent = loop.on_device(dataclasses.replace(run.config.agent, **changes))
         variant, forked, rows[name] = dataclasses.replace(run, agent=agent), jax.tree.map(jnp.copy, carry), []
         for index in range(offline_epochs, run.timeline.epochs):
             forked, row = variant.epoch(forked, index)
@@ -79,17 +83,17 @@ def one_seed(run: session.Run) -> dict[str, list[dict]]:
     return {name: [row for row in part if "eval/success" in row] for name, part in rows.items()}
 
 
-def acting(run: session.Run, carry: train.Carry, changes: dict[str, Any]) -> dict[str, Any]:
+def acting(run: driver.Run, carry: loop.Carry, changes: dict[str, Any]) -> dict[str, Any]:
     """Returns the evaluation of an agent that acts in another way, on the same episodes."""
     agent = dataclasses.replace(run.agent, **changes)
-    return session.evaluation(session.episodes_of(run.config, agent, run.env, carry.agent))
+    return evaluation(episodes_of(run.config, agent, run.env, carry.agent))
 
 
 def cloned(config: Config, env: Any, dataset: Any) -> list[dict]:
     """Returns the last row of behaviour cloning on the same data, for as many updates."""
     agent = preset("quick", "bc").agent
     schedule = dataclasses.replace(config.schedule, online_steps=0, eval_every=10**9)
-    run = session.prepare(dataclasses.replace(config, agent=agent, schedule=schedule), env, dataset)
+    run = driver.prepare(dataclasses.replace(config, agent=agent, schedule=schedule), env, dataset)
     carry, row = run.first(), {}
     for index in range(run.timeline.epochs):
         carry, row = run.epoch(carry, index)

@@ -6,7 +6,7 @@ A batch of states of the dataset, each with an action, is searched for among all
 data, where an action is the stored one plus noise of standard deviation .05 per entry, and off them, where it is .5,
 as early in training. The data are files, and smooth synthetic trajectories of 17 + 6 entries. The ways:
 
-    blocks       `jaxrl.data.neighbours`, the distances to one block of keys after the other
+    blocks       `jaxrl.replay.neighbours`, the distances to one block of keys after the other
     tree         the same through a callback into a KD-tree on the host
     approximate  the same by `jax.lax.approx_min_k`
     scipy        `scipy.spatial.cKDTree` called directly, without JAX and without a program around it

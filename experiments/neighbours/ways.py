@@ -13,9 +13,10 @@ import numpy as np
 from jax import lax
 from scipy.spatial import cKDTree
 
-from jaxrl.data import files, neighbours
-from jaxrl.data.forest import Forest, keys
-from jaxrl.data.neighbours import Index, Known
+from jaxrl.data import files
+from jaxrl.replay import neighbours
+from jaxrl.replay.kdtree import Forest, keys
+from jaxrl.replay.neighbours import Index, Known
 
 WAYS = ("blocks", "tree", "approximate", "scipy", "candidates")
 NOISE = {"near": 0.05, "off": 0.5}

@@ -41,13 +41,14 @@ from jax import lax
 from experiments.bench.products import products
 from experiments.neighbours.ways import trajectories
 from experiments.tables import machine
-from jaxrl import train
 from jaxrl.agents import A2PR, AWAC, CQL, DQC, FQL, ODICE, PRDC, QGF, TD3BC, FamO2O, ReBRAC, common, td3
-from jaxrl.data import files, task
+from jaxrl.data import files
 from jaxrl.data.files import Dataset
-from jaxrl.data.ring import Ring
 from jaxrl.errors import UserError
-from jaxrl.train import Phase, Schedule
+from jaxrl.replay import loading
+from jaxrl.replay.ring import Ring
+from jaxrl.training import loop
+from jaxrl.training.schedule import Phase, Schedule
 from jaxrl.types import Batch, Spec
 
 HERE = Path(__file__).parent
@@ -188,7 +189,7 @@ def laid(dataset: Dataset, agent: Any) -> tuple[Ring, Spec]:
     goals = isinstance(agent, DQC)
     spec = Spec(2 * observation, action, goal=observation) if goals else Spec(observation, action)
     dataset = dataclasses.replace(dataset, rewards=-np.ones(len(dataset.terminals), np.float32), masks=None, extra={})
-    return task.to_ring(dataset, Sizes(spec), searched=searches(agent)), spec
+    return loading.to_ring(dataset, Sizes(spec), searched=searches(agent)), spec
 
 
 def measure(program: Callable[[], Any], updates: int) -> Measure:
@@ -216,15 +217,15 @@ class Training:
     def __post_init__(self) -> None:
         """Begins, and makes the updates that are not measured."""
         self.env, self.phase = Sizes(self.spec), Phase("offline", 1, UPDATES, False, 1)
-        self.carry = train.jitted_begin(self.agent, self.env, Schedule(online_steps=0), jax.random.key(0))
+        self.carry = loop.jitted_begin(self.agent, self.env, Schedule(online_steps=0), jax.random.key(0))
         if hasattr(self.agent, "fit"):
-            self.carry = train.jitted_fit(self.agent, self.carry, self.ring)
+            self.carry = loop.jitted_fit(self.agent, self.carry, self.ring)
         for _ in range(warmup(self.agent) // UPDATES):
             self()
 
     def __call__(self) -> Any:
         """Returns the metrics of the next epoch."""
-        self.carry, metrics = train.jitted_epoch(self.agent, self.env, self.phase, self.carry, self.ring)
+        self.carry, metrics = loop.jitted_epoch(self.agent, self.env, self.phase, self.carry, self.ring)
         return metrics
 
 
@@ -353,7 +354,7 @@ def repeating(found: list[tuple[Any, Any, Any, int]]) -> tuple[Any, Callable[[An
 
 def pieces(agent: Any, ring: Ring, spec: Spec) -> tuple[dict[str, Measure], float]:
     """Returns the measures of training here and of its parts, and the operations of one update's matrix products."""
-    agent = train.on_device(agent)
+    agent = loop.on_device(agent)
     training = Training(agent, ring, spec)
     multiplications, operations = multiplying(agent, ring, spec)
     programs = {

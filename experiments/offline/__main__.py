@@ -30,15 +30,19 @@ import tyro
 
 import envs
 from experiments.tables import machine, spread
-from jaxrl import rollout as ro
-from jaxrl import session, train
 from jaxrl.agents import AGENTS, td3
-from jaxrl.config import Config, preset
-from jaxrl.data import files, record
-from jaxrl.data.builders import mix
+from jaxrl.data import files
 from jaxrl.data.files import Dataset
-from jaxrl.data.weighting import Weighting
-from jaxrl.train import Schedule
+from jaxrl.data.mixing import mix
+from jaxrl.replay.weighting import Weighting
+from jaxrl.rollout import device as ro
+from jaxrl.rollout import record
+from jaxrl.runs import driver
+from jaxrl.runs.config import Config
+from jaxrl.runs.datasets import load_data
+from jaxrl.runs.presets import preset
+from jaxrl.training import loop
+from jaxrl.training.schedule import Schedule
 
 HERE = Path(__file__).parent
 ENV = "maze-medium"
@@ -180,7 +184,7 @@ def runs(study: Study, env: Any, name: str, data: Path, kind: str, seeds: list[i
     for seed in seeds:
         config = config_of(study, agent, data, kind, seed)
         if run is None:
-            run = session.prepare(config, env, session.load_data(config, env))
+            run = driver.prepare(config, env, load_data(config, env))
         run, began = dataclasses.replace(run, config=config), time.perf_counter()
         _, row = run.epoch(run.first(), 0)
         seconds = round(time.perf_counter() - began, 1)
@@ -203,11 +207,11 @@ def limit(study: Study, env: Any, data: Path, seed: int) -> dict[str, Any]:
     return row
 
 
-def trained(study: Study, env: Any, agent: Any, data: Path, seed: int) -> tuple[session.Run, Any]:
+def trained(study: Study, env: Any, agent: Any, data: Path, seed: int) -> tuple[driver.Run, Any]:
     """Returns a run and its agent's state after a sixth of the updates."""
     config = config_of(dataclasses.replace(study, updates=study.updates // 6), agent, data, "uniform", seed)
-    run = session.prepare(config, env, session.load_data(config, env))
-    carry, _ = train.jitted_epoch(run.agent, env, run.timeline.phases[0], run.first(), run.data)
+    run = driver.prepare(config, env, load_data(config, env))
+    carry, _ = loop.jitted_epoch(run.agent, env, run.timeline.phases[0], run.first(), run.data)
     return run, carry.agent
 
 

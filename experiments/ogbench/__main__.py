@@ -28,10 +28,14 @@ import tyro
 
 import envs
 from experiments.tables import machine, spread
-from jaxrl import host, session, train
 from jaxrl.agents import BC, DQC, FQL, IQL, QC, QGF
-from jaxrl.config import Config
-from jaxrl.train import Schedule
+from jaxrl.rollout import host
+from jaxrl.runs import driver
+from jaxrl.runs.config import Config
+from jaxrl.runs.datasets import load_data
+from jaxrl.runs.evaluation import episodes_of, evaluation
+from jaxrl.training import loop
+from jaxrl.training.schedule import Schedule
 
 HERE = Path(__file__).parent
 WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -154,20 +158,20 @@ def one_seed(study: Study, task: Task, seed: int) -> dict[str, Any]:
 
 def trained(config: Config, env: Any) -> Any:
     """Returns an agent's state after its updates."""
-    dataset = session.load_data(config, env)
-    run = session.prepare(config, env, dataset)
+    dataset = load_data(config, env)
+    run = driver.prepare(config, env, dataset)
     carry = run.first()
     for index in range(run.timeline.epochs):
         phase, _ = run.timeline.at(index)
-        carry, _ = train.jitted_epoch(run.agent, env, phase, carry, run.data)
+        carry, _ = loop.jitted_epoch(run.agent, env, phase, carry, run.data)
     return jax.block_until_ready(carry.agent)
 
 
 def evaluated(config: Config, env: Any, state: Any, simulators: host.Simulators, seed: int) -> dict[str, float]:
     """Returns the evaluation of a trained agent on the episodes of a seed."""
     config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, eval_seed=seed))
-    agent = train.on_device(config.agent)
-    return session.evaluation(session.episodes_of(config, agent, env, state, simulators))
+    agent = loop.on_device(config.agent)
+    return evaluation(episodes_of(config, agent, env, state, simulators))
 
 
 def weighed(config: Config, env: Any, state: Any, simulators: host.Simulators, weight: float) -> dict[str, float]:

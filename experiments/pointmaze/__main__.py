@@ -3,7 +3,7 @@
     python -m experiments.pointmaze --data pointmaze-medium-navigate-v0.npz
 
 The file was made with OGBench's own simulator; evaluation is in `pointmaze-medium`, the same point and maze in MJX,
-whose single steps agree with the file's to 1e-3 (tests/test_maze.py). Task 1, relabelled as OGBench's single-task maze
+whose single steps agree with the file to 1e-3 (tests/envs/test_maze.py). Task 1, relabelled as OGBench single-task maze
 does: -1 per step, judged on the state before the step. Sizes are the quick preset's; the discount is 0.995, since the
 goal is some 180 steps away. Writes results.json and table.md into this folder.
 """
@@ -17,8 +17,9 @@ import tyro
 
 import envs
 from experiments.tables import footnote, last, machine, spread
-from jaxrl import session
-from jaxrl.config import preset
+from jaxrl.runs import driver
+from jaxrl.runs.datasets import load_data
+from jaxrl.runs.presets import preset
 
 HERE = Path(__file__).parent
 
@@ -50,13 +51,13 @@ def main(study: Study) -> None:
     )
     agent = dataclasses.replace(base.agent, discount=0.995)
     base = dataclasses.replace(base, agent=agent, schedule=schedule)
-    dataset = session.load_data(base, env)
+    dataset = load_data(base, env)
     results: dict[str, Any] = {"manifest": machine(dataset.digest), "seeds": []}
     results["config"] = dataclasses.asdict(dataclasses.replace(base, data=Path(study.data).name))
     for seed in range(study.seeds):
         rows: dict[str, list] = {}
         for name, kind in (("bc", preset("quick", "bc").agent), ("fmq", agent)):
-            run = session.prepare(dataclasses.replace(base, agent=kind, seed=seed), env, dataset)
+            run = driver.prepare(dataclasses.replace(base, agent=kind, seed=seed), env, dataset)
             carry, rows[name] = run.first(), []
             for index in range(run.timeline.epochs):
                 carry, row = run.epoch(carry, index)

@@ -38,8 +38,11 @@ import tyro
 import envs
 from experiments.official_speed.__main__ import processor
 from experiments.tables import machine
-from jaxrl import rundir, session, train
 from jaxrl.data import files
+from jaxrl.runs import directory, jsonlines
+from jaxrl.runs.evaluation import newest_state
+from jaxrl.runs.jsonlines import read_json
+from jaxrl.training import loop
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 ENV = "point?horizon=20"
@@ -101,7 +104,7 @@ class Place:
 
     def left(self, path: Path) -> float:
         """Returns the seconds of work that are left in a folder."""
-        done = sum(len(rundir.rows(path / f"cohorts/{number}/timings.jsonl")) for number in range(COHORTS))
+        done = sum(len(jsonlines.rows(path / f"cohorts/{number}/timings.jsonl")) for number in range(COHORTS))
         return self.work * max(1 - done / (COHORTS * EPOCHS), 0.25)
 
 
@@ -158,7 +161,7 @@ def progress(path: Path) -> Progress | None:
             cohort = path / "cohorts" / str(number)
             if (cohort / f"stage-{stage}.json").exists():
                 continue
-            rows = rundir.rows(cohort / "timings.jsonl")
+            rows = jsonlines.rows(cohort / "timings.jsonl")
             saves = [entry for entry in cohort.glob("checkpoints/*") if entry.is_dir()]
             whole = [int(entry.name) for entry in saves if entry.with_name(f"{entry.name}.json").exists()]
             epoch = rows[-1]["epoch"] if rows else 0
@@ -275,7 +278,7 @@ def both(place: Place, path: Path, patience: int) -> list[subprocess.Popen]:
 
 def signs(path: Path) -> list[str]:
     """Returns the meetings of which processes say that they are at work."""
-    found = [rundir.read_json(sign, "") for sign in sorted(path.glob("processes/?.json"))]
+    found = [read_json(sign, "") for sign in sorted(path.glob("processes/?.json"))]
     return [sign["meeting"] for sign in found if sign["state"] == "running"]
 
 
@@ -339,8 +342,8 @@ def same_bytes(a: Path, b: Path, file: str) -> bool:
 
 def state(member: Path) -> dict[str, tuple[Any, ...]]:
     """Returns every leaf of a member's agent, as its checkpoint has it: shape, type and bytes."""
-    config = rundir.read_config(member)
-    leaves = session.newest_state(config, train.on_device(config.agent), envs.make(config.env), member)
+    config = directory.read_config(member)
+    leaves = newest_state(config, loop.on_device(config.agent), envs.make(config.env), member)
     return {
         jax.tree_util.keystr(name): (leaf.shape, str(leaf.dtype), np.asarray(leaf).tobytes())
         for name, leaf in jax.tree.leaves_with_path(leaves)
@@ -349,7 +352,7 @@ def state(member: Path) -> dict[str, tuple[Any, ...]]:
 
 def statuses(path: Path) -> dict[str, int]:
     """Returns how many members of a sweep finished, diverged and were dropped."""
-    results = (rundir.read_json(home / "result.json", str(home)) for home in sorted((path / "members").iterdir()))
+    results = (read_json(home / "result.json", str(home)) for home in sorted((path / "members").iterdir()))
     return dict(collections.Counter(result["status"] for result in results))
 
 
@@ -397,7 +400,7 @@ def main(study: Study) -> None:
         took = [sum(undisturbed(place, whole))]
         begin, work = undisturbed(place, place.folder / "again")
         took.append(begin + work)
-        rows = [row["seconds"] for path in whole.glob("cohorts/*/timings.jsonl") for row in rundir.rows(path)]
+        rows = [row["seconds"] for path in whole.glob("cohorts/*/timings.jsonl") for row in jsonlines.rows(path)]
         results: dict[str, Any] = {
             "manifest": machine("") | {"processor": processor()},
             "study": {"kills": study.kills, "patience": study.patience, "seed": study.seed},

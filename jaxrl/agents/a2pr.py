@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl import losses
 from jaxrl.agents import common, td3
 from jaxrl.agents.common import Draws, State
-from jaxrl.data.goals import Goals
-from jaxrl.data.ring import Rings
 from jaxrl.networks import Activation, Encoder, Init, Norm, Policy, Value, apply
+from jaxrl.ops import losses
+from jaxrl.replay.hindsight import Goals
+from jaxrl.replay.ring import Rings
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl import flow, losses
 from jaxrl.agents.common import Draws, check_range, flat_actions, step_mask, unflatten
-from jaxrl.data.ring import Rings, windows
 from jaxrl.networks import TIME_FEATURES, Activation, Norm, TimeFeatures, Velocity, apply
+from jaxrl.ops import flow, losses
+from jaxrl.replay.ring import Rings, windows
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 

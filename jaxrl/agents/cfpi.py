@@ -1,7 +1,7 @@
 """CFPI, one step: a behaviour and its value are learned, and every action is improved in closed form when it is taken.
 
 Paper: Li, Zhang, Yin, Bai, Wang, Wang, "Offline Reinforcement Learning with Closed-Form Policy Improvement Operators",
-arXiv 2211.15956; the operators are in `jaxrl.cfpi`.
+arXiv 2211.15956; the operators are in `jaxrl.ops.closed_form`.
 
 The behaviour is a mixture of Gaussians before tanh, by maximum likelihood. Two quantile critics (IQN, Dabney et al.,
 arXiv 1806.06923) learn the behaviour's own value from the action that the data take next. No policy is trained.
@@ -22,14 +22,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl import cfpi, losses
 from jaxrl.agents import common
 from jaxrl.agents.common import Draws, State
-from jaxrl.cfpi import ClosedForm, Mixture
-from jaxrl.data.goals import Goals
-from jaxrl.data.ring import Rings, windows
 from jaxrl.errors import UserError
 from jaxrl.networks import MLP, QuantileCritic, apply, repeat_for
+from jaxrl.ops import closed_form, losses
+from jaxrl.ops.closed_form import ClosedForm, Mixture
+from jaxrl.replay.hindsight import Goals
+from jaxrl.replay.ring import Rings, windows
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 
@@ -151,7 +151,7 @@ class CFPI:
         """Returns the improved actions [B, A]; the key chooses how far to go, where that is random."""
         assert state.normalizer is not None
         obs = state.normalizer(obs)
-        value = lambda actions: cfpi.lower_bound(  # noqa: E731
+        value = lambda actions: closed_form.lower_bound(  # noqa: E731
             self.heads(state.params["critic"], obs, actions), self.pessimism
         )
         return self.operator.improve(key, self.behaviour(state.params["actor"], obs, state.spec), value)

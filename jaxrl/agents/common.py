@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl import losses
-from jaxrl.data.ring import Rings
 from jaxrl.errors import UserError
+from jaxrl.ops import losses
+from jaxrl.replay.ring import Rings
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 CutWindows: TypeAlias = Literal["keep", "drop"]

@@ -24,14 +24,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl import losses
 from jaxrl.agents import common
 from jaxrl.agents.common import Draws, State
-from jaxrl.data.goals import Goals
-from jaxrl.data.returns import returns_to_go
-from jaxrl.data.ring import Ring, Rings, windows
 from jaxrl.errors import UserError
 from jaxrl.networks import Activation, Critic, Norm, Squashed, apply, repeat_for
+from jaxrl.ops import losses
+from jaxrl.replay.hindsight import Goals
+from jaxrl.replay.returns import returns_to_go
+from jaxrl.replay.ring import Ring, Rings, windows
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 RETURN = "return_to_go"  # the column that Cal-QL adds to data and replay

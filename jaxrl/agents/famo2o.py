@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl import losses
 from jaxrl.agents import common
 from jaxrl.agents.common import Draws, State
-from jaxrl.data.goals import Goals
-from jaxrl.data.ring import Rings, windows
 from jaxrl.networks import Activation, Critic, Gaussian, Norm, Value, apply
+from jaxrl.ops import losses
+from jaxrl.replay.hindsight import Goals
+from jaxrl.replay.ring import Rings, windows
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 FEATURES = 6  # of the balance, as the family sees it

@@ -27,12 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl import flow, guidance, losses
 from jaxrl.agents.common import CutWindows, check_range, critic_weight, flat_actions, step_mask, unflatten
-from jaxrl.data.ring import Rings, windows
 from jaxrl.errors import UserError
-from jaxrl.flow import AverageVelocity
 from jaxrl.networks import Critic, Velocity, apply, repeat_for
+from jaxrl.ops import flow, guidance, losses
+from jaxrl.ops.flow import AverageVelocity
+from jaxrl.replay.ring import Rings, windows
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl import losses
 from jaxrl.agents import common
 from jaxrl.agents.common import State
-from jaxrl.data.goals import Goals
-from jaxrl.data.ring import Rings, windows
 from jaxrl.networks import Critic, Gaussian, Norm, apply
+from jaxrl.ops import losses
+from jaxrl.replay.hindsight import Goals
+from jaxrl.replay.ring import Rings, windows
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 

@@ -8,7 +8,7 @@ whole dataset that is nearest to (beta s, pi(s)), and pulls it to that a'. With 
 as in TD3+BC; with a small one any state near by may supply the action.
 
 As in the official code the penalty is the squared distance of the actions, in the mean over batch and entries. The
-neighbour is looked up anew for every actor step, exactly, in the program (`jaxrl.data.neighbours`). With `neighbours`
+neighbour is looked up anew for every actor step, exactly, in the program (`jaxrl.replay.neighbours`). With `neighbours`
 k > 1, for which the official code is no guide, the actor is pulled to the mean of the k nearest actions.
 """
 
@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl import losses
 from jaxrl.agents import common, td3
 from jaxrl.agents.common import Draws, State
-from jaxrl.data.goals import Goals
-from jaxrl.data.neighbours import Index, Method, check, index_of, nearest
-from jaxrl.data.ring import Rings
 from jaxrl.networks import Activation, Init, Norm, apply
+from jaxrl.ops import losses
+from jaxrl.replay.hindsight import Goals
+from jaxrl.replay.neighbours import Index, Method, check, index_of, nearest
+from jaxrl.replay.ring import Rings
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 

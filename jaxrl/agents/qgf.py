@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl import flow, guidance, losses
 from jaxrl.agents import common
 from jaxrl.agents.common import CutWindows, Draws, State
-from jaxrl.data.goals import Goals
-from jaxrl.data.ring import Rings, windows
 from jaxrl.networks import Activation, Critic, Norm, TimeFeatures, Value, Velocity, apply, repeat_for
+from jaxrl.ops import flow, guidance, losses
+from jaxrl.replay.hindsight import Goals
+from jaxrl.replay.ring import Rings, windows
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 

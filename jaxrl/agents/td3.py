@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl import losses
 from jaxrl.agents import common
 from jaxrl.agents.common import Draws, State
-from jaxrl.data.ring import Rings, windows
 from jaxrl.networks import Critic, Policy, apply
+from jaxrl.ops import losses
+from jaxrl.replay.ring import Rings, windows
 from jaxrl.types import Batch, PyTree, Scalar, Spec
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import jax
 
-from jaxrl import rundir
 from jaxrl.agents import AGENTS
 from jaxrl.cli import datasets, report, runs, sweep
 from jaxrl.cli import flags as fl
-from jaxrl.config import PRESETS, VARIANTS
 from jaxrl.errors import UserError, unknown
-from jaxrl.signals import ABORTED
+from jaxrl.runs.presets import PRESETS, VARIANTS
+from jaxrl.runs.signals import ABORTED
+from jaxrl.system import jax_setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ def examine(args: list[str]) -> int:
     """Returns the exit code of `jaxrl doctor`: 1 where something is wrong."""
     options = fl.parse("jaxrl doctor", DoctorOptions, DoctorOptions(), args)
     if options.env is None:
-        from jaxrl import doctor
+        from jaxrl.cli import doctor
 
         lines = doctor.installation()
     else:
@@ -120,6 +120,6 @@ def _command(args: list[str]) -> int:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk between processes, unless JAX was already told where or not to."""
-    if rundir.jax_setting("compilation_cache_dir") is None:
+    if jax_setting("compilation_cache_dir") is None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxrl" / "xla"))

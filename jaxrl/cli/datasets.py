@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import jax
 
-from jaxrl import rundir
 from jaxrl.cli import flags as fl
-from jaxrl.diffusion import Sampler
 from jaxrl.errors import UserError, unknown
-from jaxrl.generator import Generator
-from jaxrl.signals import SAVED, StopRequests
+from jaxrl.ops.diffusion import Sampler
+from jaxrl.runs import directory
+from jaxrl.runs.signals import SAVED, StopRequested, StopRequests
+from jaxrl.synthesis.model import Generator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +137,14 @@ def data(args: list[str]) -> int:
 
 
 def _describe(name: str, options: DescribeOptions) -> None:
-    from jaxrl.data import files, measures, stream
+    from jaxrl.data import files, quality
+    from jaxrl.replay import streaming
 
-    if (shards := stream.find(name)) is not None:
+    if (shards := streaming.find(name)) is not None:
         given = [field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default]
         if given:
             raise UserError(f"--{given[0].replace('_', '-')}: returns are of one file, name it")
-        print(stream.format_report(shards))
+        print(streaming.format_report(shards))
         return
     random, best = options.random_return, options.best_return
     if (random is None) != (best is None):
@@ -154,18 +155,18 @@ def _describe(name: str, options: DescribeOptions) -> None:
         raise UserError(f"--figure {options.figure}: no folder {options.figure.parent}")
     dataset = files.load(name)
     relabel = _relabel(options.env, dataset)
-    found = measures.measure(
+    found = quality.measure(
         dataset if relabel is None else files.relabelled(dataset, relabel),
         reference=None if options.reference is None else files.load(options.reference),
         scores=None if random is None or best is None else (random, best),
         neighbours=options.neighbours,
         queries=options.queries,
     )
-    print(files.format_report(files.describe(dataset, relabel)), measures.format_report(found), sep="\n\n")
+    print(files.format_report(files.describe(dataset, relabel)), quality.format_report(found), sep="\n\n")
     if options.figure is not None:
-        from jaxrl import pictures
+        from jaxrl.runs import plots
 
-        pictures.dataset(found, options.figure)
+        plots.dataset(found, options.figure)
 
 
 def _convert(name: str, out: str, options: ConvertOptions) -> None:
@@ -175,18 +176,18 @@ def _convert(name: str, out: str, options: ConvertOptions) -> None:
 
 
 def _mix(good: str, bad: str, options: MixOptions) -> None:
-    from jaxrl.data import builders
+    from jaxrl.data import mixing
 
     out = _new_file(options.out)
     pair = [_judged(name, options.env) for name in (good, bad)]
-    _write(out, builders.mix(*pair, options.ratio, options.steps, options.seed))
+    _write(out, mixing.mix(*pair, options.ratio, options.steps, options.seed))
 
 
 def _top(name: str, options: TopOptions) -> None:
-    from jaxrl.data import builders
+    from jaxrl.data import mixing
 
     out = _new_file(options.out)
-    _write(out, builders.top(_judged(name, options.env), options.fraction))
+    _write(out, mixing.top(_judged(name, options.env), options.fraction))
 
 
 def _relabel(env: str | None, dataset: Any) -> Any:
@@ -243,11 +244,11 @@ DATA: dict[str, tuple[Any, Any, str]] = {  # what does it, its flags, the files 
 
 def synthesize(args: list[str]) -> int:
     """Returns the exit code of `jaxrl synthesize`."""
-    from jaxrl import synthesis
+    from jaxrl.synthesis import generate
 
     names, flags = fl.positionals(args, 1)
     model = _model_folder(flags)
-    generator = None if model is None else synthesis.settings_in(model)
+    generator = None if model is None else generate.settings_in(model)
     defaults = SynthesizeOptions(generator or Generator(), Sampler())
     options = fl.parse("jaxrl synthesize DATA", SynthesizeOptions, defaults, flags)
     if not names:
@@ -263,27 +264,27 @@ def synthesize(args: list[str]) -> int:
         raise UserError(f"dataset {dataset.path}: has no rewards: name the environment that gives them with --env")
     policy = None
     if options.policy is not None:
-        config = rundir.read_config(options.policy)
-        policy = synthesis.policy_for(dataset, config, fl.make(config.env), options.policy)
+        config = directory.read_config(options.policy)
+        policy = generate.policy_for(dataset, config, fl.make(config.env), options.policy)
     return _synthesize(options, dataset, model or Path(), out, policy)
 
 
 def _synthesize(options: SynthesizeOptions, dataset: Any, model: Path, out: Path, policy: Any) -> int:
-    from jaxrl import session, synthesis
+    from jaxrl.synthesis import generate
 
     key_model, key_sample = jax.random.split(jax.random.key(options.seed))
-    parts = synthesis.prepare(options.generator, dataset, model)
+    parts = generate.prepare(options.generator, dataset, model)
     with StopRequests() as stop:
         try:
-            params, error = synthesis.fitted(options.generator, parts, model, key_model, stop)
-        except session.StopRequested:
+            params, error = generate.fitted(options.generator, parts, model, key_model, stop)
+        except StopRequested:
             print(f"stopped and saved in {model}; the same command goes on", file=sys.stderr)
             return SAVED
     guide, scale = policy if options.sampler.guidance else None, parts[0].scale
-    new = synthesis.generate(options.generator, options.sampler, params, scale, key_sample, options.trajectories, guide)
+    new = generate.generate(options.generator, options.sampler, params, scale, key_sample, options.trajectories, guide)
     out.parent.mkdir(parents=True, exist_ok=True)
     _write(out, new)
-    print("", *synthesis.comparison(dataset, new, scale, policy), f"model in {model}: {error}", sep="\n")
+    print("", *generate.comparison(dataset, new, scale, policy), f"model in {model}: {error}", sep="\n")
     return 0
 
 

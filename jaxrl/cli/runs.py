@@ -9,12 +9,14 @@ from typing import Annotated, Any, Generic
 
 import jax
 
-from jaxrl import rundir
 from jaxrl.agents import AGENTS
 from jaxrl.cli import flags as fl
-from jaxrl.config import A, Config, Preset, preset
 from jaxrl.errors import UserError
-from jaxrl.signals import SAVED, StopRequests
+from jaxrl.runs import directory
+from jaxrl.runs.config import A, Config
+from jaxrl.runs.jsonlines import as_json, read_json
+from jaxrl.runs.presets import Preset, preset
+from jaxrl.runs.signals import SAVED, StopRequested, StopRequests
 from jaxrl.types import on_host
 
 
@@ -128,35 +130,37 @@ def train(args: list[str]) -> int:
             raise UserError(f"--resume: a run goes on as it began, {not_for_it[0]} does not apply")
     if options.resume is not None and (options.resume.parent.parent / "sweep.json").exists():
         raise UserError(f"--resume {options.resume}: is a member of a sweep, which goes on as a whole: jaxrl sweep")
-    config = options.config if options.resume is None else rundir.read_config(options.resume)
+    config = options.config if options.resume is None else directory.read_config(options.resume)
     config.check()
-    path = options.resume or options.out or rundir.default_path(agent, config.env, config.seed)
+    path = options.resume or options.out or directory.default_path(agent, config.env, config.seed)
     return _train(config, fl.make(config.env), path, options)
 
 
 def _train(config: Config, environment: Any, path: Path, options: TrainOptions) -> int:
-    from jaxrl import devices, log, plan, session
+    from jaxrl import sharding
+    from jaxrl.runs import driver, logging, memory
+    from jaxrl.runs.datasets import with_data
 
-    config = session.with_data(config, environment)
+    config = with_data(config, environment)
     if options.plan:
         # A first run compiles, which takes most of a process's memory: count that, whatever is kept on disk.
         jax.config.update("jax_enable_compilation_cache", False)
-        print(plan.plan(config, environment))
+        print(memory.plan(config, environment))
         return 0
     if options.wandb:
-        log.check_wandb()
-    plan.check(config, environment)
-    known = {} if options.resume is None else rundir.read_json(path / "manifest.json", f"{path} is not a run directory")
+        logging.check_wandb()
+    memory.check(config, environment)
+    known = {} if options.resume is None else read_json(path / "manifest.json", f"{path} is not a run directory")
     count = options.devices or known.get("devices", 1)
-    devices.check(config, environment, count)
-    drive = session.start if options.resume is None else session.resume
-    with StopRequests() as stop, devices.across(count):
+    sharding.check(config, environment, count)
+    drive = driver.start if options.resume is None else driver.resume
+    with StopRequests() as stop, sharding.across(count):
         try:
             result = drive(config, environment, path, stop, options.wandb)
-        except session.StopRequested:
+        except StopRequested:
             print(f"stopped and saved; go on with: jaxrl train --resume {shlex.quote(str(path))}", file=sys.stderr)
             return SAVED
-    print(session.table(result))
+    print(driver.table(result))
     print(f"result: {json.dumps(result)}")
     return 0
 
@@ -164,17 +168,18 @@ def _train(config: Config, environment: Any, path: Path, options: TrainOptions) 
 def evaluate(args: list[str]) -> int:
     """Returns the exit code of `jaxrl eval`."""
     path, flags = fl.run_directory("eval", args)
-    config = preset("quick", "fmq") if path is None else rundir.read_config(path)
+    config = preset("quick", "fmq") if path is None else directory.read_config(path)
     defaults = EvalOptions(config.agent, config.env, seed=config.schedule.eval_seed)
     options = fl.parse("jaxrl eval RUN", fl.of_agent(EvalOptions, type(config.agent)), defaults, flags)
     schedule = dataclasses.replace(config.schedule, eval_episodes=options.episodes, eval_seed=options.seed)
     config = dataclasses.replace(config, agent=options.agent, env=options.env, schedule=schedule)
     config.check()
-    from jaxrl import session
 
-    row = session.evaluate(config, fl.make(config.env), path)
+    from jaxrl.runs import evaluation
+
+    row = evaluation.evaluate(config, fl.make(config.env), path)
     about = {"run": str(path), "env": config.env, "episodes": options.episodes, "seed": options.seed}
-    print(f"result: {json.dumps(about | rundir.as_json(row))}")
+    print(f"result: {json.dumps(about | as_json(row))}")
     return 0
 
 
@@ -186,15 +191,16 @@ def collect(args: list[str]) -> int:
         raise UserError("collect: name an environment, for example `jaxrl collect maze-medium`")
     if options.steps < 1:
         raise UserError(f"steps = {options.steps}: must be at least 1")
-    from jaxrl import host, session
-    from jaxrl.data import files, record
+    from jaxrl.data import files
+    from jaxrl.rollout import host, record
+    from jaxrl.runs.datasets import data_path
 
     environment, behaviour = fl.make(names[0]), options.behaviour or "medium"
     if on_host(environment):
         script, episodes = host.script_of(environment, options.behaviour, options.steps)
         path = options.out or Path("datasets") / f"{script.dataset}.npz"
     else:
-        path = options.out or session.data_path(names[0], behaviour, options.steps, options.seed)
+        path = options.out or data_path(names[0], behaviour, options.steps, options.seed)
     if path.suffix != ".npz":
         raise UserError(f"--out {path}: the name of a dataset file ends in .npz")
     if path.exists():
@@ -213,17 +219,18 @@ def render(args: list[str]) -> int:
     """Returns the exit code of `jaxrl render`."""
     path, flags = fl.run_directory("render", args)
     options = fl.parse("jaxrl render RUN", RenderOptions, RenderOptions(), flags)
-    config = rundir.read_config(path)
+    config = directory.read_config(path)
     environment = fl.make(config.env)
     if not (on_host(environment) or hasattr(environment, "draw")):
         raise UserError(f"environment {config.env!r} has no draw(obs, size), so there is nothing to see")
     out = options.out or path / "rollout.gif"
     if out.suffix != ".gif":
         raise UserError(f"--out {out}: the name of an animation ends in .gif")
-    from jaxrl import session
 
     schedule = dataclasses.replace(config.schedule, eval_seed=options.seed, eval_episodes=1)
-    session.render(dataclasses.replace(config, schedule=schedule), environment, path, out)
+    from jaxrl.runs import evaluation
+
+    evaluation.render(dataclasses.replace(config, schedule=schedule), environment, path, out)
     print(out)
     return 0
 
@@ -234,9 +241,9 @@ def replay(args: list[str]) -> int:
     options = fl.parse("jaxrl replay RUN", ReplayOptions, ReplayOptions(), flags)
     if options.epochs < 1:
         raise UserError(f"epochs = {options.epochs}: must be at least 1")
-    config = rundir.read_config(path)
-    from jaxrl import session
+    config = directory.read_config(path)
+    from jaxrl.runs import driver
 
-    difference = session.replay(config, fl.make(config.env), path, options.epochs)
+    difference = driver.replay(config, fl.make(config.env), path, options.epochs)
     print("identical" if difference is None else f"different: {difference}")
     return 0 if difference is None else 1

@@ -10,14 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Generic
 
-from jaxrl import machines, members, rundir
 from jaxrl.agents import AGENTS
 from jaxrl.cli import flags as fl
-from jaxrl.config import A, Config, Preset, preset
 from jaxrl.errors import UserError
-from jaxrl.machines import Machine
-from jaxrl.members import Draw, Settings, Space
-from jaxrl.signals import SAVED, StopRequests
+from jaxrl.runs import directory
+from jaxrl.runs.config import A, Config
+from jaxrl.runs.presets import Preset, preset
+from jaxrl.runs.signals import SAVED, StopRequested, StopRequests
+from jaxrl.sweeps import processes as machines
+from jaxrl.sweeps import space as members
+from jaxrl.sweeps.processes import Machine
+from jaxrl.sweeps.space import Draw, Settings, Space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +128,10 @@ def stays(flag: str) -> bool:
 def default_path(agent: str, options: SweepOptions) -> Path:
     """Returns the folder of a new sweep. Raises UserError where several processes could not know it."""
     if (job := machines.job()) is not None and machines.asked_by_environment():
-        return Path("runs") / f"sweep-{agent}-{rundir.plain(options.config.env)}-job{job}"
+        return Path("runs") / f"sweep-{agent}-{directory.plain(options.config.env)}-job{job}"
     if options.processes is not None or machines.asked_by_environment():
         raise UserError("--out: name the folder, which all processes see")
-    return rundir.default_path(f"sweep-{agent}", options.config.env, options.config.seed)
+    return directory.default_path(f"sweep-{agent}", options.config.env, options.config.seed)
 
 
 # From words to axes
@@ -217,14 +220,14 @@ def value_of(path: str, word: str, parse: Any, config: Config) -> Any:
 
 
 def _sweep(space: Space | None, options: SweepOptions, path: Path) -> int:
-    from jaxrl import forecast, session
-    from jaxrl import sweep as sweeps
+    from jaxrl.sweeps import estimate
+    from jaxrl.sweeps import sweep as sweeps
 
     make, settings = functools.cache(fl.make), options.settings
     if options.plan:
         if space is None:
             raise UserError("--plan: is for a new sweep")
-        print(forecast.forecast(space, settings, make))
+        print(estimate.forecast(space, settings, make))
         return 0
     asked = sweeps.asked_for(space, settings) if space is not None else {"resume": str(path)}
     machine = Machine()
@@ -237,7 +240,7 @@ def _sweep(space: Space | None, options: SweepOptions, path: Path) -> int:
                 done = sweeps.resume(path, settings, make, stop, machine)
             else:
                 done = sweeps.start(space, settings, path, make, stop, machine)
-        except session.StopRequested:
+        except StopRequested:
             print(f"stopped and saved; go on with: jaxrl sweep --resume {shlex.quote(str(path))}", file=sys.stderr)
             return SAVED
     if machine.process == 0:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxrl import rundir
-from jaxrl.config import to_dict
 from jaxrl.errors import UserError
+from jaxrl.runs import directory
+from jaxrl.runs.config import to_dict
+from jaxrl.runs.jsonlines import as_json, read_json
 
 STATUSES = ("finished", "diverged", "dropped", "unfinished")
 SIMULATORS = ("mujoco", "mujoco-mjx", "brax")
@@ -84,7 +85,7 @@ def members(paths: Iterable[Path]) -> tuple[list[Member], list[str]]:
 
 def _digests(sweep: Path) -> dict[str, str]:
     """Returns the digest of each member's dataset, by the member's name."""
-    cohorts = rundir.read_json(sweep / "sweep.json", f"{sweep} is not a sweep").get("cohorts", [])
+    cohorts = read_json(sweep / "sweep.json", f"{sweep} is not a sweep").get("cohorts", [])
     try:
         return {f"{index:03}": cohort["dataset_digest"] for cohort in cohorts for index in cohort["members"]}
     except (KeyError, TypeError, ValueError) as error:
@@ -114,7 +115,7 @@ def load(path: Path, digest: str | None = None) -> Member:
     """
     rows = _rows(path / "metrics.jsonl")
     over = (path / "result.json").exists()
-    result = rundir.read_json(path / "result.json", str(path)) if over else {}
+    result = read_json(path / "result.json", str(path)) if over else {}
     status = result.get("status", "finished" if over else "unfinished")
     if status not in STATUSES:
         raise UserError(f"{path}/result.json is damaged: status {status!r} is none of {', '.join(STATUSES)}")
@@ -131,7 +132,7 @@ def load(path: Path, digest: str | None = None) -> Member:
         behaviour=behaviour[0] if behaviour else None,
         updates=last["updates"],
         steps=last["steps"],
-        judged=rundir.as_json(result["judged"]) if result.get("judged") else None,
+        judged=as_json(result["judged"]) if result.get("judged") else None,
         digest=digest or manifest.get("dataset_digest"),
         simulators=tuple(f"{name} {versions.get(name)}" for name in SIMULATORS),
     )
@@ -141,14 +142,12 @@ def _manifest(path: Path) -> dict[str, Any]:
     """Returns the manifest of a run, or of the sweep that a member belongs to."""
     of_sweep = path.parent.parent / "manifest.json"
     own = path / "manifest.json"
-    return rundir.read_json(
-        of_sweep if not own.exists() and of_sweep.exists() else own, f"{path} is not a run directory"
-    )
+    return read_json(of_sweep if not own.exists() and of_sweep.exists() else own, f"{path} is not a run directory")
 
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        values = to_dict(rundir.read_config(path))
+        values = to_dict(directory.read_config(path))
     except UserError as error:
         raise error if str(error).startswith(str(path)) else UserError(f"{path}/config.json: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:

@@ -11,10 +11,11 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from jaxrl import __version__, rundir
+from jaxrl import __version__
 from jaxrl.errors import UserError
 from jaxrl.report import pictures, scores
 from jaxrl.report.scores import Report, written
+from jaxrl.runs import jsonlines
 
 PAGE = "report.html"
 EXPLAINED = "ᵉ over the episodes of one seed (Wilson): it says nothing of other seeds."
@@ -63,7 +64,7 @@ def write(report: Report, folder: Path) -> list[Path]:
             "members.csv": as_csv(member_rows(report)),
         }
         for name, text in texts.items():
-            rundir.write(folder / name, text)
+            jsonlines.write(folder / name, text)
         for name, figure in drawn.items():
             figure.savefig(folder / f"{name}.png", dpi=150, facecolor="white")
     except OSError as error:

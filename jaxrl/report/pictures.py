@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from jaxrl import stats
-from jaxrl.pictures import PANELS
 from jaxrl.report.folders import Member
 from jaxrl.report.scores import (
     Comparison,
@@ -27,6 +26,7 @@ from jaxrl.report.scores import (
     strata_of,
 )
 from jaxrl.report.settings import Setting, shortened, text
+from jaxrl.runs.plots import PANELS
 
 INK, GREY = "#1f2329", "#9aa0a6"
 COLOURS = ("#3b82c4", "#e07b39", "#2f9e6e", "#c2559d", "#b8960c", "#7a6bd1")  # of the best settings; others are grey

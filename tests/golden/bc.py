@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl import flow
 from jaxrl.agents import BC
 from jaxrl.agents.bc import BCState
+from jaxrl.ops import flow
 from jaxrl.types import Batch
 from tests.golden.recorded import Recorded, distance, norm
 

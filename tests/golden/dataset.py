@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.data import goals, ring
 from jaxrl.data.files import from_columns
-from jaxrl.losses import chunk_return
+from jaxrl.ops.losses import chunk_return
+from jaxrl.replay import hindsight, ring
+from jaxrl.replay.loading import from_dataset
 from jaxrl.types import Batch
 from tests.golden.recorded import Recorded
 
@@ -36,11 +37,11 @@ def _towards_goals(columns: dict, inputs: dict, expected: dict, horizon: int, di
     """Yields the cases of DQC: windows towards given goals, and every row where one may start."""
     data = from_columns(columns)
     nothing = np.zeros(len(data.terminals), bool)
-    laid = ring.from_dataset(data, nothing, nothing, goals=data.extra["oracle_reps"])
+    laid = from_dataset(data, nothing, nothing, goals=data.extra["oracle_reps"])
     assert laid.hindsight is not None
     start, goal = jnp.asarray(inputs["idxs"]), jnp.asarray(inputs["goal_idxs"])
-    law = goals.DEFAULT
-    batch = goals.window_at(laid.obs[0], laid.actions[0], laid.hindsight, start, goal, horizon, law)
+    law = hindsight.DEFAULT
+    batch = hindsight.window_at(laid.obs[0], laid.actions[0], laid.hindsight, start, goal, horizon, law)
     size = data.observations.shape[1]
     ours = {
         "observations": batch.obs[:, :size],
@@ -56,7 +57,7 @@ def _towards_goals(columns: dict, inputs: dict, expected: dict, horizon: int, di
     assert ours.keys() == expected.keys()
     yield from ((name, (np.asarray(ours[name]), expected[name])) for name in expected)
     yield "goals of the next states", (np.asarray(batch.next_obs[:, size:]), expected["high_value_goals"])
-    drawn, last = goals.starts(laid.hindsight, jax.random.key(0), 50 * len(start), horizon)
+    drawn, last = hindsight.starts(laid.hindsight, jax.random.key(0), 50 * len(start), horizon)
     found, at = np.unique(drawn, return_index=True)
     yield "idxs", (found, inputs["idxs"])
     yield "final_idxs", (np.asarray(last)[at], inputs["final_idxs"])
@@ -78,7 +79,7 @@ def _along_episodes(columns: dict, inputs: dict, expected: dict, horizon: int, d
     }
     data = from_columns(columns | wide)
     assert data.rewards is not None and data.masks is not None
-    laid = ring.from_dataset(data, data.rewards, data.masks == 0)
+    laid = from_dataset(data, data.rewards, data.masks == 0)
     row = np.flatnonzero(~data.terminals)[inputs["idxs"]]  # an episode's last observation has a row of its own
 
     def windows(length: int) -> Batch:

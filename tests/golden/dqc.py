@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl import flow, losses
 from jaxrl.agents import DQC
 from jaxrl.agents.common import flat_actions
 from jaxrl.networks import apply, repeat_for
+from jaxrl.ops import flow, losses
 from jaxrl.types import Batch
 from tests.golden.recorded import Recorded
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from jaxrl import flow, losses
 from jaxrl.agents import FQL
+from jaxrl.ops import flow, losses
 from tests.golden.recorded import Recorded
 
 NETS = {"flow": "actor_bc_flow", "policy": "actor_onestep_flow", "critic": "critic"}

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl import losses
 from jaxrl.agents import IQL
 from jaxrl.networks import apply
+from jaxrl.ops import losses
 from tests.golden.recorded import Recorded
 
 NETS = {"actor": "actor", "critic": "critic", "value": "value"}

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
-from jaxrl import flow, losses
 from jaxrl.agents import QC
 from jaxrl.agents.common import critic_weight, flat_actions
 from jaxrl.networks import apply, repeat_for
+from jaxrl.ops import flow, losses
 from tests.golden.recorded import Recorded
 
 

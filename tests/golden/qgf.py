@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl import flow, losses
 from jaxrl.agents import QGF
 from jaxrl.agents.common import critic_weight, flat_actions
-from jaxrl.guidance import QGuidance
 from jaxrl.networks import apply, time_features
+from jaxrl.ops import flow, losses
+from jaxrl.ops.guidance import QGuidance
 from tests.golden.recorded import Recorded
 
 NETS = {"actor": "policy", "critic": "critic", "value": "value"}

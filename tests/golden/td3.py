@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.agents import A2PR, PRDC, TD3BC, common, td3
-from jaxrl.data import files, ring
+from jaxrl.data import files
+from jaxrl.replay import ring
+from jaxrl.replay.loading import from_dataset
 from jaxrl.types import Spec
 from tests.golden.recorded import Recorded, distance, norm
 
@@ -95,7 +97,7 @@ def dataset(r: Recorded) -> ring.Ring:
     ended = np.asarray(r["dataset/terminals"]) > 0
     columns |= {"terminals": np.ones(len(ended), bool), "masks": 1 - ended.astype(np.float32)}
     data = files.from_columns(columns)
-    return ring.from_dataset(data, r.hparams["scale"] * data.rewards + r.hparams["shift"], data.masks == 0)
+    return from_dataset(data, r.hparams["scale"] * data.rewards + r.hparams["shift"], data.masks == 0)
 
 
 def transitions(data: ring.Ring, rows: np.ndarray) -> Any:

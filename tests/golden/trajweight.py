@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from jaxrl.data import task
 from jaxrl.data.files import Dataset, from_columns
-from jaxrl.data.weighting import FULL, Weighting, Weights
+from jaxrl.replay import loading
+from jaxrl.replay.weighting import FULL, Weighting, Weights
 from tests.golden.recorded import Recorded
 
 LAWS = {
@@ -21,7 +21,7 @@ def replay(r: Recorded) -> dict[str, np.ndarray]:
     data, kept = as_dataset(r), r["dataset/episode_lengths"]
     got = {}
     for name, law in LAWS.items():
-        weights = task.weigh(data, law)
+        weights = loading.weigh(data, law)
         assert weights is not None and np.array_equal(weights.steps, kept)
         got[f"expected/exact/{name}"] = np.repeat(drawn(weights) / kept, kept)
     return got

@@ -1,0 +1,1 @@
+"""Mathematics as functions of arrays: no network, no configuration, no agent."""

@@ -1,0 +1,1 @@
+"""Data on the device: one ring for datasets and replay, and what is looked up in it."""

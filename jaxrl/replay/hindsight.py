@@ -1,0 +1,130 @@
+"""Goals in hindsight: any state that an episode reached may stand as the goal of any earlier one, or of another.
+
+A window starts where all its steps stay in their episode, draws a goal by the law `Goals`, and ends where it meets
+that goal: after k steps with success where the goal lies k < H rows ahead, else after all H steps, with bootstrap. A
+goal exactly H steps ahead is left to the bootstrap, which then sees a state that is its own goal.
+
+The law is that of DQC (Li, Park, Levine, arXiv 2512.10926, and its official code); the geometric law of the future is
+that of OGBench (Park et al., arXiv 2410.20092). Rows are indices into one lane of whole episodes, see
+`jaxrl.replay.ring`.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl.errors import UserError
+from jaxrl.types import Batch, Scalar, pytree
+
+
+@pytree
+class Goals:
+    """Which goals a window is relabelled with: its own first state, a later state of its episode, or any other."""
+
+    current: Scalar = 0.2  # probability of the window's first state
+    future: Scalar = 0.5  # probability of a later state of the episode; the rest are starts of any episode
+    future_law: Literal["uniform", "geometric"] = "uniform"  # over the rest of the episode, or the nearer the likelier
+    geometric_discount: Scalar = 0.99  # probability, per step, that a geometric goal lies further ahead
+    negative: bool = False  # rewards -1 before the goal and 0 there, in place of 0 before and 1 there
+
+    def check(self) -> None:
+        """Raises UserError where a probability is out of range."""
+        for name in ("current", "future", "geometric_discount"):
+            values = np.asarray(getattr(self, name))
+            if not ((values >= 0) & (values <= 1)).all():
+                raise UserError(f"Goals.{name} = {getattr(self, name)}: must be in [0, 1]")
+        if (np.asarray(self.geometric_discount) == 1).any():
+            raise UserError("Goals.geometric_discount = 1: must be below 1, else no goal is ever reached")
+        if (np.asarray(self.current) + np.asarray(self.future) > 1 + 1e-6).any():
+            raise UserError(
+                f"Goals.current = {self.current} and Goals.future = {self.future}: must add up to at most 1, "
+                "the rest are goals from any episode"
+            )
+
+
+DEFAULT = Goals()
+
+
+@pytree
+class Hindsight:
+    """What goal sampling knows of T rows that hold E whole episodes. Episodes of no steps are never drawn."""
+
+    goals: jax.Array | None  # [T, G], what stands for each row as a goal; None: its observation, not stored twice
+    first: jax.Array  # [E] int32, the row of each episode's first state
+    steps: jax.Array  # [E] int32, its transitions: its last state is in row first + steps
+
+
+def goal_windows(
+    obs: jax.Array, actions: jax.Array, hindsight: Hindsight, key: jax.Array, batch: int, length: int, law: Goals
+) -> Batch:
+    """Returns `batch` windows of `length` steps towards goals that the law draws."""
+    start, goal = draw(hindsight, key, batch, length, law)
+    return window_at(obs, actions, hindsight, start, goal, length, law)
+
+
+def draw(hindsight: Hindsight, key: jax.Array, batch: int, length: int, law: Goals) -> tuple[jax.Array, jax.Array]:
+    """Returns the rows (start, goal) [batch] of windows; a goal from any episode is a row where a window may start."""
+    key_start, key_other, key_kind, key_future = jax.random.split(key, 4)
+    start, last = starts(hindsight, key_start, batch, length)
+    other, _ = starts(hindsight, key_other, batch, length)
+    kind = jax.random.uniform(key_kind, (batch,))
+    elsewhere = jnp.where(kind < law.current + law.future, start + ahead(key_future, last - start, law), other)
+    return start, jnp.where(kind < law.current, start, elsewhere)
+
+
+def starts(hindsight: Hindsight, key: jax.Array, batch: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """Returns rows [batch], uniform over all whose `length` next steps stay in the episode, and the episode's last."""
+    count = jnp.maximum(hindsight.steps - length + 1, 0)  # per episode
+    ends = jnp.cumsum(count)
+    draw = jax.random.randint(key, (batch,), 0, jnp.maximum(ends[-1], 1))
+    episode = jnp.searchsorted(ends, draw, side="right")
+    start = hindsight.first[episode] + draw - (ends - count)[episode]
+    return start, (hindsight.first + hindsight.steps)[episode]
+
+
+def ahead(key: jax.Array, left: jax.Array, law: Goals) -> jax.Array:
+    """Returns how many rows ahead a goal of the same episode lies, of which `left` [B] >= 1 are left.
+
+    The uniform law rounds a uniform number in [1, left], as the official code of DQC does: the nearest and the
+    furthest row have half the probability of the others.
+    """
+    if law.future_law == "geometric":
+        return jnp.minimum(jax.random.geometric(key, 1 - law.geometric_discount, left.shape), left)
+    share = jax.random.uniform(key, left.shape)
+    return jnp.round(share + left * (1 - share)).astype(left.dtype)
+
+
+def window_at(
+    obs: jax.Array,
+    actions: jax.Array,
+    hindsight: Hindsight,
+    start: jax.Array,
+    goal: jax.Array,
+    length: int,
+    law: Goals,
+) -> Batch:
+    """Returns the windows from rows `start` [B] towards the rows `goal` [B], in lanes `obs` [T, O], `actions` [T, A].
+
+    Observations end with the goal. Every action of a window happened, also those after it met its goal.
+    """
+    distance = goal - start
+    reached = (distance >= 0) & (distance < length)
+    k = jnp.where(reached, distance, length)
+    step = jnp.arange(length)[None]
+    goals = (obs if hindsight.goals is None else hindsight.goals)[goal]
+    rewards = jnp.where(step < k[:, None], -1, 0) if law.negative else reached[:, None] & (step == k[:, None])
+    ends = jax.lax.cummax(hindsight.first + hindsight.steps)  # the closing rows; episodes without steps come last
+    closes = ends[jnp.searchsorted(ends, start + k)] == start + k
+    return Batch(
+        obs=jnp.concatenate([obs[start], goals], axis=-1),
+        actions=actions[start[:, None] + step],
+        rewards=rewards.astype(obs.dtype),
+        valid=jnp.ones((len(start), length), obs.dtype),
+        terminated=reached,
+        next_obs=jnp.concatenate([obs[start + k], goals], axis=-1),
+        steps=k,
+        next_action=actions[start + k],
+        followed=(~closes).astype(obs.dtype),
+    )

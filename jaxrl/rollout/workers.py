@@ -1,0 +1,277 @@
+"""Simulators in worker processes: NumPy in, NumPy out. Nothing here, and so nothing in a worker, imports JAX.
+
+A worker is a fresh interpreter rather than a fork, since JAX runs threads, and rather than one of `multiprocessing`,
+which would run the user's script again. Each worker holds several simulators and executes a whole chunk in each before
+it answers, so that a decision costs one message to each worker however long the chunk is.
+
+A simulator is what Gymnasium calls an environment, though Gymnasium is not needed: `reset(seed=..., options=...)`
+returns (observation, info), `step(action)` returns (observation, reward, terminated, truncated, info). A task is
+chosen by `options={"task_id": n}`; `info["success"]`, where there is one, says whether the task is solved.
+"""
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jaxrl import system
+from jaxrl.errors import UserError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # one each: the workers are the parallelism
+PATIENCE = 5.0  # seconds that a worker has to leave by itself
+
+
+class WorkerDied(UserError):  # noqa: N818  (nobody's error)
+    """A worker process is gone: killed, out of memory, or crashed in a simulator's native code."""
+
+
+class SimulatorFailed(UserError):  # noqa: N818
+    """A simulator raised an exception; unless it was a UserError, the worker has printed where."""
+
+
+class Pool:
+    """Worker processes and the simulators in them, which `builder()` makes there when they are first reset.
+
+    A simulator is known by its group and its slot, a number; slot s lives in worker s modulo the number of workers.
+    Processes start with the first command. Any failure ends them all, and the next command starts new ones.
+    """
+
+    def __init__(self, builder: Callable[[], Any] | None = None, horizon: int = 0, workers: int | None = None) -> None:
+        """Takes what a worker builds simulators with (picklable), and the steps after which an episode is truncated."""
+        self.builder, self.horizon, self.workers = builder, horizon, workers or system.cores()
+        self.processes: list[subprocess.Popen] = []
+        self.connections: list[Connection] = []
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Starts the processes, unless they run."""
+        if self.processes:
+            return
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        environment = dict.fromkeys(THREADS, "1") | os.environ | {"PYTHONPATH": path}
+        for _ in range(self.workers):
+            ours, theirs = Pipe()
+            program = f"from jaxrl.rollout.workers import serve; serve({theirs.fileno()})"
+            command = [sys.executable, "-W", "ignore", "-c", program]
+            self.processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment))
+            self.connections.append(ours)
+            theirs.close()
+        for worker in range(self.workers):
+            self._send(worker, ("build", self.builder, self.horizon))
+        for worker in range(self.workers):
+            self._receive(worker)
+
+    def close(self, patience: float = PATIENCE) -> None:
+        """Ends the processes, by force those that have not left after so many seconds."""
+        for connection in self.connections:
+            connection.close()  # what a worker takes for the end
+        deadline = time.monotonic() + patience
+        for process in self.processes:
+            try:
+                process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.processes, self.connections = [], []
+
+    def reset(self, group: str, slots: np.ndarray, seeds: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """Returns the first observations [n, O] of new episodes in n slots, given seeds [n] and tasks [n] (0: any)."""
+        return self._each("reset", group, slots, seeds, tasks)["obs"]
+
+    def execute(self, group: str, slots: np.ndarray, chunks: np.ndarray, frames: int = 0) -> dict[str, Any]:
+        """Returns what came of chunks [n, H, A], executed open loop in n slots: the fields of `ring.Steps`, as arrays.
+
+        Besides them, "success" [n]: solved now or earlier in the episode. With `frames`, also "frames": for each slot
+        a list of pictures [height, width, 3], one every so many steps of the episode.
+        """
+        return self._each("execute", group, slots, chunks, frames=frames)
+
+    def map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+        """Yields function(job) for every job, in order, each computed by the next worker that is free."""
+        self.start()
+        waiting, done, at = enumerate(jobs), {}, 0
+        running: dict[int, int] = {}  # worker: index of its job
+        idle = list(range(self.workers))
+        while True:
+            while idle and (job := next(waiting, None)) is not None:
+                running[idle[-1]] = job[0]
+                self._send(idle.pop(), ("call", function, job[1]))
+            if not running:
+                return
+            for connection in wait([self.connections[worker] for worker in running]):
+                worker = self.connections.index(connection)  # ty: ignore[invalid-argument-type]
+                done[running.pop(worker)] = self._receive(worker)
+                idle.append(worker)
+            while at in done:
+                yield done.pop(at)
+                at += 1
+
+    def _each(self, command: str, group: str, slots: np.ndarray, *columns: np.ndarray, **options: Any) -> dict:
+        """Returns the answers about n slots, in the order of the slots, whatever workers gave them."""
+        self.start()
+        slots = np.asarray(slots)
+        mine = {w: rows for w in range(self.workers) if len(rows := np.flatnonzero(slots % self.workers == w))}
+        for worker, rows in mine.items():
+            self._send(worker, (command, group, slots[rows], *(column[rows] for column in columns), *options.values()))
+        answers = [self._receive(worker) for worker in mine]
+        order = np.argsort(np.concatenate(list(mine.values())))
+        return {name: _joined([answer[name] for answer in answers], order) for name in answers[0]}
+
+    def _send(self, worker: int, message: tuple) -> None:
+        try:
+            self.connections[worker].send(message)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise self._died(worker) from error
+
+    def _receive(self, worker: int) -> Any:
+        try:
+            fine, answer = self.connections[worker].recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise self._died(worker) from error
+        if not fine:
+            self.close(patience=0)
+            raise SimulatorFailed(answer)
+        return answer
+
+    def _died(self, worker: int) -> WorkerDied:
+        """Returns the error for a worker that is gone, having ended the others."""
+        process = self.processes[worker]
+        with contextlib.suppress(
+            subprocess.TimeoutExpired
+        ):  # its connection is gone a moment before its exit code is there
+            process.wait(PATIENCE)
+        self.close(patience=0)
+        return WorkerDied(f"worker {worker} of {self.workers} (process {process.pid}) died, {_why(process.returncode)}")
+
+
+def _why(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+    hint = ": the machine may be short of memory, lower schedule.envs" if name == "SIGKILL" else ""
+    return f"exit code {code} ({name}){hint}"
+
+
+def _joined(parts: Sequence[Any], order: np.ndarray) -> Any:
+    if isinstance(parts[0], list):
+        together = [item for part in parts for item in part]
+        return [together[i] for i in order]
+    return np.concatenate(parts)[order]
+
+
+# In the worker
+
+
+class Slot:
+    """One simulator and the episode in it."""
+
+    def __init__(self, simulator: Any, horizon: int) -> None:
+        """Takes a simulator that has not been reset yet."""
+        self.simulator, self.horizon = simulator, horizon
+
+    def reset(self, seed: int, task: int) -> np.ndarray:
+        """Returns the first observation of a new episode."""
+        np.random.seed(seed)
+        options = {"task_id": int(task)} if task else None
+        obs, _ = self.simulator.reset(seed=int(seed), options=options)
+        self.obs, self.steps, self.success = np.asarray(obs, np.float32), 0, False
+        self.random = np.random.get_state()
+        return self.obs
+
+    def execute(self, chunk: np.ndarray, frames: int) -> dict[str, Any]:
+        """Returns what came of a chunk [H, A]: it stops where the episode ends or a number is not finite.
+
+        Simulators may draw from NumPy's global stream, so that of each is kept apart from the others'.
+        """
+        if frames and getattr(self.simulator, "render", None) is None:
+            raise UserError("the simulator has no render()")
+        np.random.set_state(self.random)
+        record = {name: np.zeros(len(chunk), bool) for name in ("terminated", "truncated", "valid", "taken")}
+        rewards, seen, pictures, ended = np.zeros(len(chunk), np.float32), [self.obs], [], False
+        for t, action in enumerate(chunk):
+            if not ended:
+                obs, rewards[t], terminated, truncated, info = self.simulator.step(action)
+                obs = np.asarray(obs, np.float32)
+                self.steps += 1
+                finite = bool(np.isfinite(obs).all() and np.isfinite(rewards[t]))
+                truncated = (truncated or self.steps >= self.horizon) and not terminated
+                record["taken"][t], record["valid"][t] = True, finite
+                record["terminated"][t], record["truncated"][t] = terminated and finite, truncated and finite
+                self.obs, rewards[t] = (obs, rewards[t]) if finite else (self.obs, 0)
+                self.success = self.success or (finite and bool(info.get("success", False)))
+                ended = bool(terminated or truncated or not finite)
+                if frames and (self.steps % frames == 0 or ended):
+                    pictures.append(self.simulator.render())
+            seen.append(self.obs)
+        self.random = np.random.get_state()
+        result = record | {"obs": np.stack(seen), "rewards": rewards, "ended": ended, "success": self.success}
+        return result | ({"frames": pictures} if frames else {})
+
+
+class Worker:
+    """What a worker process knows; each method is a command."""
+
+    def __init__(self) -> None:
+        """Knows nothing yet."""
+        self.slots: dict[tuple[str, int], Slot] = {}
+
+    def build(self, builder: Callable[[], Any], horizon: int) -> None:
+        """Keeps what makes simulators."""
+        self.builder, self.horizon = builder, horizon
+
+    def reset(self, group: str, slots: np.ndarray, seeds: np.ndarray, tasks: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the first observations of new episodes, having built what simulators are missing."""
+        for slot in slots:
+            if (group, slot) not in self.slots:
+                self.slots[group, slot] = Slot(self.builder(), self.horizon)
+        starts = zip(slots, seeds, tasks, strict=True)
+        return {"obs": np.stack([self.slots[group, slot].reset(seed, task) for slot, seed, task in starts])}
+
+    def execute(self, group: str, slots: np.ndarray, chunks: np.ndarray, frames: int) -> dict[str, Any]:
+        """Returns what came of the chunks, field by field."""
+        results = [self.slots[group, slot].execute(chunk, frames) for slot, chunk in zip(slots, chunks, strict=True)]
+        columns = {name: [result[name] for result in results] for name in results[0]}
+        columns["actions"] = list(chunks)
+        return {name: column if name == "frames" else np.stack(column) for name, column in columns.items()}
+
+    def call(self, function: Callable[[Any], Any], job: Any) -> Any:
+        """Returns what a function makes of a job."""
+        return function(job)
+
+
+def serve(descriptor: int) -> None:
+    """Answers commands until the other side is gone. Signals are for the process that started this one."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    connection, worker = Connection(descriptor), Worker()
+    while True:
+        try:
+            message = connection.recv_bytes()
+            try:
+                command, *arguments = pickle.loads(message)
+                answer = True, getattr(worker, command)(*arguments)
+            except UserError as error:
+                answer = False, str(error)
+            except Exception as error:
+                traceback.print_exc()
+                answer = False, f"a simulator failed: {type(error).__name__}: {error}"
+            connection.send(answer)
+        except (EOFError, ConnectionError):
+            return

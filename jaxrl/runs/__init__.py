@@ -1,0 +1,1 @@
+"""One run and its directory: configuration, checkpoints, logs, evaluation and plots."""

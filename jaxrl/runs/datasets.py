@@ -1,0 +1,108 @@
+"""The dataset of a run: found or recorded, checked against the environment, and placed in device memory."""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrl.data import files
+from jaxrl.data.files import Dataset
+from jaxrl.errors import UserError
+from jaxrl.replay import loading, streaming
+from jaxrl.replay.ring import Ring
+from jaxrl.replay.streaming import Shards, Stream
+from jaxrl.rollout import record
+from jaxrl.runs import directory
+from jaxrl.runs.config import Config
+from jaxrl.runs.jsonlines import read_json
+from jaxrl.types import on_host
+
+
+def load_data(config: Config, env: Any) -> Dataset | Shards:
+    """Returns the run's dataset: the file that it names, or the recorded behaviour, which is kept under datasets/.
+
+    Of a folder of files, or a pattern of their names, only the headers are read.
+    """
+    config = with_data(config, env)
+    if config.data is not None and (shards := streaming.find(config.data)) is not None:
+        loading.check_fits(shards.sizes, env)
+        return shards
+    path = data_path(config.env, config.behaviour, config.data_steps) if config.data is None else Path(config.data)
+    if config.data is None and not path.exists():
+        record.behaviour_of(env, config.behaviour)  # refuses a level that does not exist
+        print(f"recording {config.data_steps} steps of the behaviour {config.behaviour!r} as {path}", file=sys.stderr)
+        dataset = record.record(env, config.behaviour, config.data_steps, seed=0)
+        path.parent.mkdir(exist_ok=True)
+        files.save(path, dataset)
+    dataset = files.load(path)
+    loading.check_fits(loading.sizes_of(dataset), env)
+    return dataset
+
+
+def with_data(config: Config, env: Any) -> Config:
+    """Returns the configuration with a dataset named: for a simulator on the CPU, one that is there already.
+
+    Raises UserError where there is none, saying how to get one.
+    """
+    if config.data is not None or not on_host(env):
+        return config
+    name = getattr(env, "dataset", None)
+    if name is None:
+        raise UserError(f"environment {config.env!r} has no behaviour to record: name a dataset file with --data")
+    places = [folder / f"{name}.npz" for folder in (Path("datasets"), Path.home() / ".ogbench" / "data")]
+    for path in places:
+        if path.exists():
+            return dataclasses.replace(config, data=str(path))
+    raise UserError(
+        f"no dataset for {config.env}, neither {places[0]} nor {places[1]}: make one, `jaxrl collect ogbench/{name}`, "
+        f"or get the official one, `python -c \"import ogbench; ogbench.download_datasets(['{name}'])\"`"
+    )
+
+
+def data_path(env: str, behaviour: str, steps: int, seed: int = 0) -> Path:
+    """Returns where a recorded behaviour is kept."""
+    return Path("datasets") / f"{directory.plain(env)}-{behaviour}-{steps}-s{seed}.npz"
+
+
+def asks_trees(config: Config) -> bool:
+    """Returns whether the agent searches all of the data in KD-trees on the host: where its device is a CPU.
+
+    Not where the data come file by file: a program is made for its trees, and each file would need its own.
+    """
+    return getattr(config.agent, "searches", False) and jax.default_backend() == "cpu"
+
+
+def in_memory(config: Config, env: Any, dataset: Dataset | Shards, epochs: int) -> Ring | Stream:
+    """Returns the dataset in device memory, or what brings it there file by file."""
+    place = functools.partial(
+        loading.to_ring,
+        env=env,
+        scale=config.reward_scale,
+        shift=config.reward_shift,
+        probabilities=getattr(config.agent, "head", "mse") == "bce",
+        weighting=config.weighting,
+    )
+    if isinstance(dataset, Dataset):
+        check_sizes(config.agent, loading.sizes_of(dataset))
+        return place(dataset, searched=asks_trees(config))
+    for shard in dataset.shards:
+        check_sizes(config.agent, shard.sizes)
+    room = (dataset.sizes.rows, dataset.sizes.episodes)
+    return Stream(dataset, functools.partial(place, room=room), config.order_seed, epochs)
+
+
+def check_sizes(agent: Any, sizes: loading.Sizes) -> None:
+    """Raises UserError where a dataset is too small for an agent."""
+    loading.check_window(sizes, loading.window_of(agent))
+    if hasattr(agent, "check_data"):
+        agent.check_data(sizes.rows - sizes.episodes)
+
+
+def check_same_data(path: Path, dataset: Dataset | Shards) -> None:
+    """Raises UserError where the dataset is not the one that the run began with."""
+    known = read_json(path / "manifest.json", f"{path} is not a run directory").get("dataset_digest")
+    if dataset.digest != known:
+        raise UserError(f"dataset {dataset.path} has changed since {path} began: its sha256 was {known}")

@@ -1,0 +1,113 @@
+"""A run's folder: what it was asked to do, what it ran on, and what it measured.
+
+config.json       everything needed to repeat the run
+manifest.json     versions, device, precision, git commit, digest of the data, command line
+metrics.jsonl     one row per epoch; deterministic, so that a repetition can be compared byte by byte
+timings.jsonl     seconds per epoch and rates: what a repetition may change
+result.json       the last line that the run printed
+checkpoints/      the newest carries
+tensorboard/      the metrics again
+curves.png, rollout.gif
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrl.errors import UserError
+from jaxrl.runs.config import Config, from_dict, to_dict
+from jaxrl.runs.jsonlines import read_json, rows, write, write_json
+from jaxrl.system import PACKAGES, jax_setting
+
+
+def default_path(name: str, env: str, seed: int) -> Path:
+    """Returns a folder name that says what runs, and when it began."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{name}-{plain(env)}-s{seed}-{stamp}"
+
+
+def plain(env: str) -> str:
+    """Returns an environment's name as part of a file name."""
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in env)
+
+
+def check_new(path: Path) -> None:
+    """Raises UserError where a new run's folder could not be made: it exists, or what it would lie in refuses."""
+    if path.exists():
+        raise UserError(f"run directory {path} exists: continue it with --resume {path}, or name another with --out")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {above}: {error.strerror}") from error
+
+
+def create(path: Path, config: Config, digest: str) -> None:
+    """Writes a new run's folder. Raises UserError where that fails."""
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    write_json(path / "manifest.json", manifest(digest))
+    write_json(path / "config.json", to_dict(config))
+
+
+def manifest(digest: str) -> dict[str, Any]:
+    """Returns what a run's numbers depend on besides its configuration."""
+    device, mesh = jax.devices()[0], jax.sharding.get_abstract_mesh()
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "device": device.device_kind,
+        "devices": 1 if mesh.empty else mesh.size,  # that a run was spread over
+        "platform": device.platform,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "matmul_precision": jax_setting("default_matmul_precision"),
+        "x64": jax_setting("enable_x64"),
+        "git_commit": _commit(),
+        "dataset_digest": digest,
+        "argv": sys.argv[1:],
+    }
+
+
+def read_config(path: Path) -> Config:
+    """Returns the configuration of the run in a folder. Raises UserError where there is none."""
+    values = read_json(path / "config.json", f"{path} is not a run directory")
+    try:
+        return from_dict(values)
+    except KeyError as error:
+        raise UserError(f"{path}/config.json is damaged: {error} is missing") from error
+
+
+def rewind(path: Path, epoch: int) -> None:
+    """Drops what a run wrote after an epoch, from its metrics and its timings."""
+    for file in filter(Path.exists, (path / "metrics.jsonl", path / "timings.jsonl")):
+        write(file, "".join(json.dumps(row) + "\n" for row in rows(file) if row["epoch"] <= epoch))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Returns the git commit of the source that runs, with a mark where files were changed; None outside git."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        status = ["git", "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(status, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changed else "")

@@ -1,0 +1,215 @@
+"""The host's side of a run: data in, epochs driven one by one, everything recorded, stopped and resumed.
+
+Each compiled epoch is one call; evaluation, logging, checkpoint and the question whether to stop lie between two.
+"""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrl import sharding
+from jaxrl.data.files import Dataset
+from jaxrl.errors import UserError
+from jaxrl.replay.ring import Ring
+from jaxrl.replay.streaming import Shards, Stream
+from jaxrl.rollout import host, workers
+from jaxrl.runs import checkpoint, directory, jsonlines, plots
+from jaxrl.runs.config import Config, to_dict
+from jaxrl.runs.datasets import check_same_data, in_memory, load_data
+from jaxrl.runs.evaluation import animate, episodes_of, evaluate_behaviour, evaluation, simulators_of
+from jaxrl.runs.jsonlines import as_json, write_json
+from jaxrl.runs.logging import Log
+from jaxrl.runs.signals import StopRequested, StopRequests
+from jaxrl.training import host_loop, loop, schedule
+from jaxrl.training.host_loop import Interrupted
+from jaxrl.training.loop import Carry, abstract_carry
+from jaxrl.training.schedule import Phase, Timeline
+from jaxrl.types import on_host
+
+
+def row_of(index: int, phase: Phase, updates: Any, steps: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the row of the epoch with this index (from 0), of numbers on the host."""
+    row: dict[str, Any] = {"epoch": index + 1, "phase": phase.name, "updates": int(updates), "steps": int(steps)}
+    return row | {name: value.item() for name, value in sorted(metrics.items())}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run, ready to be driven: its agent on the device, its environment, its epochs and its data."""
+
+    config: Config
+    env: Any
+    agent: Any
+    timeline: Timeline
+    data: Ring | Stream
+    simulators: host.Simulators | None = None  # of an environment that steps on the CPU
+
+    def close(self) -> None:
+        """Ends the processes of the simulators, if there are any."""
+        if self.simulators is not None:
+            self.simulators.close()
+
+    def first(self) -> Carry:
+        """Returns the carry before the first epoch."""
+        carry = loop.jitted_begin(self.agent, self.env, self.config.schedule, jax.random.key(self.config.seed))
+        if hasattr(self.agent, "fit"):
+            data = self.data.at(0) if isinstance(self.data, Stream) else self.data
+            carry = loop.jitted_fit(self.agent, carry, sharding.shared(data))
+        return at_home(carry)
+
+    def restore(self, folder: Path) -> tuple[Carry, int]:
+        """Returns the carry to go on from and how many epochs it has seen: the newest checkpoint's, or the first."""
+        loaded = checkpoint.load(folder, self.abstract)
+        return (self.first(), 0) if loaded is None else (at_home(loaded[1]), loaded[0])
+
+    def abstract(self, done: int) -> Carry:
+        """Returns the shapes of the carry after `done` epochs, without computing anything."""
+        return abstract_carry(self.agent, self.env, self.config.schedule, self.timeline, done)
+
+    def epoch(self, carry: Carry, index: int) -> tuple[Carry, dict[str, Any]]:
+        """Returns the carry after the epoch with this index (from 0), and its row of metrics."""
+        phase, before = self.timeline.at(index)
+        if before == 0:
+            carry = at_home(loop.jitted_enter(self.agent, phase, carry))
+        data = sharding.shared(self.data.at(index) if isinstance(self.data, Stream) else self.data)
+        if self.simulators is not None and phase.collects:
+            carry, metrics = host_loop.epoch(self.simulators, self.agent, phase, carry, data)
+        else:
+            carry, metrics = loop.jitted_epoch(self.agent, self.env, phase, carry, data)
+        row = row_of(index, phase, *jax.device_get((carry.updates, carry.steps, metrics)))
+        if self.timeline.evaluates(index, self.config.schedule.eval_every):
+            row |= evaluation(episodes_of(self.config, self.agent, self.env, carry.agent, self.simulators))
+        return carry, row
+
+
+def at_home(carry: Carry) -> Carry:
+    """Returns the carry bound to its devices, as a restored one is: lying otherwise, it would make another program."""
+    return loop.placed(carry) if sharding.several() else jax.device_put(carry, jax.devices()[0])
+
+
+def prepare(config: Config, env: Any, dataset: Dataset | Shards) -> Run:
+    """Returns the run of a configuration. Raises UserError where no episode is as long as the agent's windows."""
+    agent = loop.on_device(config.agent)
+    timeline = Timeline(schedule.phases(config.schedule, agent.chunk, (config.reward_scale, config.reward_shift)))
+    return Run(
+        config, env, agent, timeline, in_memory(config, env, dataset, timeline.epochs), simulators_of(config, env)
+    )
+
+
+def start(config: Config, env: Any, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
+    """Returns the result of a new run, driven to its end in a new folder. Raises StopRequested where asked to stop."""
+    directory.check_new(path)
+    dataset = load_data(config, env)
+    run = prepare(config, env, dataset)
+    directory.create(path, config, dataset.digest)
+    return drive(run, path, stop, wandb)
+
+
+def resume(config: Config, env: Any, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
+    """Returns the result of a run that goes on from its newest checkpoint, bit for bit as if it had never stopped."""
+    dataset = load_data(config, env)
+    check_same_data(path, dataset)
+    return drive(prepare(config, env, dataset), path, stop, wandb)
+
+
+def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, Any]:
+    """Returns the run's result, after the epochs still before it. Raises StopRequested where asked to stop."""
+    folder = path / "checkpoints"
+    carry, done = run.restore(folder)
+    checkpoint.keep(folder, [epoch for epoch in checkpoint.epochs(folder) if epoch <= done])
+    directory.rewind(path, done)
+    with contextlib.closing(run), contextlib.closing(Log(path, wandb, done)) as log:
+        if run.config.data is None and not jsonlines.rows(path / "metrics.jsonl"):
+            log.row(evaluate_behaviour(run.config, run.env))
+        for index in range(done, run.timeline.epochs):
+            phase, before = run.timeline.at(index)
+            if index == done or before == 0:
+                log.start(phase, before, run.agent.chunk, run.config.schedule.envs)
+            try:
+                carry, row = run.epoch(carry, index)
+            except Interrupted as broken:  # amid an epoch, which will be repeated with what it has learnt so far
+                if before:  # else the newest checkpoint is the one before the phase, of another shape maybe
+                    checkpoint.save(folder, index, broken.carry)
+                raise stopped_by(broken.__cause__) from broken
+            except (
+                workers.WorkerDied
+            ) as error:  # in an evaluation: the newest checkpoint is what there is to go on from
+                raise stopped_by(error) from error
+            log.row(row)
+            last = index + 1 == run.timeline.epochs
+            stopping = stop.requested and not last
+            closes = run.simulators is not None and run.timeline.closes_phase(index)
+            if stopping or last or closes or (index + 1) % run.config.checkpoint_every == 0:
+                checkpoint.save(folder, index + 1, carry)
+            if stopping:
+                raise StopRequested
+    return finish(run, carry, path)
+
+
+def stopped_by(error: BaseException | None) -> StopRequested:
+    """Returns what stops a run that can go on later, having said in one line why."""
+    print(error, file=sys.stderr)
+    return StopRequested()
+
+
+def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
+    """Returns the result of a finished run, having written it, the learning curve and an episode."""
+    rows = jsonlines.rows(path / "metrics.jsonl")
+    result: dict[str, Any] = {
+        "agent": to_dict(run.config)["agent_name"],
+        "env": run.config.env,
+        "seed": run.config.seed,
+        "run": str(path),
+        "seconds": round(sum(row["seconds"] for row in jsonlines.rows(path / "timings.jsonl")), 1),
+    }
+    for phase in ("behaviour", "offline", "online"):
+        evaluated = [row for row in rows if row["phase"] == phase and "eval/success" in row]
+        if evaluated:
+            result[f"{phase}_success"] = evaluated[-1]["eval/success"]
+            result[f"{phase}_interval"] = [evaluated[-1]["eval/success_low"], evaluated[-1]["eval/success_high"]]
+    write_json(path / "result.json", result)
+    plots.curves(rows, path / "curves.png")
+    if on_host(run.env) or hasattr(run.env, "draw"):
+        try:
+            animate(run.config, run.agent, run.env, carry.agent, path / "rollout.gif")
+        except UserError as error:
+            print(f"no picture of an episode: {error}", file=sys.stderr)
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the result's success rates as people read them."""
+    lines = [f"{'':<12}{'success':>8}   95 % interval"]
+    for phase in ("behaviour", "offline", "online"):
+        if f"{phase}_success" in result:
+            low, high = result[f"{phase}_interval"]
+            lines.append(f"{phase:<12}{result[f'{phase}_success']:>8.2f}   [{low:.2f}, {high:.2f}]")
+    return "\n".join([*lines, f"pictures, metrics and checkpoints are in {result['run']}"])
+
+
+# What is done with a run afterwards
+
+
+def replay(config: Config, env: Any, path: Path, epochs: int) -> str | None:
+    """Returns None where the first epochs, repeated, give the recorded metrics bit for bit, else what differs first."""
+    dataset = load_data(config, env)
+    check_same_data(path, dataset)
+    run = prepare(config, env, dataset)
+    first = 0 if config.data is None else 1  # the behaviour's row comes before the first epoch's
+    recorded = jsonlines.rows(path / "metrics.jsonl")[: min(epochs, run.timeline.epochs) + 1 - first]
+    if len(recorded) + first < 2:
+        raise UserError(f"{path} has no epoch yet that could be repeated")
+    carry = run.first()
+    with contextlib.closing(run):
+        for epoch, was in enumerate(recorded, start=first):
+            carry, row = run.epoch(carry, epoch - 1) if epoch else (carry, evaluate_behaviour(config, env))
+            now = as_json(row)
+            for name in was | now:
+                if was.get(name) != now.get(name):
+                    return f"epoch {epoch}, {name}: {was.get(name)} is recorded, {now.get(name)} is repeated"
+    return None

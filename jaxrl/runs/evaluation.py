@@ -1,0 +1,102 @@
+"""Evaluation and rendering of an agent's state, during a run and afterwards."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl import stats, system
+from jaxrl.errors import UserError
+from jaxrl.rollout import device as ro
+from jaxrl.rollout import host, record
+from jaxrl.runs import checkpoint, plots
+from jaxrl.runs.config import Config
+from jaxrl.training import loop, schedule
+from jaxrl.training.loop import abstract_carry
+from jaxrl.training.schedule import Timeline
+from jaxrl.types import on_host
+
+
+def evaluation(episodes: ro.Episodes) -> dict[str, float]:
+    """Returns success with its interval, mean return and length of evaluated episodes."""
+    successes, count = int(episodes.success.sum()), len(episodes.success)
+    low, high = stats.success_interval(successes, count)
+    return {
+        "eval/success": successes / count,
+        "eval/success_low": low,
+        "eval/success_high": high,
+        "eval/return": float(episodes.returns.mean()),
+        "eval/length": float(episodes.lengths.mean()),
+        "eval/broken": float(episodes.broken.sum()),
+    }
+
+
+def evaluate_behaviour(config: Config, env: Any) -> dict[str, Any]:
+    """Returns the row of the scripted behaviour, judged on the same episodes as the agent."""
+    policy = ro.scripted(record.behaviour_of(env, config.behaviour))
+    key = jax.random.key(config.schedule.eval_seed)
+    row = {"epoch": 0, "phase": "behaviour", "updates": 0, "steps": 0}
+    return row | evaluation(jax.device_get(jitted_behaviour(env, policy, key, config.schedule.eval_episodes)))
+
+
+jitted_behaviour = jax.jit(ro.evaluate, static_argnames=("env", "policy", "episodes"))
+
+
+def newest_state(config: Config, agent: Any, env: Any, path: Path) -> Any:
+    """Returns the agent's state in a run's newest checkpoint. Raises UserError where there is none that fits."""
+    timeline = Timeline(schedule.phases(config.schedule, agent.chunk))
+
+    def abstract(done: int) -> dict[str, Any]:
+        return {"agent": abstract_carry(agent, env, config.schedule, timeline, done).agent}
+
+    loaded = checkpoint.load(path / "checkpoints", abstract)
+    if loaded is None:
+        raise UserError(f"{path} has no checkpoint that can be read")
+    return loaded[1]["agent"]
+
+
+def evaluate(config: Config, env: Any, path: Path) -> dict[str, Any]:
+    """Returns the evaluation of a run's newest checkpoint, on the episodes that the configuration names."""
+    agent = loop.on_device(config.agent)
+    state = newest_state(config, agent, env, path)
+    simulators = simulators_of(config, env)
+    with contextlib.closing(simulators) if simulators is not None else contextlib.nullcontext():
+        return evaluation(episodes_of(config, agent, env, state, simulators))
+
+
+def render(config: Config, env: Any, path: Path, out: Path) -> None:
+    """Writes an episode of a run's newest checkpoint, the first that the configuration's evaluation begins."""
+    agent = loop.on_device(config.agent)
+    animate(config, agent, env, newest_state(config, agent, env, path), out)
+
+
+def animate(config: Config, agent: Any, env: Any, state: Any, out: Path) -> None:
+    """Writes the first evaluation episode as an animation. Raises UserError where a simulator cannot be rendered."""
+    if on_host(env):
+        plots.animation(host.film(env, agent, state, jax.random.key(config.schedule.eval_seed)), out)
+    else:
+        plots.gif(env, episode(config, agent, env, state), out)
+
+
+def episode(config: Config, agent: Any, env: Any, state: Any) -> np.ndarray:
+    """Returns the observations [T + 1, O] of the first evaluation episode."""
+    episodes = episodes_of(config, agent, env, state)
+    return np.asarray(episodes.track[: episodes.lengths[0] + 1])
+
+
+def episodes_of(
+    config: Config, agent: Any, env: Any, state: Any, simulators: host.Simulators | None = None
+) -> ro.Episodes:
+    """Returns the evaluation episodes of an agent's state, on the host."""
+    key = jax.random.key(config.schedule.eval_seed)
+    if simulators is not None:
+        return host.evaluate(simulators, agent, state, key, config.schedule.eval_episodes)
+    return jax.device_get(loop.jitted_evaluate(agent, env, config.schedule.eval_episodes, state, key))
+
+
+def simulators_of(config: Config, env: Any) -> host.Simulators | None:
+    """Returns the simulators of an environment that steps on the CPU; they start when they are first needed."""
+    most = max(config.schedule.envs, config.schedule.eval_episodes)
+    return host.Simulators(env, min(system.cores(), most)) if on_host(env) else None

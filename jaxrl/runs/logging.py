@@ -1,0 +1,104 @@
+"""Where a run's numbers go while it runs: the terminal, metrics.jsonl, TensorBoard, optionally Weights & Biases."""
+
+import importlib
+import importlib.util
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[import-not-found]
+from tensorboardX.summary import scalar
+from tqdm import tqdm
+
+from jaxrl.errors import UserError
+from jaxrl.runs.jsonlines import append
+from jaxrl.training.schedule import Phase
+
+
+class Log:
+    """Writes each epoch's row everywhere. `metrics.jsonl` holds nothing that differs between equal runs."""
+
+    def __init__(self, path: Path, wandb: bool = False, epoch: int = 0) -> None:
+        """Opens the log of the run in `path`, after so many epochs."""
+        self.path = path
+        self.wandb = _wandb(path) if wandb else None
+        self.board = _tensorboard(path / "tensorboard", epoch)
+        self.bar: tqdm | None = None
+        self.clock = time.perf_counter()
+
+    def start(self, phase: Phase, done: int, chunk: int, envs: int) -> None:
+        """Opens the progress bar of a phase, `done` epochs of which are behind it. Only a terminal shows it."""
+        self.close_bar()
+        self.unit = phase.iterations * (chunk * envs if phase.collects else phase.updates)
+        self.bar = tqdm(
+            desc=phase.name,
+            total=phase.epochs * self.unit,
+            initial=done * self.unit,
+            unit="step" if phase.collects else "update",
+            unit_scale=True,
+            disable=None,
+        )
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Writes one epoch's metrics, and apart from them the seconds since the row before."""
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        append(self.path / "metrics.jsonl", row)
+        rate = None if self.bar is None else self.unit / seconds
+        append(self.path / "timings.jsonl", {"epoch": row["epoch"], "seconds": seconds, "per_second": rate})
+        numbers = {k: v for k, v in row.items() if isinstance(v, float) and math.isfinite(v)}
+        for name, value in numbers.items():
+            self.board.write_event(Event(wall_time=time.time(), step=row["epoch"], summary=scalar(name, value)))
+        self.board.flush()
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=row["epoch"])
+        if self.bar is not None:
+            self.bar.update(self.unit)
+        if "eval/success" in row:
+            with tqdm.external_write_mode():
+                print(evaluation_line(row), flush=True)
+
+    def close_bar(self) -> None:
+        """Closes the progress bar, if there is one."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def close(self) -> None:
+        """Closes everything."""
+        self.close_bar()
+        self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def evaluation_line(row: dict[str, Any]) -> str:
+    """Returns what an evaluation found, in one line."""
+    return (
+        f"{row['phase']:<9} epoch {row['epoch']:>4}  updates {row['updates']:>8}  steps {row['steps']:>8}  "
+        f"success {row['eval/success']:.2f} [{row['eval/success_low']:.2f}, {row['eval/success_high']:.2f}]  "
+        f"return {row['eval/return']:>8.1f}  length {row['eval/length']:>6.1f}"
+    )
+
+
+def check_wandb() -> None:
+    """Raises UserError where Weights & Biases is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb is not installed: pip install 'jaxrl[wandb]'")
+
+
+def _tensorboard(folder: Path, epoch: int) -> EventsWriter:
+    """Returns a writer of TensorBoard events; the first tells to forget what an interrupted run wrote after `epoch`.
+
+    It writes in this thread, so that a full disk is an error here and a process that is stopped leaves nothing behind.
+    """
+    folder.mkdir(exist_ok=True)
+    board = EventsWriter(str(folder / "events"), filename_suffix=f".{epoch}")
+    board.write_event(Event(wall_time=time.time(), step=epoch + 1, session_log=SessionLog(status=SessionLog.START)))
+    return board
+
+
+def _wandb(path: Path) -> Any:
+    wandb = importlib.import_module("wandb")
+    return wandb.init(project="jaxrl", name=path.name, dir=str(path), resume="allow", id=path.name)

@@ -1,0 +1,173 @@
+"""What a run will take in memory, before it takes it: `jaxrl train --plan`."""
+
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl import system
+from jaxrl.errors import UserError
+from jaxrl.replay import kdtree, loading
+from jaxrl.replay.loading import Sizes
+from jaxrl.replay.ring import Ring
+from jaxrl.replay.streaming import Shards
+from jaxrl.rollout import device as ro
+from jaxrl.rollout import host, record
+from jaxrl.runs import driver
+from jaxrl.runs.config import Config
+from jaxrl.runs.datasets import asks_trees, load_data
+from jaxrl.runs.evaluation import jitted_behaviour
+from jaxrl.training import loop
+from jaxrl.training.host_loop import lowered
+from jaxrl.training.schedule import phases
+from jaxrl.types import PyTree, on_host
+
+KNOBS = {  # what takes memory, and what it grows with
+    "agent": "the agent's hidden sizes",
+    "dataset": "data_steps",
+    "replay": "schedule.replay",
+    "environments": "schedule.envs",
+    "search trees": "the rows of the dataset",
+    "working memory": "the agent's batch_size, schedule.eval_episodes",
+}
+
+
+def check(config: Config, env: Any) -> None:
+    """Raises UserError where what a run holds cannot fit in the memory that is there. Nothing of it is allocated."""
+    require(held(config, env))
+
+
+def plan(config: Config, env: Any) -> str:
+    """Returns a table of the run's memory, from the compiled programs themselves; nothing of it is allocated.
+
+    "working memory" is what the largest of them needs besides its arguments. Raises UserError where it cannot fit.
+    """
+    check(config, env)
+    amounts = held(config, env) | {"working memory": max(temporary(program) for program in programs(config, env))}
+    require(amounts)
+    lines = amounts | {"total on the device": sum(amounts.values())}
+    if jax.default_backend() == "cpu":
+        # The host keeps a copy of the dataset.
+        lines["process at its peak, having compiled all"] = peak_rss() + sum(amounts.values()) + amounts["dataset"]
+    return "\n".join(f"{name:<42}{amount / 2**20:>10.1f} MiB" for name, amount in lines.items())
+
+
+def held(config: Config, env: Any) -> dict[str, int]:
+    """Returns the bytes on the device that a run holds from its first epoch to its last, by what they are for."""
+    *_, carry = abstract(config, env)
+    dataset, copies = abstract_data(config, env)
+    amounts = {
+        "agent": size(carry.agent),
+        "dataset": size(dataset) * copies,
+        "replay": size(carry.world and carry.world.replay),
+        "environments": size(carry.world and carry.world.rollout),
+    }
+    if dataset.forest is None:
+        return amounts
+    entries = dataset.obs.shape[-1] + dataset.actions.shape[-1]
+    return amounts | {"search trees": kdtree.size_of_tree(dataset.valid.size, entries)}
+
+
+def require(amounts: dict[str, int]) -> None:
+    """Raises UserError where so many bytes are not there, naming what to lower."""
+    needed, there = sum(amounts.values()), available()
+    if needed > there:
+        large = {name: amount for name, amount in amounts.items() if amount > needed / 10}
+        advice = " or ".join(f"{KNOBS[name]} ({large[name] / 2**30:.1f} GiB)" for name in large)
+        raise UserError(f"this run needs {needed / 2**30:.1f} GiB, there are {there / 2**30:.1f} GiB: lower {advice}")
+
+
+def available() -> int:
+    """Returns the bytes that are free: of the device's own memory, or on the CPU of this machine's."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# Sweeps
+
+
+# The parts
+
+
+def abstract(config: Config, env: Any) -> tuple[Any, driver.Timeline, loop.Carry]:
+    """Returns the shapes of the agent, the run's epochs, and the shapes of the carry at its end."""
+    agent = jax.eval_shape(loop.on_device, config.agent)
+    timeline = driver.Timeline(phases(config.schedule, config.agent.chunk))
+    return agent, timeline, driver.abstract_carry(agent, env, config.schedule, timeline, timeline.epochs)
+
+
+def abstract_data(config: Config, env: Any) -> tuple[Ring, int]:
+    """Returns the shapes of the run's dataset in device memory, and how many such datasets are there at a time.
+
+    Of a dataset of several files that is the largest of them, and two: the one in use, and the next.
+    """
+    if config.data is None:
+        each, lanes = record.lanes_of(config.data_steps, env.horizon)
+        episodes, entries = lanes * (each // env.horizon), {"observations": (env.spec.observation,)}
+        sizes = Sizes("", entries, lanes * each + episodes, episodes, env.horizon)
+        return loading.abstract_ring(sizes, env, config.weighting, asks_trees(config)), 1
+    dataset = load_data(config, env)
+    if isinstance(dataset, Shards):
+        return loading.abstract_ring(dataset.sizes, env, config.weighting), min(len(dataset.shards), 2)
+    return loading.abstract_ring(loading.sizes_of(dataset), env, config.weighting, asks_trees(config)), 1
+
+
+def programs(config: Config, env: Any) -> Iterator[Any]:
+    """Yields the run's programs, compiled, in the order in which it needs them."""
+    agent, timeline, carry = abstract(config, env)
+    data, _ = abstract_data(config, env)
+    key, episodes = jax.eval_shape(lambda: jax.random.key(0)), config.schedule.eval_episodes
+    if config.data is None:
+        arguments = record.arguments(env, config.behaviour, config.data_steps)
+        yield record.recording.lower(*arguments, key).compile()
+        policy = ro.scripted(record.behaviour_of(env, config.behaviour))
+        yield jitted_behaviour.lower(env, policy, key, episodes).compile()
+    yield loop.jitted_begin.lower(agent, env, config.schedule, key).compile()
+    done = 0
+    for phase in timeline.phases:
+        done += phase.epochs
+        carry = driver.abstract_carry(agent, env, config.schedule, timeline, done)
+        if on_host(env) and phase.collects:
+            yield from (program.compile() for program in lowered(agent, env, phase, carry, data, key))
+        else:
+            yield loop.jitted_epoch.lower(agent, env, phase, carry, data).compile()
+        if on_host(env):
+            count = host.side_by_side(episodes, system.cores())
+            obs, turns = jnp.zeros((count, env.spec.observation)), jnp.zeros((count, 2), jnp.int32)
+            yield host.jitted_act_greedily.lower(agent, carry.agent, obs, key, turns).compile()
+        else:
+            yield loop.jitted_evaluate.lower(agent, env, episodes, carry.agent, key).compile()
+
+
+def size(tree: PyTree) -> int:
+    """Returns the bytes of a tree's leaves, random keys included."""
+    leaves = (jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x for x in jax.tree.leaves(tree))
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def temporary(program: Any) -> int:
+    """Returns the bytes that a compiled program needs besides its arguments: scratch, and results not in place."""
+    memory = program.memory_analysis()
+    return memory.temp_size_in_bytes + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+
+
+def peak_rss() -> int:
+    """Returns the most memory that this process has held so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,111 @@
+"""The pictures of a run, its learning curve and an episode of its agent, and of a dataset."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot, which would choose how a notebook shows its figures
+from PIL import Image
+
+from jaxrl.data.quality import Measures
+
+PANELS = {  # phase: what it is plotted over, colour
+    "offline": ("updates", "gradient steps on the dataset", "tab:blue"),
+    "online": ("steps", "steps in the environment", "tab:orange"),
+}
+
+
+def curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Writes success with its 95 % interval, a panel for each phase, and the behaviour's for comparison."""
+    evaluated = [row for row in rows if row.get("eval/success") is not None]
+    shown = {name: [row for row in evaluated if row["phase"] == name] for name in ("behaviour", *PANELS)}
+    phases = [name for name in PANELS if shown[name]]
+    figure = Figure(figsize=(1 + 4 * len(phases), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
+    for name, axis in zip(phases, axes, strict=True):
+        if shown["behaviour"]:
+            axis.axhline(shown["behaviour"][0]["eval/success"], color="gray", linestyle="--", label="behaviour")
+        panel(axis, name, shown[name])
+    axes[0].set_ylabel("success (95 % interval)")
+    figure.savefig(path, dpi=120)
+
+
+def panel(axis: Axes, phase: str, rows: list[dict[str, Any]]) -> None:
+    """Draws one phase's success over its own clock."""
+    clock, label, colour = PANELS[phase]
+    x = [row[clock] for row in rows]
+    low, high = ([row[f"eval/success_{end}"] for row in rows] for end in ("low", "high"))
+    axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    axis.plot(x, [row["eval/success"] for row in rows], "o-", markersize=3, color=colour, label=phase)
+    axis.set(xlabel=label, ylim=(-0.03, 1.03))
+    axis.set_xlim(left=0)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="best", frameon=False)
+
+
+def gif(env: Any, episode: np.ndarray, path: Path, size: int = 320, per_second: int = 25) -> None:
+    """Writes an episode, observations [T, O], as an animation drawn by the environment."""
+    animation([env.draw(obs, size) for obs in np.asarray(episode)], path, per_second)
+
+
+def animation(frames: list[Image.Image], path: Path, per_second: int = 25) -> None:
+    """Writes pictures as an animation, which rests for a while at its end."""
+    frames = frames + frames[-1:] * (per_second // 2)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // per_second, loop=0)
+
+
+def dataset(measures: Measures, path: Path) -> None:
+    """Writes four histograms: returns, lengths, distances of nearest neighbours, differences of actions around a state.
+
+    What was not measured is said in its panel.
+    """
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    ((returns, lengths), (nearest, actions)) = figure.subplots(2, 2)
+    if measures.returns is None or not len(measures.returns):
+        _blank(returns, "no rewards" if measures.returns is None else "no finished episode")
+    else:
+        histogram(returns, measures.returns, "tab:blue", mean=float(measures.returns.mean()))
+    histogram(lengths, measures.lengths, "tab:blue")
+    around = measures.neighbourhoods
+    if around is None:
+        _blank(nearest, "one episode")
+        _blank(actions, "one episode")
+    else:
+        histogram(nearest, around.nearest, "tab:green", log=True, median=around.epsilon)
+        histogram(
+            actions, around.action_variance, "tab:green", mean=around.action_variance.mean(), all=around.action_spread
+        )
+    returns.set(xlabel="return of an episode", ylabel="episodes")
+    lengths.set(xlabel="steps of an episode", ylabel="episodes")
+    nearest.set(xlabel="distance of the nearest state of another episode", ylabel="steps drawn")
+    actions.set(xlabel="variance of the actions around a state", ylabel="steps drawn")
+    figure.suptitle(Path(measures.path).name)
+    figure.savefig(path, dpi=120)
+
+
+def histogram(axis: Axes, values: np.ndarray, colour: str, log: bool = False, **marks: float) -> None:
+    """Draws the distribution of values in 40 bins, with named marks on the abscissa.
+
+    On a logarithmic one, zeros count as the smallest value that is none; it stays linear where all values are equal.
+    """
+    low, high = float(np.min(values, where=values > 0, initial=np.inf) if log else values.min()), float(values.max())
+    if low < high:
+        edges = np.geomspace(low, high, 41) if log else np.linspace(low, high, 41)
+        edges[0], edges[-1] = low, high  # without rounding
+        axis.set_xscale("log" if log else "linear")
+    else:
+        edges = high + max(abs(high) / 10, 0.5) * np.linspace(-1, 1, 42)
+    axis.hist(np.clip(values, edges[0], edges[-1]), bins=edges.tolist(), color=colour, alpha=0.7)
+    for (name, value), style in zip(marks.items(), ("-", "--"), strict=False):
+        axis.axvline(value, color="black", linestyle=style, linewidth=1, label=f"{name} {value:.4g}")
+    if axis.get_xscale() == "linear":
+        axis.locator_params(axis="x", nbins=6)
+    if marks:
+        axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+
+
+def _blank(axis: Axes, reason: str) -> None:
+    axis.text(0.5, 0.5, reason, ha="center", va="center", transform=axis.transAxes, color="gray")
+    axis.set(xticks=[], yticks=[])

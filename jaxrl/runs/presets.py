@@ -1,0 +1,161 @@
+"""Named configurations of every agent: sizes for minutes on a CPU, and the published ones."""
+
+import dataclasses
+from typing import Any, Literal
+
+from jaxrl.agents import (
+    A2PR,
+    AGENTS,
+    AWAC,
+    BC,
+    CFPI,
+    CQL,
+    DQC,
+    FMQ,
+    FQL,
+    IQL,
+    ODICE,
+    PRDC,
+    QC,
+    QGF,
+    TD3BC,
+    FamO2O,
+    ReBRAC,
+)
+from jaxrl.errors import UserError, unknown
+from jaxrl.ops.closed_form import ClosedForm
+from jaxrl.ops.guidance import QGuidance
+from jaxrl.runs.config import Config
+from jaxrl.training.schedule import Schedule
+
+Preset = Literal["quick", "paper"]
+
+
+_SMALL = (128, 128, 128)
+
+
+_WIDE = (1024, 1024, 1024, 1024)
+
+
+_NETS: dict[str, Any] = {"actor_hidden": _SMALL, "critic_hidden": _SMALL}
+
+
+_SINGLE: dict[str, Any] = {
+    "components": 1,
+    "operator": ClosedForm(bound="jensen", delta=0.2, delta_high=2.0, draws=10),
+}
+
+
+_FAST: dict[str, Any] = {"actor_lr": 1e-3, "critic_lr": 1e-3}
+
+
+_MINUTES = Schedule(
+    offline_updates=12_000,
+    online_steps=64_000,
+    utd=0.05,
+    warmup_steps=0,
+    replay=200_000,
+    updates_per_epoch=1_000,
+    steps_per_epoch=6_400,
+    eval_every=2,
+)
+
+
+_OFFLINE = dataclasses.replace(_MINUTES, online_steps=0)
+
+
+_LONG = Schedule(online_steps=0)
+
+
+PRESETS: dict[str, dict[str, Config]] = {
+    "quick": {  # minutes on two CPU cores
+        "bc": Config(BC(hidden=_SMALL, lr=1e-3), schedule=_OFFLINE),
+        "fmq": Config(
+            FMQ(actor_hidden=_SMALL, critic_hidden=_SMALL, lr=1e-3, target_samples=4, warmup=500, curriculum=4_000),
+            schedule=_MINUTES,
+        ),
+        "iql": Config(IQL(**_NETS, lr=1e-3, chunk=5, backup=5), schedule=_OFFLINE),
+        "qgf": Config(QGF(**_NETS, actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3), schedule=_OFFLINE),
+        "fql": Config(FQL(**_NETS, lr=1e-3, chunk=5, backup=5, alpha=3.0), schedule=_MINUTES),
+        "qc": Config(QC(**_NETS, lr=1e-3, num_samples=8), schedule=_MINUTES),
+        "dqc": Config(
+            DQC(**_NETS, lr=1e-3, backup=10, batch_size=256, discount=0.99), schedule=_OFFLINE, reward_shift=1.0
+        ),
+        "td3bc": Config(TD3BC(**_NETS, **_FAST), schedule=_OFFLINE),
+        "rebrac": Config(ReBRAC(**_NETS, **_FAST), schedule=_OFFLINE),
+        "prdc": Config(PRDC(**_NETS, **_FAST), schedule=_OFFLINE),
+        "a2pr": Config(A2PR(**_NETS, **_FAST, vae_hidden=_SMALL, value_lr=1e-3), schedule=_OFFLINE),
+        "cql": Config(CQL(**_NETS, actor_lr=3e-4, critic_lr=1e-3), schedule=_OFFLINE),
+        "awac": Config(AWAC(**_NETS, **_FAST, temperature=3.0), schedule=_OFFLINE),
+        "odice": Config(
+            ODICE(actor_hidden=_SMALL, value_hidden=_SMALL, actor_lr=1e-3, value_lr=1e-3, trade=0.4), schedule=_OFFLINE
+        ),
+        "famo2o": Config(FamO2O(**_NETS, lr=1e-3), schedule=_MINUTES),
+        "cfpi": Config(CFPI(actor_hidden=_SMALL, critic_hidden=_SMALL[:2], **_FAST, **_SINGLE), schedule=_OFFLINE),
+    },
+    "paper": {  # the published sizes, for an accelerator
+        "bc": Config(BC(), schedule=_LONG, data_steps=1_000_000),
+        "fmq": Config(FMQ(), data_steps=1_000_000),
+        "iql": Config(IQL(), schedule=_LONG, data_steps=1_000_000),
+        "qgf": Config(
+            QGF(actor_hidden=_WIDE, critic_hidden=_WIDE, batch_size=1024, discount=0.999),
+            schedule=dataclasses.replace(_LONG, offline_updates=500_000),
+            data_steps=1_000_000,
+        ),
+        "fql": Config(FQL(), data_steps=1_000_000),
+        "qc": Config(QC(), data_steps=1_000_000),
+        "dqc": Config(DQC(), schedule=_LONG, data_steps=1_000_000, reward_shift=1.0),
+        "td3bc": Config(TD3BC(), schedule=_LONG, data_steps=1_000_000),
+        "rebrac": Config(ReBRAC(), schedule=_LONG, data_steps=1_000_000),
+        "prdc": Config(PRDC(), schedule=_LONG, data_steps=1_000_000),
+        "a2pr": Config(A2PR(), schedule=_LONG, data_steps=1_000_000),
+        "cql": Config(CQL(), schedule=_LONG, data_steps=1_000_000),
+        "awac": Config(AWAC(), schedule=_LONG, data_steps=1_000_000),
+        "odice": Config(ODICE(), schedule=_LONG, data_steps=1_000_000),
+        "famo2o": Config(FamO2O(), data_steps=1_000_000),
+        "cfpi": Config(CFPI(), schedule=_LONG, data_steps=1_000_000),
+    },
+}
+
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "dqc": {  # the special cases that its paper compares with, all without the chunk critic
+        "qc": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 5, "backup": 5},
+        "qc-ns": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 5, "backup": 25},
+        "ns": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 1, "backup": 25},
+        "os": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 1, "backup": 1},
+    },
+    "qgf": {  # what its paper compares the gradient at the foreseen action with
+        "jacobian": {"guide": QGuidance(gradient="jacobian")},
+        "noisy": {"guide": QGuidance(gradient="noisy")},
+        "bptt": {"guide": QGuidance(gradient="bptt")},
+        "grad-step": {"guide": QGuidance(gradient="after")},
+    },
+    "qc": {"distill": {"actor": "distill"}},
+    "cfpi": {  # one Gaussian, from which the critic chooses how far to go; or a mixture, one distance, both bounds
+        "single": _SINGLE,
+        "mixture": {"components": 4, "operator": ClosedForm()},
+    },
+    "cql": {  # as their papers have them for tasks with sparse rewards, which go on to learn online
+        "antmaze": {"conservatism": 5.0, "lagrange": True, "gap": 0.8, "max_target": True, "lowest_gap": -200.0},
+        "cal-ql": {"conservatism": 5.0, "lagrange": True, "gap": 0.8, "max_target": True, "calibrated": True},
+    },
+}
+"""Named settings of an agent's fields, by agent: `jaxrl train AGENT --variant NAME`."""
+
+
+def preset(name: str, agent: str, variant: str | None = None) -> Config:
+    """Returns the configuration that a preset holds for an agent, or for a variant of it."""
+    if agent not in AGENTS:
+        raise unknown("agent", agent, AGENTS)
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    config = PRESETS[name][agent]
+    if variant is None:
+        return config
+    variants = VARIANTS.get(agent, {})
+    if not variants:
+        raise UserError(f"variant = {variant!r}: {agent} has no variants")
+    if variant not in variants:
+        raise unknown(f"variant of {agent}", variant, variants)
+    return dataclasses.replace(config, agent=dataclasses.replace(config.agent, **variants[variant]))

@@ -1,0 +1,59 @@
+"""Ctrl-C and SIGTERM: the first asks a run to save and stop, the second stops it at once."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+
+SAVED = 75  # exit code "stopped, saved, run me again" (EX_TEMPFAIL), for schedulers that requeue
+ABORTED = 130  # exit code of a second Ctrl-C
+
+
+class StopRequests:
+    """A context in which SIGINT and SIGTERM are counted instead of raising.
+
+    Python runs signal handlers only between bytecodes, so never while the main thread waits for a compiled program.
+    The second signal must not wait for that: a thread listens on the descriptor that the interpreter writes each
+    signal to at once. Leaving the process there is safe, since checkpoints are written whole or not at all.
+    """
+
+    count = 0
+
+    @property
+    def requested(self) -> bool:
+        """Whether the run should save and stop after the current epoch."""
+        return self.count > 0
+
+    def __enter__(self) -> "StopRequests":
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        watched = (signal.SIGINT, signal.SIGTERM)
+        self.previous = {number: signal.signal(number, lambda *_: None) for number in watched}
+        self.previous_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        signal.set_wakeup_fd(self.previous_fd)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.writer.close()
+        self.listener.join()
+
+    def _listen(self) -> None:
+        while number := self.reader.recv(1):
+            if number[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            self.count += 1
+            if self.count == 1:
+                print("\nsaving at the end of this epoch; once more to stop at once", file=sys.stderr, flush=True)
+            else:
+                print("\nstopped at once; the last checkpoint is whole", file=sys.stderr, flush=True)
+                os._exit(ABORTED)
+        self.reader.close()
+
+
+class StopRequested(Exception):  # noqa: N818  (not an error)
+    """The run saved its carry and stopped because it was asked to."""

@@ -1,0 +1,292 @@
+"""A cohort at work: the members of a sweep that are one program, driven epoch by epoch, each recorded on its own."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxrl.errors import UserError
+from jaxrl.replay.streaming import Stream
+from jaxrl.rollout import host
+from jaxrl.runs import checkpoint, directory, driver, jsonlines
+from jaxrl.runs.config import to_dict
+from jaxrl.runs.datasets import load_data
+from jaxrl.runs.evaluation import evaluate_behaviour, evaluation
+from jaxrl.runs.jsonlines import append, write_json
+from jaxrl.runs.signals import StopRequested, StopRequests
+from jaxrl.sweeps.population import RUNNING, Crew, Layout, keys_of, programs, stacked
+from jaxrl.sweeps.processes import Watch
+from jaxrl.sweeps.space import Member
+from jaxrl.types import PyTree
+
+Make = Callable[[str], Any]  # an environment from its name
+
+
+@dataclasses.dataclass(frozen=True)
+class Cohort:
+    """Members that are one program, and where they are written about."""
+
+    number: int
+    members: tuple[Member, ...]
+    layout: Layout
+    room: int  # members that its program has place for: as many as those of other cohorts of its shape
+    dataset_digest: str
+    path: Path  # of the sweep
+
+    @property
+    def folder(self) -> Path:
+        """Its checkpoints and timings."""
+        return self.path / "cohorts" / str(self.number)
+
+    def mark(self, stage: int) -> Path:
+        """Returns the file that says that it is through with a stage, and how its members did."""
+        return self.folder / f"stage-{stage}.json"
+
+    def home(self, member: Member) -> Path:
+        """Returns the folder of a member."""
+        return self.path / "members" / member.name
+
+
+class Team:
+    """A cohort's programs and data, and who of it is in them."""
+
+    def __init__(self, cohort: Cohort, ends: tuple[float, ...], seconds: float, make: Make, devices: list) -> None:
+        """Loads the data and compiles nothing yet. Raises UserError where the data have changed.
+
+        Stages end after the shares `ends` of the run; checkpoints are `seconds` apart, or more.
+        """
+        self.cohort, self.seconds = cohort, seconds
+        config = cohort.members[0].config
+        env = make(config.env)
+        dataset = load_data(config, env)
+        if dataset.digest != cohort.dataset_digest:
+            raise UserError(f"dataset {dataset.path} has changed since {cohort.path} began")
+        self.run = driver.prepare(config, env, dataset)
+        self.programs = programs(env, cohort.layout, tuple(devices))
+        if not isinstance(self.run.data, Stream):
+            self.run = dataclasses.replace(self.run, data=self.programs.share(self.run.data))
+        self.ends = tuple(self.evaluated_from(share) for share in ends)
+        self.clock = self.saved = time.perf_counter()
+        cohort.folder.mkdir(parents=True, exist_ok=True)
+        for member in cohort.members:
+            home = cohort.home(member)
+            home.mkdir(parents=True, exist_ok=True)
+            (home / "metrics.jsonl").touch()
+            write_json(home / "config.json", to_dict(member.config))
+
+    def close(self) -> None:
+        """Ends the processes of the simulators, if there are any."""
+        self.run.close()
+
+    def evaluated_from(self, share: float) -> int:
+        """Returns the first number of epochs, from a share of them on, after which members are evaluated."""
+        timeline, every = self.run.timeline, self.run.config.schedule.eval_every
+        first = max(round(share * timeline.epochs), 1)
+        return next(e for e in range(first, timeline.epochs + 1) if timeline.evaluates(e - 1, every))
+
+    def work(self, stage: int, gone: list[set[int]], stop: StopRequests, watch: Watch) -> None:
+        """Drives the members to the end of a stage. Raises StopRequested where asked to stop, having saved.
+
+        `gone[s]` are the indices of those that were dropped before stage s, for all stages up to this one.
+        """
+        crew, done = self.restore(stage, gone)
+        end, last = self.ends[stage], stage + 1 == len(self.ends)
+        with tqdm(total=end, initial=done, unit="epoch", desc=f"program {self.cohort.number}", disable=None) as bar:
+            for index in range(done, end):
+                if not self.running(crew).any():
+                    break
+                crew = self.epoch(crew, index)
+                bar.update()
+                stopping = not (last and index + 1 == end) and (watch.gone() or stop.requested)
+                if stopping or index + 1 == end or time.perf_counter() - self.saved >= self.seconds:
+                    self.save(index + 1, crew)
+                if stopping:
+                    raise StopRequested
+        if last and self.members:
+            self.finish(crew)
+        scores = {
+            member.index: self.score(member) if runs else None
+            for member, runs in zip(self.members, self.running(crew), strict=True)
+            if member.index not in gone[stage]
+        }
+        write_json(self.cohort.mark(stage), {"scores": scores})
+
+    # Who is in the program
+
+    def enlist(self, stage: int, gone: list[set[int]]) -> None:
+        """Takes the members that the program has in a stage.
+
+        One after the other, those that were dropped cost nothing. All at once, the program is made anew without them.
+        """
+        out = gone[stage] if self.cohort.layout == "vmap" else set()
+        self.members = [member for member in self.cohort.members if member.index not in out]
+        self.room = len(self.members) if out else self.cohort.room
+        if self.members:
+            self.agents = self.programs.place(stacked([member.config.agent for member in self.members]), self.room)
+
+    def running(self, crew: Crew) -> np.ndarray:
+        """Returns which members are still in it, [M] bool."""
+        return np.asarray(crew.stopped)[: len(self.members)] == RUNNING
+
+    def first(self) -> Crew:
+        """Returns the members before their first epoch."""
+        keys = self.programs.place(keys_of(m.config.seed for m in self.members), self.room)
+        crew = self.programs.begin(self.agents, schedule=self.run.config.schedule, keys=keys)
+        if hasattr(self.run.agent, "fit"):
+            crew = self.programs.fit(self.agents, crew=crew, dataset=self.data(0))
+        return self.programs.seat(crew, len(self.members))
+
+    def abstract(self, done: int) -> Any:
+        """Returns the shapes of a checkpoint of the members after so many epochs."""
+        run, count = self.run, len(self.members)
+        one = driver.abstract_carry(run.agent, run.env, run.config.schedule, run.timeline, done)
+        carry = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
+        stopped: Any = jax.ShapeDtypeStruct((count,), np.int32)
+        return Crew(carry, stopped)
+
+    def save(self, done: int, crew: Crew) -> None:
+        """Writes a checkpoint of the members, without those that only fill up the devices."""
+        tree = jax.tree.map(lambda x: x[: len(self.members)], crew)
+        checkpoint.save(self.cohort.folder / "checkpoints", done, tree)
+        self.saved = time.perf_counter()
+
+    def restore(self, stage: int, gone: list[set[int]]) -> tuple[Crew, int]:
+        """Returns the members as a stage finds them, and the epochs behind them; those that were dropped have left."""
+
+        def abstract(done: int) -> Any:
+            self.enlist(next(s for s, end in enumerate(self.ends) if done <= end), gone)
+            return self.abstract(done)
+
+        folder = self.cohort.folder / "checkpoints"
+        loaded = checkpoint.load(folder, abstract)
+        done = 0 if loaded is None else loaded[0]
+        checkpoint.keep(folder, [epoch for epoch in checkpoint.epochs(folder) if epoch <= done])
+        self.rewind(done)
+        if loaded is None:
+            self.enlist(0, gone)
+            return self.first(), 0
+        crew, before, stopped = loaded[1], self.members, np.asarray(loaded[1].stopped)
+        leaving = np.array([member.index in gone[stage] for member in before]) & (stopped >= RUNNING)
+        crew = dataclasses.replace(crew, stopped=np.where(leaving & (stopped == RUNNING), -done, stopped))
+        for i in np.flatnonzero(leaving).tolist():
+            self.discharge(crew, i, None)
+        self.enlist(stage, gone)
+        rows = np.array([i for i, member in enumerate(before) if member in self.members], int)
+        if len(rows) < len(before):
+            crew = jax.tree.map(lambda x: x[rows], crew)
+        return self.programs.seat(crew, len(rows), self.room) if len(rows) else crew, done
+
+    # An epoch
+
+    def data(self, index: int) -> PyTree:
+        """Returns the data of an epoch, on every device."""
+        return self.programs.share(self.run.data.at(index)) if isinstance(self.run.data, Stream) else self.run.data
+
+    def epoch(self, crew: Crew, index: int) -> Crew:
+        """Returns the members after the epoch with this index (from 0), and writes a row of each that still runs."""
+        phase, before = self.run.timeline.at(index)
+        if before == 0:
+            crew = self.programs.enter(self.agents, phase=phase, crew=crew)
+        crew, metrics = self.programs.epoch(self.agents, phase=phase, crew=crew, dataset=self.data(index))
+        schedule = self.run.config.schedule
+        due = self.run.timeline.evaluates(index, schedule.eval_every)
+        judged = self.judge(crew, schedule.eval_seed) if due else [{}] * len(self.members)
+        found = jax.device_get((crew.carry.updates, crew.carry.steps, metrics, crew.stopped))
+        rows = []
+        for i, member in enumerate(self.members):
+            updates, steps, numbers, stopped = jax.tree.map(lambda x, i=i: x[i], found)
+            if stopped == RUNNING:
+                rows.append(driver.row_of(index, phase, updates, steps, numbers) | judged[i])
+                append(self.cohort.home(member) / "metrics.jsonl", rows[-1])
+            elif stopped == index + 1:
+                print(f"member {member.name} diverged in epoch {stopped}: {member.values}", file=sys.stderr)
+        now = time.perf_counter()
+        append(self.cohort.folder / "timings.jsonl", {"epoch": index + 1, "seconds": now - self.clock})
+        self.clock = now
+        if due and rows:
+            with tqdm.external_write_mode():
+                print(self.line(rows), flush=True)
+        return crew
+
+    def judge(self, crew: Crew, seed: int) -> list[dict[str, float]]:
+        """Returns each member's evaluation on the episodes of a seed."""
+        count, key, states = self.run.config.schedule.eval_episodes, jax.random.key(seed), crew.carry.agent
+        if self.run.simulators is None:
+            key = self.programs.share(key)
+            found = self.programs.evaluate(self.agents, episodes=count, states=states, key=key)
+            each = [jax.tree.map(lambda x, i=i: x[i], jax.device_get(found)) for i in range(len(self.members))]
+        else:
+            pairs = [jax.tree.map(lambda x, i=i: x[i], (self.agents, states)) for i in range(len(self.members))]
+            each = [host.evaluate(self.run.simulators, *pair, key, count) for pair in pairs]
+        return [evaluation(episodes) for episodes in each]
+
+    def line(self, rows: list[dict[str, Any]]) -> str:
+        """Returns how the members that still run did in an evaluation, in one line."""
+        success = sorted(row["eval/success"] for row in rows)
+        middle, row = float(np.median(success)), rows[0]
+        return (
+            f"program {self.cohort.number}  {row['phase']:<8} epoch {row['epoch']:>4}  updates {row['updates']:>8}  "
+            f"steps {row['steps']:>8}  {len(rows)} members: success {success[0]:.2f} to {success[-1]:.2f}, "
+            f"median {middle:.2f}"
+        )
+
+    def rewind(self, done: int) -> None:
+        """Drops what was written after an epoch; where it is the first, the behaviour of the data is judged."""
+        directory.rewind(self.cohort.folder, done)
+        row = None
+        for member in self.cohort.members:
+            home = self.cohort.home(member)
+            directory.rewind(home, done)
+            if self.run.config.data is None and not jsonlines.rows(home / "metrics.jsonl"):
+                row = row or evaluate_behaviour(self.run.config, self.run.env)
+                append(home / "metrics.jsonl", row)
+
+    # The end
+
+    def score(self, member: Member) -> list[float]:
+        """Returns [success, return] of a member's last evaluation."""
+        rows = jsonlines.rows(self.cohort.home(member) / "metrics.jsonl")
+        last = next(row for row in reversed(rows) if "eval/success" in row)
+        return [last["eval/success"], last["eval/return"]]
+
+    def finish(self, crew: Crew) -> None:
+        """Writes the result and the state of every member that no rung has dropped.
+
+        Members are judged on other episodes than those on which they can be compared and chosen.
+        """
+        schedule = self.run.config.schedule
+        judged = self.judge(crew, schedule.eval_seed + 1)
+        about = {"seed": schedule.eval_seed + 1, "episodes": schedule.eval_episodes}
+        stopped = np.asarray(crew.stopped)
+        for i, row in enumerate(judged):
+            if stopped[i] >= RUNNING:
+                numbers = {name: row[f"eval/{name}"] for name in ("success", "return", "length")}
+                self.discharge(crew, i, about | numbers if stopped[i] == RUNNING else None)
+
+    def discharge(self, crew: Crew, i: int, judged: dict[str, Any] | None) -> None:
+        """Writes the result of a member, and the state of its agent as a checkpoint that other commands can use."""
+        member, stopped = self.members[i], int(crew.stopped[i])
+        home = self.cohort.home(member)
+        rows = jsonlines.rows(home / "metrics.jsonl")
+        last = rows[-1] if rows else {"epoch": 0, "updates": 0, "steps": 0}
+        evaluated = [row for row in rows if "eval/success" in row and row["phase"] != "behaviour"]
+        result: dict[str, Any] = {
+            "member": member.index,
+            "program": self.cohort.number,
+            "values": member.values,
+            "seed": member.config.seed,
+            "status": "finished" if stopped == RUNNING else "diverged" if stopped > 0 else "dropped",
+            **{name: last[name] for name in ("updates", "steps")},
+            "epochs": last["epoch"],
+            **{name: evaluated[-1][f"eval/{name}"] if evaluated else None for name in ("success", "return")},
+            "judged": judged,
+        }
+        state = jax.tree.map(lambda x: x[i], crew.carry.agent)
+        checkpoint.save(home / "checkpoints", last["epoch"], {"agent": state})
+        write_json(home / "result.json", result)

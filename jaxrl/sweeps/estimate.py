@@ -1,0 +1,129 @@
+"""What a sweep will take, before it takes it: `jaxrl sweep --plan`."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+
+from jaxrl.runs import driver
+from jaxrl.runs import memory as plan
+from jaxrl.runs.datasets import with_data
+from jaxrl.sweeps import space as members
+from jaxrl.sweeps import sweep
+from jaxrl.sweeps.cohort import Make
+from jaxrl.sweeps.packing import zeros
+from jaxrl.sweeps.population import Crew, Programs, keys_of, programs, stacked
+from jaxrl.sweeps.space import Member, Settings, Space
+from jaxrl.training.schedule import Phase, phases
+from jaxrl.types import on_host
+
+ITERATIONS = {"offline": 20, "warmup": 1, "online": 1}  # of an epoch that are timed
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What the cohorts of a group take, each of `members` members at most."""
+
+    members: int  # of the group
+    cohorts: int
+    room: int  # members per program
+    layout: str
+    bytes_held: int
+    bytes_working: int
+    compiling: float  # seconds
+    running: float  # seconds, of all cohorts one after the other
+
+
+def forecast(space: Space, settings: Settings, make: Make) -> str:
+    """Returns a table of a sweep's programs, their memory and their time, from the programs themselves.
+
+    Each is compiled and a few of its iterations are run, on a dataset of zeros.
+    """
+    everyone = space.members()
+    rows = [group_forecast(group, settings, make) for group in members.groups(everyone)]
+    lines = [
+        f"{'program':<9}{'members':>8}{'each':>6}{'layout':>8}{'held':>12}{'working':>12}{'compile':>10}{'run':>10}"
+    ]
+    first = 0
+    for row in rows:
+        numbers = f"{first}" if row.cohorts == 1 else f"{first}-{first + row.cohorts - 1}"
+        memory = f"{row.bytes_held / 2**20:>8.0f} MiB{row.bytes_working / 2**20:>8.0f} MiB"
+        seconds = f"{duration(row.compiling):>10}{duration(row.running):>10}"
+        lines.append(f"{numbers:<9}{row.members:>8}{row.room:>6}{row.layout:>8}{memory}{seconds}")
+        first += row.cohorts
+    total, there = sum(row.compiling + row.running for row in rows), plan.available()
+    lines.append(
+        f"{len(everyone)} members in {first} program{'s' * (first > 1)}, {len(rows)} compiled: about {duration(total)} "
+        f"without rungs and other processes, on {len(settings.local())} of {len(jax.local_devices())} devices with "
+        f"{there / 2**30:.1f} GiB free"
+    )
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as people read them."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def group_forecast(group: list[Member], settings: Settings, make: Make) -> Forecast:
+    """Returns what a group takes, having compiled its programs and run a part of them."""
+    config = group[0].config
+    env = make(config.env)
+    config = with_data(config, env)
+    sweep.check_env(config.env, env, config.schedule)
+    parts, layout = sweep.arranged(group, env, settings)
+    largest = max(parts, key=len)
+    lifted = programs(env, layout, tuple(settings.local()))
+    amounts, began = plan.held(config, env), time.perf_counter()
+    shared = sum(amounts[name] for name in amounts.keys() - {"agent", "replay", "environments"})
+    working, running = measured(largest, lifted, env)
+    passed = time.perf_counter() - began
+    return Forecast(
+        members=len(group),
+        cohorts=len(parts),
+        room=len(largest),
+        layout=layout,
+        bytes_held=shared + len(largest) * (sum(amounts.values()) - shared),
+        bytes_working=working,
+        compiling=passed,
+        running=running * len(parts),
+    )
+
+
+def measured(some: list[Member], lifted: Programs, env: Any) -> tuple[int, float]:
+    """Returns the bytes that the largest program of some members needs besides what they hold, and a run's seconds."""
+    config = some[0].config
+    agents = lifted.place(stacked([member.config.agent for member in some]))
+    data = lifted.share(zeros(plan.abstract_data(config, env)[0]))
+    crew = lifted.begin(agents, schedule=config.schedule, keys=lifted.place(keys_of(m.config.seed for m in some)))
+    timeline = driver.Timeline(phases(config.schedule, config.agent.chunk))
+    evaluations = sum(timeline.evaluates(e, config.schedule.eval_every) for e in range(timeline.epochs))
+    working, seconds = 0, 0.0
+    for phase in timeline.phases:
+        crew = lifted.enter(agents, phase=phase, crew=crew)
+        short = dataclasses.replace(phase, iterations=min(ITERATIONS[phase.name], phase.iterations))
+        crew, needs, each = timed(lifted, agents, crew, short, data)
+        working, seconds = max(working, needs), seconds + each / short.iterations * phase.iterations * phase.epochs
+    if not on_host(env):
+        arguments: dict[str, Any] = {"states": crew.carry.agent, "key": lifted.share(jax.random.key(0))}
+        judge = lifted.evaluate.lower(agents, episodes=config.schedule.eval_episodes, **arguments).compile()
+        jax.block_until_ready(judge(agents, **arguments))
+        start = time.perf_counter()
+        jax.block_until_ready(judge(agents, **arguments))
+        working, seconds = (
+            max(working, plan.temporary(judge)),
+            seconds + (evaluations + 1) * (time.perf_counter() - start),
+        )
+    return working, seconds
+
+
+def timed(lifted: Programs, agents: Any, crew: Crew, phase: Phase, data: Any) -> tuple[Crew, int, float]:
+    """Returns the members after two short epochs, the bytes that one needs, and the seconds of the second."""
+    program = lifted.epoch.lower(agents, phase=phase, crew=crew, dataset=data).compile()
+    crew, _ = jax.block_until_ready(program(agents, crew=crew, dataset=data))
+    start = time.perf_counter()
+    crew, _ = jax.block_until_ready(program(agents, crew=crew, dataset=data))
+    return crew, plan.temporary(program), time.perf_counter() - start

@@ -1,0 +1,70 @@
+"""How the members of a sweep share devices: how many fit, and which layout is faster."""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl.replay.ring import Ring
+from jaxrl.runs.config import Config
+from jaxrl.runs.memory import abstract_data, available, held
+from jaxrl.sweeps.population import Layout, Lift
+from jaxrl.training import loop
+from jaxrl.types import PyTree
+
+MEASURED = 8  # members whose updates are timed
+
+
+UPDATES = 10  # of each
+
+
+def members_that_fit(config: Config, env: Any, devices: int = 1) -> int:
+    """Returns how many members of a configuration's shape can be one program, at least 1.
+
+    Counted twice are what each of them holds, for what the program needs besides, and the dataset on each device.
+    """
+    amounts = held(config, env)
+    each = sum(amounts[name] for name in ("agent", "replay", "environments"))
+    shared = sum(amounts.values()) - each
+    on_cpu = jax.default_backend() == "cpu"  # where all devices have one memory
+    room = (available() - 2 * shared) // (2 * each)
+    return max(room if on_cpu else room * devices, 1)
+
+
+def seconds_per_layout(agents: Any, keys: jax.Array, config: Config, env: Any) -> dict[Layout, float]:
+    """Returns the seconds that an update of one member takes in each layout, measured on meaningless numbers.
+
+    Agents that search trees on the host are not measured: their members queue for them.
+    """
+    abstract_ring, _ = abstract_data(config, env)
+    if abstract_ring.forest is not None:
+        return {"map": 0.0}
+    ring = zeros(abstract_ring)
+
+    def updates(agent: Any, state: PyTree, key: jax.Array) -> PyTree:
+        def update(state: PyTree, key: jax.Array) -> tuple[PyTree, None]:
+            key_batch, key_step = jax.random.split(key)
+            return agent.update(state, agent.sample((ring,), key_batch), key_step)[0], None
+
+        return jax.lax.scan(update, state, jax.random.split(key, UPDATES))[0]
+
+    seconds: dict[Layout, float] = {}
+    shapes = jax.eval_shape(jax.vmap(lambda agent, key: agent.init(key, env.spec)), agents, keys)
+    states = jax.tree.map(lambda x: jnp.full(x.shape, 1e-2).astype(x.dtype), shapes)
+    for layout in ("vmap", "map"):
+        program = jax.jit(functools.partial(Lift(layout), updates), compiler_options=loop.COMPILING)
+        jax.block_until_ready(program(agents, states, keys))
+        start = time.perf_counter()
+        jax.block_until_ready(program(agents, states, keys))
+        seconds[layout] = (time.perf_counter() - start) / (UPDATES * len(keys))
+    return seconds
+
+
+def zeros(ring: Ring) -> Ring:
+    """Returns a dataset of the shapes of one, all of whose rows are zero and valid, in one long episode."""
+    full = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ring)
+    last = jnp.full_like(full.head, full.valid.shape[1] - 1)
+    return dataclasses.replace(full, valid=full.valid.at[:, :-1].set(True), head=last, count=last)

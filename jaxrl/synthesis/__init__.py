@@ -1,0 +1,1 @@
+"""Synthetic data by generative models of trajectories."""

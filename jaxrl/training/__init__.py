@@ -1,0 +1,1 @@
+"""Training loops: iteration, epoch and run, and the phases of a schedule."""

@@ -1,0 +1,433 @@
+"""The contract that every agent in jaxrl.agents.AGENTS fulfils, in each of its phases."""
+
+import dataclasses
+import functools
+import inspect
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from envs.point import BUMPS, Bandit
+from jaxrl.agents import AGENTS
+from jaxrl.data.files import Dataset
+from jaxrl.errors import UserError
+from jaxrl.ops.closed_form import ClosedForm
+from jaxrl.replay import ring as rings
+from jaxrl.replay.hindsight import Goals
+from jaxrl.replay.loading import from_dataset
+from jaxrl.training.loop import on_device
+from jaxrl.types import Agent, Spec
+from tests.known import KEY, WIDE, quick_to_compile, random_batch, same
+
+TASKS = Spec(observation=5, action=2, goal=2)
+SMALL = {"chunk": 3, "backup": 3, "batch_size": 16, "num_samples": 4, "target_samples": 4, "warmup": 0, "curriculum": 4}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_to_compile():
+        yield
+
+
+def small(name: str, **fields):
+    """Returns an agent with tiny networks (every tuple of widths), few samples and short schedules."""
+    names = {field.name for field in dataclasses.fields(AGENTS[name])}
+    widths = {field.name: (32, 32) for field in dataclasses.fields(AGENTS[name]) if field.type == tuple[int, ...]}
+    return on_device(AGENTS[name](**widths, **{key: value for key, value in (SMALL | fields).items() if key in names}))
+
+
+PHASES = [
+    (name, phase) for name in AGENTS for phase in ("offline", "online")[: 1 + hasattr(AGENTS[name], "start_online")]
+]
+every_agent = pytest.mark.parametrize("name", AGENTS)
+every_phase = pytest.mark.parametrize(("name", "phase"), PHASES)
+
+
+@functools.cache
+def compiled(name: str) -> types.SimpleNamespace:
+    """Returns the agent's methods, jitted with the agent as an argument, once for all tests."""
+    cls = AGENTS[name]
+    return types.SimpleNamespace(
+        init=jax.jit(cls.init, static_argnums=2),
+        update=jax.jit(cls.update),
+        act=jax.jit(cls.act, static_argnames="greedy"),
+    )
+
+
+@functools.cache
+def started(name: str, phase: str):
+    """Returns an agent and its state after a few updates, in the phase."""
+    agent, methods = small(name), compiled(name)
+    state = methods.init(agent, KEY, WIDE)
+    for i in range(2):
+        state, _ = methods.update(agent, state, random_batch(i), jax.random.key(i))
+    return agent, agent.start_online(state) if phase == "online" else state
+
+
+def close(a, b, **tolerance) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+# Shape of an agent
+
+
+@every_agent
+def test_it_is_an_agent_of_frozen_fields_whose_defaults_pass_its_own_check(name):
+    agent = AGENTS[name]()
+    assert isinstance(agent, Agent)
+    agent.check()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        agent.chunk = 2
+
+
+@every_agent
+@pytest.mark.parametrize("field", ["chunk", "batch_size"])
+def test_it_refuses_a_size_of_zero_by_name(name, field):
+    if field not in {field.name for field in dataclasses.fields(AGENTS[name])}:
+        pytest.skip("decides on single actions only")
+    with pytest.raises(UserError, match=f"{AGENTS[name].__name__}.{field} = 0: must be at least 1"):
+        dataclasses.replace(AGENTS[name](), **{field: 0}).check()
+
+
+@every_agent
+def test_its_numbers_are_leaves_and_its_sizes_are_not(name):
+    leaves = jax.tree.leaves(AGENTS[name]())
+    assert leaves and all(type(leaf) is float for leaf in leaves)
+
+
+@every_agent
+def test_its_initial_state_depends_on_the_key_alone(name):
+    agent, init = small(name), compiled(name).init
+    one, again, other = init(agent, KEY, WIDE), init(agent, KEY, WIDE), init(agent, jax.random.key(1), WIDE)
+    assert same(one, again) and not same(one, other)
+
+
+@every_agent
+def test_it_samples_windows_of_its_own_sizes(name):
+    agent = small(name)
+    ids = np.arange(40, dtype=np.float32)
+    data = Dataset(np.repeat(ids[:, None], 3, 1), np.repeat(ids[:, None], 2, 1) / 40, np.arange(40) % 20 == 19)
+    ring = from_dataset(data, ids, np.zeros(40, bool))
+    batch = jax.jit(AGENTS[name].sample)(agent, (ring,), KEY)
+    assert batch.actions.shape == (16, agent.chunk, 2) and len(np.unique(batch.obs[:, 0])) > 8
+    np.testing.assert_array_equal(batch.next_obs[:, 0], batch.obs[:, 0] + batch.valid.sum(axis=1))
+    np.testing.assert_allclose(batch.actions[:, 0, 0], batch.obs[:, 0] / 40, rtol=1e-6)
+
+
+# Updates
+
+
+@every_phase
+def test_an_update_is_deterministic_and_leaves_its_input_alone(name, phase):
+    (agent, state), update = started(name, phase), compiled(name).update
+    before = jax.tree.map(np.array, state)
+    after, metrics = update(agent, state, random_batch(2), KEY)
+    again, metrics_again = update(agent, state, random_batch(2), KEY)
+    assert same(after, again) and same(metrics, metrics_again)
+    assert same(before, jax.tree.map(np.asarray, state))
+    assert not same(after.params, state.params)
+    other, _ = update(agent, state, random_batch(2), jax.random.key(5))
+    assert same(after.params, other.params) is (name in ("iql", "odice"))  # whose losses are no average over any noise
+
+
+@every_phase
+def test_a_state_keeps_its_structure_so_that_it_can_be_scanned(name, phase):
+    agent, state = started(name, phase)
+    after, _ = jax.eval_shape(AGENTS[name].update, agent, state, random_batch(0), KEY)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        assert (x.shape, x.dtype, getattr(x, "weak_type", False)) == (y.shape, y.dtype, getattr(y, "weak_type", False))
+
+
+@every_phase
+def test_metrics_are_finite_numbers_with_a_group(name, phase):
+    (agent, state), rows = started(name, phase), []
+    for _ in range(getattr(agent, "delay", 1)):  # what only some updates do is NaN in the others
+        state, metrics = compiled(name).update(agent, state, random_batch(3), KEY)
+        rows.append(metrics)
+    assert metrics and all("/" in key for key in metrics)
+    for key in metrics:
+        assert all(row[key].shape == () for row in rows) and np.isfinite([row[key] for row in rows]).any()
+    assert all(np.isfinite(value) for value in rows[-1].values())
+
+
+@every_phase
+def test_many_values_of_its_scalars_are_one_program(name, phase):
+    agent, state = started(name, phase)
+    update = compiled(name).update
+    outcomes = [update(agent, state, random_batch(4), KEY)[0]]
+    programs = update._cache_size()
+    for factor in (0.9, 0.5):
+        other = jax.tree.map(lambda x, factor=factor: x * factor, agent)
+        outcomes.append(update(other, state, random_batch(4), KEY)[0])
+    assert update._cache_size() == programs
+    assert not same(outcomes[0], outcomes[1]) and not same(outcomes[1], outcomes[2])
+
+
+@every_phase
+def test_a_member_of_a_sweep_learns_what_it_would_alone(name, phase):
+    agent, state = started(name, phase)
+    members = [jax.tree.map(lambda x, factor=factor: x * factor, agent) for factor in (1.0, 0.5)]
+    stack = lambda *leaves: jnp.stack(leaves)  # noqa: E731
+    keys = jax.random.split(KEY, 2)
+    together = jax.jit(jax.vmap(AGENTS[name].update, in_axes=(0, None, None, 0)))
+    states, metrics = together(jax.tree.map(stack, *members), state, random_batch(5), keys)
+    for i, member in enumerate(members):
+        alone = compiled(name).update(member, state, random_batch(5), keys[i])
+        close(jax.tree.map(lambda x, i=i: x[i], (states, metrics)), alone, rtol=1e-4, atol=2e-5)
+
+
+@every_phase
+def test_four_updates_are_two_and_then_two(name, phase):
+    (agent, state), keys = started(name, phase), jax.random.split(KEY, 4)
+    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[random_batch(i) for i in range(4)])
+
+    @jax.jit
+    def train(agent, state, keys, batches):
+        return jax.lax.scan(lambda state, x: agent.update(state, x[1], x[0]), state, (keys, batches))[0]
+
+    two = train(agent, state, keys[:2], jax.tree.map(lambda x: x[:2], batches))
+    stored = jax.device_put(jax.tree.map(np.asarray, two))  # all that goes on is in the state
+    rest = train(agent, stored, keys[2:], jax.tree.map(lambda x: x[2:], batches))
+    assert same(rest, train(agent, state, keys, batches))
+
+
+@every_phase
+def test_windows_without_any_valid_step_teach_nothing(name, phase):
+    agent, state = started(name, phase)
+    fresh = dataclasses.replace(state, opt=jax.tree.map(jnp.zeros_like, state.opt))  # no momentum
+    batch = random_batch(6)
+    void = {"valid": jnp.zeros_like(batch.valid), "terminated": jnp.zeros_like(batch.terminated)}
+    if hasattr(agent, "weight_decay"):  # which needs no data
+        agent = dataclasses.replace(agent, weight_decay=agent.weight_decay * 0)
+    for _ in range(getattr(agent, "delay", 1)):
+        fresh, _ = compiled(name).update(agent, fresh, dataclasses.replace(batch, **void), KEY)
+    assert same(fresh.params, state.params)
+
+
+@every_phase
+def test_termination_cuts_the_bootstrap_and_truncation_does_not(name, phase):
+    (agent, state), update = started(name, phase), compiled(name).update
+    batch = random_batch(7, probabilities=True)
+    metrics = update(agent, state, batch, KEY)[1]
+    learner = next((name for name in ("chunk_critic/loss", "critic/loss", "value/loss") if name in metrics), None)
+    if learner is None:
+        pytest.skip("has no critic")
+
+    def loss(terminated: bool, next_obs) -> float:
+        windows = dataclasses.replace(
+            batch, valid=jnp.ones_like(batch.valid), terminated=jnp.full(16, terminated), next_obs=next_obs
+        )
+        return float(update(agent, state, windows, KEY)[1][learner])
+
+    elsewhere = batch.next_obs + 3
+    assert loss(True, batch.next_obs) == loss(True, elsewhere)
+    assert abs(loss(False, batch.next_obs) - loss(False, elsewhere)) > 1e-4
+
+
+@every_phase
+def test_a_slow_target_is_moved_by_tau_alone(name, phase):
+    agent, state = started(name, phase)
+    if not hasattr(agent, "tau"):
+        pytest.skip("has no target")
+    state = dataclasses.replace(state, target=jax.tree.map(lambda x: x + 1, state.target))
+    still = whole = state
+    for _ in range(getattr(agent, "delay", 1)):
+        still, _ = compiled(name).update(dataclasses.replace(agent, tau=agent.tau * 0), still, random_batch(8), KEY)
+        whole, _ = compiled(name).update(dataclasses.replace(agent, tau=agent.tau * 0 + 1), whole, random_batch(8), KEY)
+    assert same(still.target, state.target) and not same(whole.target, state.target)
+
+
+# Acting
+
+
+@every_phase
+@pytest.mark.parametrize("greedy", [False, True])
+def test_actions_are_chunks_in_the_box_and_the_key_alone_is_chance(name, phase, greedy):
+    (agent, state), act = started(name, phase), compiled(name).act
+    obs = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)), jnp.float32)
+    action = act(agent, state, obs, KEY, greedy=greedy)
+    assert action.shape == (7, agent.chunk, 2) and action.dtype == jnp.float32
+    assert float(jnp.abs(action).max()) <= 1 and len(np.unique(action)) > 7
+    np.testing.assert_array_equal(act(agent, state, obs, KEY, greedy=greedy), action)
+    assert not np.array_equal(act(agent, state, obs, jax.random.key(1)), act(agent, state, obs, KEY))
+
+
+# Settings that some agents have
+
+
+def having(*fields: str):
+    """Returns the mark that runs a test for every agent that has these fields."""
+    names = [name for name, cls in AGENTS.items() if {f.name for f in dataclasses.fields(cls)} >= set(fields)]
+    assert names
+    return pytest.mark.parametrize("name", names)
+
+
+@having("chunk", "backup")
+def test_a_backup_shorter_than_the_chunk_is_refused_by_name(name):
+    cls = AGENTS[name]
+    with pytest.raises(UserError, match=f"{cls.__name__}.backup = 3: must be at least 4"):
+        cls(chunk=4, backup=3).check()
+    cls(chunk=4, backup=4).check()
+
+
+@having("chunk", "backup")
+def test_single_actions_learn_from_returns_of_several_steps(name):
+    agent = small(name, chunk=1, backup=4)
+    batch = random_batch(0, length=4, probabilities=True)
+    state = jax.jit(agent.init, static_argnums=1)(KEY, WIDE)
+    update = jax.jit(agent.update)
+    after, metrics = update(state, batch, KEY)
+    assert not same(after.params, state.params) and all(np.isfinite(value) for value in metrics.values())
+    losses = [name for name in metrics if name.endswith("critic/loss")]
+    last = dataclasses.replace(batch, rewards=batch.rewards.at[:, 3].add(0.3 * batch.valid[:, 3]))
+    rewarded = update(state, last, KEY)[1]
+    assert any(abs(float(rewarded[name] - metrics[name])) > 1e-4 for name in losses)
+    assert agent.act(state, jnp.zeros((7, 3)), KEY).shape == (7, 1, 2)
+
+
+@having("head", "backup")
+def test_probabilities_are_learned_from_targets_that_are_probabilities(name):
+    agent = small(name, head="bce")
+    state, batch = jax.jit(agent.init, static_argnums=1)(KEY, WIDE), random_batch(0)  # rewards of any size
+
+    @jax.jit
+    def learned(state, batch):
+        draws = agent.draw(WIDE, batch, KEY)
+        more = [draws] if "draws" in inspect.signature(agent.td_target).parameters else []
+        return agent.td_target(state, batch, *more), agent.learn(state, batch, draws)
+
+    target, (after, metrics) = learned(state, batch)
+    assert float(target.min()) == 0 and float(target.max()) == 1 and len(np.unique(target)) > 4
+    assert all(np.isfinite(value) for value in metrics.values()) and not same(after.params, state.params)
+
+
+# Tasks with goals
+
+
+@functools.cache
+def pursuing(name: str):
+    """Returns an agent of a task with goals, its state after an update and how it acts."""
+    agent, batch = small(name), random_batch(0, spec=TASKS, probabilities=True)
+
+    methods = compiled(name)
+    first = state = methods.init(agent, KEY, TASKS)
+    for _ in range(getattr(agent, "delay", 1)):
+        state, metrics = methods.update(agent, state, batch, KEY)
+    return agent, first, state, metrics, functools.partial(methods.act, agent)
+
+
+def with_goals(goal: float) -> jax.Array:
+    """Returns 20 observations of a task with goals, all towards one goal."""
+    obs = np.random.default_rng(0).normal(size=(20, 5))
+    obs[:, 3:] = goal
+    return jnp.asarray(obs, jnp.float32)
+
+
+@every_agent
+def test_an_agent_learns_and_acts_in_a_task_with_goals(name):
+    agent, before, after, metrics, act = pursuing(name)
+    assert not same(before.params, after.params) and all(np.isfinite(value) for value in metrics.values())
+    action = act(after, with_goals(2.0), KEY)
+    assert action.shape == (20, agent.chunk, 2) and float(jnp.abs(action).max()) <= 1
+    assert not np.array_equal(action, act(after, with_goals(-2.0), KEY))
+
+
+BEHAVIOURS = {  # actions before the critic has had a say, from observations and noise
+    "qgf": lambda agent, state, obs, noise: dataclasses.replace(
+        agent, num_samples=1, guide=dataclasses.replace(agent.guide, weight=0.0)
+    ).choose(state, obs, noise[:, None]),
+    "fql": lambda agent, state, obs, noise: agent.flow_actions(state, obs, noise),
+    "qc": lambda agent, state, obs, noise: agent.proposals(state, obs, noise),
+    "dqc": lambda agent, state, obs, noise: agent.proposals(state, obs, noise),
+}
+
+
+@pytest.mark.parametrize("name", BEHAVIOURS)
+def test_a_behaviour_does_not_see_the_goal(name):
+    agent, _, state, _, _ = pursuing(name)
+    noise = jax.random.normal(KEY, (20, 6))
+    play = jax.jit(lambda obs: BEHAVIOURS[name](agent, state, obs, noise))
+    one = play(with_goals(2.0))
+    np.testing.assert_array_equal(one, play(with_goals(-2.0)))
+    assert np.abs(one - play(with_goals(2.0) + 1)).max() > 1e-3  # but it sees the rest
+
+
+@having("goals")
+def test_goals_are_drawn_by_the_agents_own_law(name):
+    rows = np.arange(40, dtype=np.float32)[:, None]
+    data = Dataset(rows, rows / 40, np.arange(40) % 20 == 19)
+    nothing = np.zeros(40, bool)
+    ring = from_dataset(data, nothing, nothing, goals=10 * rows)
+    for law, reached in ((Goals(current=1.0, future=0.0), True), (Goals(current=0.0, future=0.0), False)):
+        agent = dataclasses.replace(small(name), goals=on_device(law))
+        batch = jax.jit(agent.sample)((ring,), KEY)
+        assert batch.obs.shape == (16, 2) and batch.actions.shape == (16, agent.chunk, 1)
+        assert (batch.obs[:, 1] == 10 * batch.obs[:, 0]).all() == reached
+        np.testing.assert_array_equal(batch.next_obs[:, 1], batch.obs[:, 1])
+
+
+# Learning
+
+
+def bandit_data() -> rings.Ring:
+    """Returns 1000 episodes of the bandit, half at each bump."""
+    rng = np.random.default_rng(0)
+    actions = np.repeat(rng.choice(BUMPS, 1000) + rng.uniform(-0.2, 0.2, 1000), 2)[:, None].astype(np.float32)
+    data = Dataset(np.ones((2000, 1), np.float32), actions, np.arange(2000) % 2 == 1)
+    rewards, terminated = Bandit().relabel(data.observations, data.actions, data.observations)
+    return from_dataset(data, np.asarray(rewards), np.asarray(terminated))
+
+
+@functools.cache
+def bandit_player(name: str) -> dict[str, np.ndarray]:
+    """Returns 1000 actions of the agent before and after learning from the data, in each of its phases."""
+    fields = {"chunk": 1, "backup": 1, "batch_size": 128, "num_samples": 16, "target_samples": 1, "curriculum": 500}
+    rates = dict.fromkeys(("lr", "actor_lr", "critic_lr", "value_lr"), 3e-3)
+    near = ClosedForm(delta=0.01, delta_high=0.01)  # a bump is narrow
+    judgement = {"eta": 0.1, "temperature": 0.1, "max_weight": 1e6, "trade": 0.5, "operator": near}  # of small rewards
+    agent, data = small(name, **fields, **rates, **judgement), bandit_data()
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def train(agent, state, updates):
+        def step(state, key):
+            key_batch, key_step = jax.random.split(key)
+            return agent.update(state, agent.sample((data,), key_batch), key_step)[0], None
+
+        return jax.lax.scan(step, state, jax.random.split(KEY, updates))[0]
+
+    play = lambda state: np.asarray(act(agent, state, jnp.ones((1000, 1)), KEY)).ravel()  # noqa: E731
+    init, act = compiled(name).init, compiled(name).act
+    state = init(agent, KEY, Bandit().spec)
+    actions = {"untrained": play(state)}
+    state = train(agent, state, 1000)
+    actions["offline"] = play(state)
+    if hasattr(agent, "start_online"):
+        actions["online"] = play(train(agent, agent.start_online(state), 500))
+    return actions
+
+
+def share(actions: np.ndarray, bump: float) -> float:
+    """Returns the share of the actions that lie at a bump."""
+    return float((np.abs(actions - bump) < 0.25).mean())
+
+
+@every_phase
+def test_it_earns_more_at_the_bandit_than_before_learning(name, phase):
+    actions = bandit_player(name)
+    earned = {when: float(Bandit().relabel(None, a[:, None], None)[0].mean()) for when, a in actions.items()}
+    assert earned[phase] > earned["untrained"] + 0.2
+
+
+def test_behaviour_cloning_keeps_both_bumps_of_the_data():
+    both, before = ([share(bandit_player("bc")[when], bump) for bump in BUMPS] for when in ("offline", "untrained"))
+    assert min(both) > 0.3 and sum(both) > 0.75 > 2 * sum(before)
+
+
+def test_fmq_plays_the_higher_bump():
+    actions = {when: share(played, max(BUMPS)) for when, played in bandit_player("fmq").items()}
+    assert actions["untrained"] < 0.75 and actions["offline"] > 0.95 and actions["online"] > 0.98

@@ -1,0 +1,213 @@
+"""Members as one program: each is the run alone, none harms another, devices change nothing."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import envs
+from jaxrl.agents import TD3BC
+from jaxrl.replay import ring as rings
+from jaxrl.sweeps import population
+from jaxrl.sweeps.population import RUNNING, Lift, Programs, keys_of, stacked
+from jaxrl.training import loop
+from jaxrl.training.schedule import Schedule, phases
+from tests.known import quick_to_compile
+
+AGENT = TD3BC(actor_hidden=(8,), critic_hidden=(8,), batch_size=16)
+SCHEDULE = Schedule(offline_updates=0, online_steps=16, utd=0.5, warmup_steps=0, envs=4, steps_per_epoch=8)
+LEARNING_RATES = (1e-3, 3e-4, 3e38, 1e-2)  # the third member diverges at once
+SEEDS = (0, 1, 2, 0)
+ENV = envs.make("point")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_to_compile():
+        yield
+
+
+def dataset() -> rings.Ring:
+    """Returns a dataset of 40 random steps of one episode."""
+    random = np.random.default_rng(0)
+    ring = rings.empty(1, 41, ENV.spec.observation, ENV.spec.action)
+    return dataclasses.replace(
+        ring,
+        obs=jnp.asarray(random.normal(size=ring.obs.shape), jnp.float32),
+        actions=jnp.asarray(random.uniform(-1, 1, ring.actions.shape), jnp.float32),
+        rewards=-jnp.ones_like(ring.rewards),
+        valid=ring.valid.at[:, :-1].set(True),
+        head=ring.head + 40,
+        count=ring.count + 40,
+    )
+
+
+def agents() -> list[TD3BC]:
+    return [dataclasses.replace(AGENT, critic_lr=lr) for lr in LEARNING_RATES]
+
+
+def together(layout, devices=None):
+    """Returns the members after all epochs, and their metrics of each, [M]."""
+    programs = Programs(ENV, layout, devices)
+    everyone, data = programs.place(stacked(agents())), programs.share(dataset())
+    team = programs.begin(everyone, schedule=SCHEDULE, keys=programs.place(keys_of(SEEDS)))
+    history = []
+    for phase in phases(SCHEDULE, AGENT.chunk):
+        team = programs.enter(everyone, phase=phase, crew=team)
+        for _ in range(phase.epochs):
+            team, metrics = programs.epoch(everyone, phase=phase, crew=team, dataset=data)
+            history.append(jax.device_get(metrics))
+    return jax.device_get(population.Crew(numbers(team.carry), team.stopped)), history
+
+
+def numbers(tree):
+    """Returns a tree with its random keys as numbers."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, tree)
+
+
+def alone(index: int):
+    """Returns the carry of a member that runs alone, as `jaxrl train` drives it, and its metrics."""
+    agent = loop.on_device(agents()[index])
+    carry = loop.jitted_begin(agent, ENV, SCHEDULE, jax.random.key(SEEDS[index]))
+    history = []
+    for phase in phases(SCHEDULE, AGENT.chunk):
+        carry = loop.jitted_enter(agent, phase, carry)
+        for _ in range(phase.epochs):
+            carry, metrics = loop.jitted_epoch(agent, ENV, phase, carry, dataset())
+            history.append(jax.device_get(metrics))
+    return jax.device_get(numbers(carry)), history
+
+
+@pytest.fixture(scope="module")
+def mapped():
+    return together("map")
+
+
+@pytest.fixture(scope="module")
+def vmapped():
+    return together("vmap")
+
+
+@pytest.fixture(scope="module")
+def single():
+    return {index: alone(index) for index in (0, 1)}
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_member_is_the_run_alone(mapped, vmapped, single, index):
+    """Its keys, counters and everything drawn at random are the same bits; what is computed, to rounding."""
+    carry, history = single[index]
+    for members, metrics in (mapped, vmapped):
+        member = jax.tree.map(lambda x: x[index], members.carry)
+        assert np.array_equal(member.key, carry.key)
+        assert (member.updates, member.steps, member.epoch) == (carry.updates, carry.steps, carry.epoch)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), member, carry)
+        for epoch, row in zip(history, metrics, strict=True):
+            assert epoch.keys() == row.keys()
+            for name in epoch.keys() - {"digest"}:
+                np.testing.assert_allclose(row[name][index], epoch[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_one_after_the_other_they_are_the_runs_alone_bit_for_bit(mapped, single):
+    members, metrics = mapped
+    for index, (carry, history) in single.items():
+        same = jax.tree.map(lambda x, y, i=index: np.array_equal(x[i], y), members.carry, carry)
+        assert all(jax.tree.leaves(same))
+        assert [row["digest"][index] for row in metrics] == [row["digest"] for row in history]
+
+
+def test_members_of_equal_seed_begin_with_equal_parameters():
+    keys = Programs(ENV, "vmap").place(keys_of(SEEDS))
+    team = Programs(ENV, "vmap").begin(stacked(agents()), schedule=SCHEDULE, keys=keys)
+    first, last, other = (jax.tree.map(lambda x, i=i: x[i], team.carry.agent.params) for i in (0, 3, 1))
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, first, last)))
+    assert not all(jax.tree.leaves(jax.tree.map(jnp.array_equal, first, other)))
+
+
+@pytest.mark.parametrize("layout", ["mapped", "vmapped"])
+def test_a_member_that_diverges_is_frozen_as_it_was_before(layout, request):
+    members, _ = request.getfixturevalue(layout)
+    assert members.stopped.tolist() == [RUNNING, RUNNING, 1, RUNNING]
+    first = jax.device_get(loop.jitted_begin(loop.on_device(AGENT), ENV, SCHEDULE, jax.random.key(SEEDS[2])))
+    frozen = jax.tree.map(lambda x: x[2], members.carry.agent)
+    jax.tree.map(np.testing.assert_array_equal, frozen.params, first.agent.params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(members.carry.agent))
+
+
+def test_diverged_members_are_not_computed_one_after_the_other(mapped):
+    """From the second epoch on their metrics are zeros, which nothing computed."""
+    _, history = mapped
+    assert all(row["digest"][2] == 0 for row in history[1:])
+
+
+@pytest.mark.parametrize("layout", ["vmap", "map"])
+def test_evaluation_gives_every_member_the_same_episodes(layout):
+    programs = Programs(ENV, layout)
+    everyone = stacked([AGENT, AGENT])
+    team = programs.begin(everyone, schedule=SCHEDULE, keys=keys_of([0, 0]))
+    found = programs.evaluate(everyone, episodes=3, states=team.carry.agent, key=jax.random.key(7))
+    agent = loop.on_device(AGENT)
+    state = loop.jitted_begin(agent, ENV, SCHEDULE, jax.random.key(0)).agent
+    one = loop.jitted_evaluate(agent, ENV, 3, state, jax.random.key(7))
+    for index in (0, 1):
+        np.testing.assert_allclose(found.returns[index], one.returns, rtol=1e-5)
+        np.testing.assert_array_equal(found.lengths[index], one.lengths)
+
+
+def test_repeated_members_fill_up_the_program_and_have_left():
+    programs = Programs(ENV, "vmap")
+    carry = {"x": jnp.arange(3.0)}
+    seated = programs.seat(population.Crew(carry, jnp.zeros(3, jnp.int32)), 3, room=5)  # ty: ignore[invalid-argument-type]
+    assert seated.carry["x"].tolist() == [0, 1, 2, 2, 2]  # ty: ignore[not-subscriptable]
+    assert seated.stopped.tolist() == [0, 0, 0, -1, -1]
+
+
+@pytest.mark.parametrize("layout", ["vmap", "map"])
+def test_lifting_applies_a_function_to_each_member(layout):
+    a, b = jnp.arange(6.0), jnp.arange(12.0).reshape(6, 2)
+    found = jax.jit(lambda: Lift(layout)(lambda x, y: {"sum": x + y.sum(), "y": y}, a, b))()
+    assert found["sum"].tolist() == [1, 6, 11, 16, 21, 26]
+    assert found["y"].tolist() == b.tolist()
+
+
+SHARDED = """
+import json, re
+import jax, numpy as np
+from tests.sweeps import test_population as t
+from tests.known import quick_to_compile
+assert jax.local_device_count() == 4
+found = {}
+with quick_to_compile():
+    programs = t.Programs(t.ENV, "map", jax.local_devices())
+    everyone, data = programs.place(t.stacked(t.agents())), programs.share(t.dataset())
+    team = programs.begin(everyone, schedule=t.SCHEDULE, keys=programs.place(t.keys_of(t.SEEDS)))
+    found["members per device"] = sorted({x.sharding.shard_shape(x.shape)[0] for x in jax.tree.leaves(team)})
+    (phase,) = t.phases(t.SCHEDULE, t.AGENT.chunk)
+    program = programs.epoch.lower(everyone, phase=phase, crew=team, dataset=data).compile()
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    found["collectives"] = len(re.findall(rf" ({kinds})(-start)?\\(", program.as_text()))
+    for _ in range(phase.epochs):
+        team, _ = program(everyone, crew=team, dataset=data)
+    found["params"] = [np.asarray(x).tolist() for x in jax.tree.leaves(team.carry.agent.params)]
+    found["stopped"] = team.stopped.tolist()
+print(json.dumps(found))
+"""
+
+
+def test_members_on_four_devices_are_those_on_one_and_have_nothing_to_say_to_each_other(mapped):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    line = [sys.executable, "-c", SHARDED]
+    process = subprocess.run(line, env=os.environ | flags, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    found = json.loads(process.stdout.splitlines()[-1])
+    assert (found["members per device"], found["collectives"]) == ([1], 0)
+    members, _ = mapped
+    assert found["stopped"] == members.stopped.tolist()
+    for sharded, whole in zip(found["params"], jax.tree.leaves(members.carry.agent.params), strict=True):
+        np.testing.assert_allclose(sharded, whole, rtol=1e-4, atol=1e-5)
