@@ -179,7 +179,7 @@ class Value(nn.Module):
         return MLP((*self.hidden, 1), self.norm, self.activation, 1.0, self.initial)(obs)[..., 0]
 
 
-class Policy(nn.Module):
+class Deterministic(nn.Module):
     """A deterministic policy pi(s), squashed into the box by tanh."""
 
     size: int
@@ -301,6 +301,15 @@ class Squashed(nn.Module):
 def apply(network: nn.Module, params: PyTree, *inputs: jax.Array) -> jax.Array:
     """Returns the output of a network with parameters from its `init(key, *example)`."""
     return network.apply(params, *inputs)  # ty: ignore[invalid-explicit-return]
+
+
+def outputs_of(params: PyTree) -> int:
+    """Returns how many outputs a network of dense layers has: the width of its last layer, given its parameters."""
+    layers = params
+    while not any(name.startswith("Dense_") for name in layers):
+        layers = layers["params"] if "params" in layers else layers["MLP_0"]
+    last = max(int(name.removeprefix("Dense_")) for name in layers if name.startswith("Dense_"))
+    return layers[f"Dense_{last}"]["bias"].shape[-1]
 
 
 def repeat_for(candidates: jax.Array, obs: jax.Array) -> jax.Array:

@@ -5,7 +5,6 @@ nothing here does anything. (Members of a sweep need none of this: `jaxrl.sweeps
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Generator
 from typing import Any
 
@@ -15,7 +14,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxrl.errors import UserError
-from jaxrl.types import Batch, PyTree, on_host
+from jaxrl.types import PyTree, on_host
 
 AXIS = "devices"
 
@@ -63,11 +62,6 @@ def spread(tree: PyTree) -> PyTree:
         return tree
     count = jax.sharding.get_abstract_mesh().size
     return jax.tree.map(lambda x: lay(x, spec_of(x, count)), tree)
-
-
-def spread_batch(batch: Batch) -> Batch:
-    """Returns a batch across the devices in scope; the data that it was cut from stay where they are."""
-    return dataclasses.replace(spread(dataclasses.replace(batch, rings=())), rings=batch.rings)
 
 
 def shared(tree: PyTree) -> PyTree:

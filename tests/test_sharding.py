@@ -28,7 +28,7 @@ SCHEDULE = Schedule(offline_updates=0, online_steps=24, utd=0.5, warmup_steps=0,
 def epochs():
     """Returns the carry after the schedule's epochs, the metrics of each, and the evaluation's returns."""
     agent, data = loop.on_device(AGENT), sharding.shared(dataset())
-    carry = driver.at_home(loop.jitted_begin(agent, ENV, SCHEDULE, jax.random.key(0)))
+    carry = driver.on_devices(loop.jitted_begin(agent, ENV, SCHEDULE, jax.random.key(0)))
     (phase,) = phases(SCHEDULE, AGENT.chunk)
     history = []
     for _ in range(phase.epochs):

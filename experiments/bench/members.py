@@ -26,10 +26,10 @@ from jaxrl.runs import driver, memory
 from jaxrl.runs.config import Config
 from jaxrl.runs.datasets import load_data
 from jaxrl.runs.presets import preset
-from jaxrl.sweeps.population import Crew, Layout, Programs, keys_of, stacked
+from jaxrl.sweeps.population import Layout, Population, Programs, keys_of, stacked
 from jaxrl.training import loop
 from jaxrl.training.loop import Carry
-from jaxrl.training.schedule import Phase
+from jaxrl.types import Phase
 
 What: TypeAlias = Literal["offline", "online", "evaluation"]
 SMALL: dict[str, Any] = {"actor_hidden": (32, 32), "critic_hidden": (32, 32), "batch_size": 64}
@@ -131,18 +131,20 @@ class Trial:
 
     def together(self, count: int, layout: Layout) -> Program:
         """Returns the program of so many members."""
-        programs, crew = Programs(self.env, layout), alike(self.begin(), count)
-        crew = dataclasses.replace(crew, carry=programs.place(crew.carry), stopped=programs.place(crew.stopped))
+        programs, population = Programs(self.env, layout), alike(self.begin(), count)
+        population = dataclasses.replace(
+            population, carry=programs.place(population.carry), stopped=programs.place(population.stopped)
+        )
         agents = programs.place(stacked([self.config.agent] * count))
         if self.judging:
             episodes, key = self.config.schedule.eval_episodes, programs.share(jax.random.key(1))
             program, *costs = compiled(
-                programs.evaluate, agents=agents, episodes=episodes, states=crew.carry.agent, key=key
+                programs.evaluate, agents=agents, episodes=episodes, states=population.carry.agent, key=key
             )
-            return Program(lambda _: program(agents=agents, states=crew.carry.agent, key=key), None, *costs)
+            return Program(lambda _: program(agents=agents, states=population.carry.agent, key=key), None, *costs)
         given = {"agents": agents, "dataset": programs.share(self.data)}
-        program, *costs = compiled(programs.epoch, phase=self.phase, crew=crew, **given)
-        return Program(lambda crew: program(crew=crew, **given)[0], crew, *costs)
+        program, *costs = compiled(programs.epoch, phase=self.phase, population=population, **given)
+        return Program(lambda population: program(population=population, **given)[0], population, *costs)
 
     def work(self) -> tuple[int, int]:
         """Returns the gradient steps and the environment steps of a member in one call."""
@@ -152,10 +154,10 @@ class Trial:
         return self.phase.iterations * self.phase.updates, steps if self.phase.collects else 0
 
 
-def alike(carry: Carry, count: int) -> Crew:
+def alike(carry: Carry, count: int) -> Population:
     """Returns members that begin alike but for their keys."""
     many = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), carry)
-    return Crew(dataclasses.replace(many, key=keys_of(range(count))), jnp.zeros(count, jnp.int32))
+    return Population(dataclasses.replace(many, key=keys_of(range(count))), jnp.zeros(count, jnp.int32))
 
 
 def trial(study: Members, case: str, what: What) -> Trial:
@@ -180,13 +182,13 @@ def measured(study: Members, case: str, what: What) -> dict[str, Any]:
     alone = one.alone()
     alone(0)
     crews = {(count, layout): one.together(count, layout) for count in study.counts for layout in study.layouts}
-    growth = {name: grown(crew) for name, crew in crews.items()}
+    growth = {name: grown(population) for name, population in crews.items()}
     turns: dict[tuple[int, Layout], list[tuple[float, float]]] = {name: [] for name in crews}
     load = [os.getloadavg()[0]]
     for _ in range(study.rounds):
         before = alone(study.seconds)
-        for name, crew in crews.items():
-            seconds, after = crew(study.seconds), alone(study.seconds)
+        for name, population in crews.items():
+            seconds, after = population(study.seconds), alone(study.seconds)
             turns[name].append((seconds, (before + after) / 2))
             before = after
         load.append(os.getloadavg()[0])
@@ -198,12 +200,12 @@ def measured(study: Members, case: str, what: What) -> dict[str, Any]:
             "layout": layout,
             "seconds": [seconds for seconds, _ in turns[count, layout]],
             "alone_seconds": [seconds for _, seconds in turns[count, layout]],
-            "compile_seconds": crew.compiling,
+            "compile_seconds": population.compiling,
             "bytes_held": count * held,
-            "bytes_working": crew.working,
+            "bytes_working": population.working,
             "bytes_grown": growth[count, layout],
         }
-        for (count, layout), crew in crews.items()
+        for (count, layout), population in crews.items()
     ]
     single = {"compile_seconds": alone.compiling, "bytes_held": held, "bytes_working": alone.working}
     about = {"case": case, "what": what, "updates": updates, "steps": steps, "alone": single, "load_average": load}
@@ -212,8 +214,8 @@ def measured(study: Members, case: str, what: What) -> dict[str, Any]:
 
 def check_running(crews: Any) -> None:
     """Raises RuntimeError where a member has left, which would cost nothing."""
-    for crew in crews:
-        if isinstance(crew.state, Crew) and np.asarray(crew.state.stopped).any():
+    for population in crews:
+        if isinstance(population.state, Population) and np.asarray(population.state.stopped).any():
             raise RuntimeError("a member diverged: nothing can be said about its cost")
 
 

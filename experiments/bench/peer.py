@@ -110,10 +110,10 @@ class Loop:
 
     def together(self, seeds: int, layout: Any) -> Program:
         """Returns the program of so many runs."""
-        programs, crew = Programs(self.env, layout), alike(self.carry, seeds)
+        programs, population = Programs(self.env, layout), alike(self.carry, seeds)
         given: dict[str, Any] = {"agents": programs.place(stacked([self.agent] * seeds)), "dataset": None}
-        program, *costs = compiled(programs.epoch, phase=self.phase, crew=crew, **given)
-        return Program(lambda crew: program(crew=crew, **given)[0], crew, *costs)
+        program, *costs = compiled(programs.epoch, phase=self.phase, population=population, **given)
+        return Program(lambda population: program(population=population, **given)[0], population, *costs)
 
     def sampling(self) -> Program:
         """Returns the program that samples batches and sums them up."""

@@ -26,7 +26,7 @@ from jaxrl.runs import driver
 from jaxrl.runs.datasets import load_data
 from jaxrl.runs.presets import preset
 from jaxrl.training import loop
-from jaxrl.training.schedule import Phase
+from jaxrl.types import Phase
 
 REPETITIONS = 5
 

@@ -48,8 +48,8 @@ from jaxrl.errors import UserError
 from jaxrl.replay import loading
 from jaxrl.replay.ring import Ring
 from jaxrl.training import loop
-from jaxrl.training.schedule import Phase, Schedule
-from jaxrl.types import Batch, Spec
+from jaxrl.training.schedule import Schedule
+from jaxrl.types import Batch, Phase, Spec
 
 HERE = Path(__file__).parent
 UPDATES = 100  # in one call of a program

@@ -20,7 +20,7 @@ import optax
 
 from jaxrl.agents import common, td3
 from jaxrl.agents.common import Draws, State
-from jaxrl.networks import Activation, Encoder, Init, Norm, Policy, Value, apply
+from jaxrl.networks import Activation, Deterministic, Encoder, Init, Norm, Value, apply
 from jaxrl.ops import losses
 from jaxrl.replay.hindsight import Goals
 from jaxrl.replay.ring import Rings
@@ -72,9 +72,9 @@ class A2PR:
         """Returns q(z | s, a)."""
         return Encoder(2 * spec.action, self.vae_hidden)
 
-    def decoder(self, spec: Spec) -> Policy:
+    def decoder(self, spec: Spec) -> Deterministic:
         """Returns the action of (s, z)."""
-        return Policy(spec.action, self.vae_hidden)
+        return Deterministic(spec.action, self.vae_hidden)
 
     def v(self, state: State, obs: jax.Array) -> jax.Array:
         """Returns the state's value, [B]."""
@@ -103,7 +103,7 @@ class A2PR:
         """Returns a batch of transitions."""
         return td3.sample(self, data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after a step of critic, value and autoencoder and, every `delay`-th time, of the actor."""
         return self.learn(state, batch, self.draw(state.spec, batch, key))
 

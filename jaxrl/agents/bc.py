@@ -63,7 +63,7 @@ class BC:
         """Returns the flow as a function v(x, r, t) of flat chunks, at time t; its observations are closed over."""
         return lambda x, r, t: apply(self.network(x.shape[-1]), params, obs, x, t)
 
-    def update(self, state: BCState, batch: Batch, key: jax.Array) -> tuple[BCState, Metrics]:
+    def update(self, state: BCState, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[BCState, Metrics]:
         """Returns the state after one gradient step on the flow-matching loss, and its metrics."""
         return self.learn(state, batch, self.draw(state.spec, batch, key))
 

@@ -99,7 +99,7 @@ class CFPI:
         """Returns a batch of transitions, with the actions that follow them."""
         return windows(data, key, self.batch_size, 1, self.goals)
 
-    def update(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after a step of the behaviour and one of the critics."""
         return self.learn(state, batch, self.draw(state.spec, batch, key))
 

@@ -103,7 +103,7 @@ class CQL:
         """Returns the initial state with the data's normaliser."""
         return common.fit(state, data) if self.normalize else state
 
-    def annotate(self, data: Rings) -> Rings:
+    def derive_columns(self, data: Rings) -> Rings:
         """Returns the data with their rows' returns to go, for Cal-QL; where they have these already, as they are."""
 
         def annotated(ring: Ring) -> Ring:
@@ -116,7 +116,7 @@ class CQL:
         """Returns a batch of transitions."""
         return windows(data, key, self.batch_size, 1, self.goals, self.mixing)
 
-    def update(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after a step of each network, and of the target critics."""
         return self.learn(state, batch, self.draw(state.spec, batch, key))
 

@@ -110,7 +110,7 @@ class DQC:
         """Returns a batch of windows, their goals relabelled where the task has goals (section 4 of the paper)."""
         return windows(data, key, self.batch_size, self.backup, self.goals)
 
-    def update(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after one joint gradient step and one Polyak step."""
         return self.learn(state, batch, self.draw(state.spec, batch, key))
 

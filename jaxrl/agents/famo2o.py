@@ -25,7 +25,7 @@ from jaxrl.networks import Activation, Critic, Gaussian, Norm, Value, apply
 from jaxrl.ops import losses
 from jaxrl.replay.hindsight import Goals
 from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
+from jaxrl.types import Batch, Metrics, Phase, PyTree, Scalar, Spec, pytree
 
 FEATURES = 6  # of the balance, as the family sees it
 
@@ -91,15 +91,15 @@ class FamO2O:
         }
         return common.start_each(spec, params, dict.fromkeys(params, optax.adam(self.lr)), "critic")
 
-    def start_online(self, state: State) -> State:
-        """Returns the state online, where the family is trained on the balances that are chosen."""
-        return dataclasses.replace(state, online=True)
+    def enter(self, state: State, phase: Phase) -> State:
+        """Returns the state in a phase: online the family is trained on the balances that are chosen."""
+        return dataclasses.replace(state, online=state.online or phase.collects)
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of transitions."""
         return windows(data, key, self.batch_size, 1, self.goals)
 
-    def update(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after a step of each network in turn, and of the target critics."""
         return self.learn(state, batch, self.draw(state.spec, batch, key))
 

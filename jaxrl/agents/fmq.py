@@ -33,7 +33,7 @@ from jaxrl.networks import Critic, Velocity, apply, repeat_for
 from jaxrl.ops import flow, guidance, losses
 from jaxrl.ops.flow import AverageVelocity
 from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
+from jaxrl.types import Batch, Metrics, Phase, PyTree, Scalar, Spec, pytree
 
 
 @pytree
@@ -129,9 +129,9 @@ class FMQ:
         target = jax.tree.map(jnp.copy, params["critic"])
         return FMQState(spec, params, target, self.optimizer().init(params), jnp.zeros((), jnp.int32))
 
-    def start_online(self, state: FMQState) -> FMQState:
-        """Returns the state online: the actor is copied to the anchor, once, and all else goes on (Eq. 11)."""
-        if state.anchor is not None:
+    def enter(self, state: FMQState, phase: Phase) -> FMQState:
+        """Returns the state in a phase: online the actor is copied to the anchor, once, and all else goes on (Eq. 11)."""
+        if not phase.collects or state.anchor is not None:
             return state
         return dataclasses.replace(state, anchor=jax.tree.map(jnp.copy, state.params["actor"]))
 
@@ -139,7 +139,7 @@ class FMQ:
         """Returns a batch of H-step windows, uniform over data and replay together."""
         return windows(data, key, self.batch_size, self.chunk)
 
-    def update(self, state: FMQState, batch: Batch, key: jax.Array) -> tuple[FMQState, Metrics]:
+    def update(self, state: FMQState, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[FMQState, Metrics]:
         """Returns the state after one joint gradient step on actor and critic, then one Polyak step."""
         key_critic, key_actor = jax.random.split(key)
         actor_loss = self.cloning_loss if state.anchor is None else self.guided_loss

@@ -84,7 +84,7 @@ class ODICE:
         """Returns a batch of transitions."""
         return windows(data, key, self.batch_size, 1, self.goals)
 
-    def update(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after a step of the value, of its target, and of the policy; nothing is left to chance."""
         return self.learn(state, batch)
 

@@ -105,7 +105,7 @@ class QC:
         """Returns a batch of windows, uniform over data and replay together."""
         return windows(data, key, self.batch_size, self.backup, self.goals)
 
-    def update(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after one joint gradient step and one Polyak step."""
         return self.learn(state, batch, self.draw(state.spec, batch, key))
 

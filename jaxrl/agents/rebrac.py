@@ -75,7 +75,7 @@ class ReBRAC:
         """Returns a batch of transitions."""
         return td3.sample(self, data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after a step of the critic and, every `delay`-th time, of the actor and the targets."""
         return self.learn(state, batch, td3.draw(state.spec, batch, key))
 

@@ -1,108 +1,168 @@
-"""What the descendants of TD3 share: a deterministic actor, twin critics, and targets that follow them.
+"""TD3: a deterministic actor, twin critics, and targets that follow them.
 
 Paper: Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods", arXiv 1802.09477.
-TD3+BC, ReBRAC, PRDC and A2PR differ in what holds the actor near the data, and say so in files of their own. They hand
-themselves over as `agent`, whose fields these functions read.
+
+The critics learn from the lower of two targets at a smoothed target action (sections 4.2 and 5.3); the actor and the
+targets move every `delay`-th time (section 5.2). TD3+BC, ReBRAC, PRDC and A2PR differ in what holds the actor near the
+data: each has a TD3 as a field, and a file of its own.
+
+Deliberate differences from the official code: a transition cut off by the clock keeps its true next state.
 """
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import common
-from jaxrl.agents.common import Draws, State
-from jaxrl.networks import Critic, Policy, apply
+from jaxrl.agents import learner
+from jaxrl.agents.learner import Draws, State
+from jaxrl.agents.parts import Adam, Critic, DeterministicPolicy, Net
 from jaxrl.ops import losses
+from jaxrl.replay.hindsight import Goals
 from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import Batch, PyTree, Scalar, Spec
+from jaxrl.types import (
+    Batch,
+    Count,
+    Fraction,
+    Metrics,
+    NonNegative,
+    Observation,
+    PyTree,
+    Requirements,
+    Scalar,
+    Spec,
+    pytree,
+)
 
-if TYPE_CHECKING:
-    from jaxrl.agents import A2PR, PRDC, TD3BC, ReBRAC
-
-    TD3: TypeAlias = A2PR | PRDC | TD3BC | ReBRAC
-else:
-    TD3 = Any
-"""An agent of this family."""
-
-
-def check(agent: TD3) -> None:
-    """Raises UserError where a value is out of range."""
-    common.check_range(agent, **dict.fromkeys(("actor_hidden", "critic_hidden", "batch_size", "delay"), (1, None)))
-    rates = ("actor_lr", "critic_lr", "target_noise", "noise_clip", "exploration")
-    common.check_range(agent, **dict.fromkeys(rates, (0, None)), discount=(0, 1), tau=(0, 1))
-    agent.goals.check()
-
-
-def policy(agent: TD3, spec: Spec) -> Policy:
-    """Returns pi(s)."""
-    return Policy(spec.action, agent.actor_hidden, agent.actor_norm, agent.activation, initial=agent.initial)
+ActorLoss = Callable[[PyTree, State], tuple[jax.Array, Metrics]]
+"""The loss of the actor's parameters in a state, and metrics."""
 
 
-def critics(agent: TD3, heads: int = 2) -> Critic:
-    """Returns the twins Q_1(s, a) and Q_2(s, a)."""
-    return Critic(heads, agent.critic_hidden, agent.critic_norm, agent.activation, agent.initial)
+@pytree
+class TD3:
+    """Twin delayed deterministic policy gradients."""
 
+    chunk: ClassVar[int] = 1
 
-def init(agent: TD3, key: jax.Array, spec: Spec, **more: tuple[PyTree, Scalar]) -> State:
-    """Returns the initial state; `more` are further networks of the agent, parameters and learning rate by name."""
-    key_actor, key_critic = jax.random.split(key)
-    obs, action = jnp.zeros(spec.observation), jnp.zeros(spec.action)
-    nets = {
-        "actor": (policy(agent, spec).init(key_actor, obs), agent.actor_lr),
-        "critic": (critics(agent).init(key_critic, obs, action), agent.critic_lr),
-        **more,
-    }
-    params = {name: net for name, (net, _) in nets.items()}
-    return common.start_each(spec, params, {name: optax.adam(lr) for name, (_, lr) in nets.items()}, "actor", "critic")
+    actor: DeterministicPolicy = DeterministicPolicy()  # pi(s)
+    critic: Critic = Critic(Net((256, 256), "relu", "none", "torch"), agg="min")  # Q_1(s, a) and Q_2(s, a)
+    actor_adam: Adam = Adam()
+    critic_adam: Adam = Adam()
+    batch_size: Count = 256  # transitions per update
+    discount: Fraction = 0.99  # gamma, per environment step
+    tau: Fraction = 0.005  # Polyak rate of the targets
+    delay: Count = 2  # critic updates per actor update
+    target_noise: NonNegative = 0.2  # standard deviation of the noise on target actions
+    noise_clip: NonNegative = 0.5  # bound of that noise, and of exploration's
+    exploration: NonNegative = 0.1  # standard deviation of the noise on actions, but in evaluation
+    normalize: bool = False  # whether observations are normalised by the data's mean and spread
+    goals: Goals = Goals()  # how goals are drawn where the task has some
 
+    def requires(self) -> Requirements:
+        """Returns what its data must have."""
+        return Requirements(batch=self.batch_size)
 
-def fit(agent: TD3, state: State, data: Rings) -> State:
-    """Returns the state with the data's normaliser, where observations are to be normalised."""
-    return common.fit(state, data) if agent.normalize else state
+    def init(self, key: jax.Array, spec: Spec, **more: tuple[PyTree, optax.GradientTransformation]) -> State:
+        """Returns the initial state; `more` are further networks by name, parameters and optimiser of each."""
+        key_actor, key_critic = jax.random.split(key)
+        obs, action = spec.example(), jnp.zeros(spec.action)
+        params = {
+            "actor": self.actor.init(key_actor, spec.actor(obs), action),
+            "critic": self.critic.init(key_critic, spec.critic(obs), action),
+        }
+        optimizers = {"actor": self.actor_adam.transformation(), "critic": self.critic_adam.transformation()}
+        params |= {name: net for name, (net, _) in more.items()}
+        optimizers |= {name: optimizer for name, (_, optimizer) in more.items()}
+        return learner.create(spec, params, optimizers, "actor", "critic", normalized=True)
 
+    def fit(self, state: State, data: Rings) -> State:
+        """Returns the initial state with the data's normaliser, where observations are to be normalised."""
+        return learner.fit(state, data) if self.normalize else state
 
-def sample(agent: TD3, data: Rings, key: jax.Array) -> Batch:
-    """Returns a batch of transitions."""
-    return windows(data, key, agent.batch_size, 1, agent.goals)
+    def sample(self, data: Rings, key: jax.Array) -> Batch:
+        """Returns a batch of transitions."""
+        return windows(data, key, self.batch_size, 1, self.goals)
 
+    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
+        """Returns the state after a step of the critic and, every `delay`-th time, of the actor and the targets."""
+        batch, draws = learner.normalized(state, batch), self.draw(state.spec, batch, key)
+        return self.learn(state, batch, draws, lambda actor, state: self.actor_loss(actor, state, batch))
 
-def draw(spec: Spec, batch: Batch, key: jax.Array) -> Draws:
-    """Returns the random numbers of one update: the noise of the target actions."""
-    return {"target_noise": jax.random.normal(key, (len(batch.obs), spec.action))}
+    def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
+        """Returns the random numbers of one update: the noise of the target actions."""
+        return {"target_noise": jax.random.normal(key, (len(batch.actions), spec.action))}
 
+    def learn(self, state: State, batch: Batch, draws: Draws, actor_loss: ActorLoss) -> tuple[State, Metrics]:
+        """Returns the state after the update with these random numbers, on normalised observations."""
 
-def noisy(agent: TD3, action: jax.Array, noise: jax.Array, scale: Scalar) -> jax.Array:
-    """Returns actions [B, A] with standard normal noise, scaled and clipped; within the box again."""
-    return jnp.clip(action + jnp.clip(scale * noise, -agent.noise_clip, agent.noise_clip), -1, 1)
+        def improve(state: State) -> tuple[State, Metrics]:
+            state, metrics = learner.step(
+                state, "actor", lambda actor: actor_loss(actor, state), self.actor_adam.transformation()
+            )
+            return learner.follow(state, self.tau, "actor", "critic"), metrics
 
+        y = self.td_target(state, state.target["critic"], batch, self.target_action(state, batch, draws))
+        state, metrics = self.learn_critic(state, batch, y)
+        state, more = learner.every(self.delay, state, improve)
+        return learner.counted(state), {**metrics, **more}
 
-def target_action(agent: TD3, state: State, batch: Batch, draws: Draws) -> jax.Array:
-    """Returns a' [B, A], the slow actor's action at the next state with clipped noise (section 5.3)."""
-    action = apply(policy(agent, state.spec), state.target["actor"], batch.next_obs)
-    return noisy(agent, action, draws["target_noise"], agent.target_noise)
+    # The critics
 
+    def target_action(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
+        """Returns a' [B, A], the slow actor's action at the next state with clipped noise (section 5.3)."""
+        action = self.actor.action(state.target["actor"], state.spec.actor(batch.next_obs))
+        return self.noisy(action, draws["target_noise"], self.target_noise)
 
-def td_target(
-    agent: TD3, critic: PyTree, batch: Batch, action: jax.Array, penalty: jax.Array | float = 0.0
-) -> jax.Array:
-    """Returns y [B]: the reward, and what the lower of two critics says of the next action, less a penalty."""
-    next_value = apply(critics(agent), critic, batch.next_obs, action).min(axis=0) - penalty
-    y = losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, agent.discount)
-    return jax.lax.stop_gradient(y)
+    def noisy(self, action: jax.Array, noise: jax.Array, scale: Scalar) -> jax.Array:
+        """Returns actions [B, A] with standard normal noise, scaled and clipped; within the box again."""
+        return jnp.clip(action + jnp.clip(scale * noise, -self.noise_clip, self.noise_clip), -1, 1)
 
+    def td_target(
+        self, state: State, critic: PyTree, batch: Batch, action: jax.Array, penalty: jax.Array | float = 0.0
+    ) -> jax.Array:
+        """Returns y [B]: the reward and the lower of two critics' values of the next action, less a penalty."""
+        next_value = self.critic.value(critic, state.spec.critic(batch.next_obs), action) - penalty
+        return losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
 
-def critic_loss(agent: TD3, critic: PyTree, batch: Batch, y: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-    """Returns the mean squared error of both critics against y [B], summed over the two (section 4.2)."""
-    q = apply(critics(agent), critic, batch.obs, batch.actions[:, 0])
-    weight = batch.valid[:, 0] if weight is None else weight
-    return losses.masked_mean(jnp.square(q - y[None]).sum(axis=0), weight)
+    def critic_loss(self, critic: PyTree, state: State, batch: Batch, y: jax.Array, weight: jax.Array) -> jax.Array:
+        """Returns the weighted mean squared error of both critics against y [B], summed over the two (section 4.2)."""
+        error = self.critic.error(critic, state.spec.critic(batch.obs), batch.actions[:, 0], y)
+        return losses.masked_mean(error.sum(axis=0), weight)
 
+    def learn_critic(self, state: State, batch: Batch, y: jax.Array) -> tuple[State, Metrics]:
+        """Returns the state after a step of the critics towards y [B]."""
 
-def first_q(agent: TD3, critic: PyTree, obs: jax.Array, action: jax.Array) -> jax.Array:
-    """Returns Q_1(s, a) [B], without computing the other."""
-    return apply(critics(agent, 1), jax.tree.map(lambda x: x[:1], critic), obs, action)[0]
+        def loss(critic: PyTree) -> tuple[jax.Array, Metrics]:
+            value = self.critic_loss(critic, state, batch, y, batch.valid[:, 0])
+            return value, {"critic/loss": value}
+
+        return learner.step(state, "critic", loss, self.critic_adam.transformation())
+
+    # The actor
+
+    def first_q(self, state: State, batch: Batch, action: jax.Array) -> jax.Array:
+        """Returns Q_1(s, a) [B] of actions [B, A]."""
+        return self.critic.first(state.params["critic"], state.spec.critic(batch.obs), action)
+
+    def actor_loss(self, actor: PyTree, state: State, batch: Batch) -> tuple[jax.Array, Metrics]:
+        """Returns -Q_1(s, pi(s))."""
+        q = self.first_q(state, batch, self.actor.action(actor, state.spec.actor(batch.obs)))
+        loss = -losses.masked_mean(q, batch.valid[:, 0])
+        return loss, {"actor/q_loss": loss}
+
+    def choose(self, state: State, obs: Observation) -> jax.Array:
+        """Returns the actor's actions [B, A] for raw observations."""
+        assert state.normalizer is not None
+        return self.actor.action(state.params["actor"], state.spec.actor(state.normalizer(obs)))
+
+    def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
+        """Returns actions as chunks [B, 1, A], with the noise of exploration unless `greedy`."""
+        action = self.choose(state, obs)
+        if not greedy:
+            action = self.noisy(action, jax.random.normal(key, action.shape), self.exploration)
+        return action[:, None]
 
 
 def climb(q: jax.Array, alpha: Scalar, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -113,17 +173,3 @@ def climb(q: jax.Array, alpha: Scalar, batch: Batch) -> tuple[jax.Array, jax.Arr
     """
     weight = jax.lax.stop_gradient(alpha / jnp.abs(q).mean())
     return -weight * losses.masked_mean(q, batch.valid[:, 0]), weight
-
-
-def choose(agent: TD3, state: State, obs: jax.Array) -> jax.Array:
-    """Returns the actor's actions [B, A] for raw observations."""
-    assert state.normalizer is not None
-    return apply(policy(agent, state.spec), state.params["actor"], state.normalizer(obs))
-
-
-def act(agent: TD3, state: State, obs: jax.Array, key: jax.Array, greedy: bool) -> jax.Array:
-    """Returns actions as chunks [B, 1, A], with the noise of exploration unless `greedy`."""
-    action = choose(agent, state, obs)
-    if not greedy:
-        action = noisy(agent, action, jax.random.normal(key, action.shape), agent.exploration)
-    return action[:, None]

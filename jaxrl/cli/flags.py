@@ -7,12 +7,45 @@ import inspect
 import io
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tyro
 
 from jaxrl.agents import AGENTS
 from jaxrl.errors import UserError
+from jaxrl.types import Scalar
+
+RULES = tyro.constructors.ConstructorRegistry()
+
+
+@RULES.primitive_rule
+def _scalar(kind: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Returns how a Scalar is read: as a float."""
+    if kind.type is not Scalar:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT",
+        instance_from_str=lambda words: float(words[0]),
+        is_instance=lambda value: isinstance(value, Scalar),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@RULES.primitive_rule
+def _widths(kind: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Returns how numbers in a row are read: separated by commas, or as words."""
+    if kind.type_origin is not tuple or get_args(kind.type) not in ((int, ...), (float, ...)):
+        return None
+    number = get_args(kind.type)[0]
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"{number.__name__.upper()},...",
+        instance_from_str=lambda words: tuple(number(word) for part in words for word in part.split(",") if word),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(entry, number) for entry in value),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
 
 Flat = tyro.conf.arg(name="")  # a dataclass whose fields are flags of their own
 FLAT_FIELDS = ("config", "generator", "sampler", "settings")  # which are those
@@ -66,11 +99,13 @@ def parse(usage: str, kind: Any, default: Any, args: list[str]) -> Any:
     """Returns the options that flags ask for. Raises UserError, one line, for a flag or a value that does not exist."""
     if wants_help(args):
         print(inspect.cleandoc(type(default).__doc__ or "").replace("{agents}", ", ".join(AGENTS)) + "\n")
-        tyro.cli(kind, default=default, args=["--help"], prog=usage, description="", config=SETTINGS)
+        tyro.cli(kind, default=default, args=["--help"], prog=usage, description="", config=SETTINGS, registry=RULES)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
-            options, left = tyro.cli(kind, default=default, args=args, return_unknown_args=True, config=SETTINGS)
+            options, left = tyro.cli(
+                kind, default=default, args=args, return_unknown_args=True, config=SETTINGS, registry=RULES
+            )
     except SystemExit as error:
         raise UserError(_complaint(complaint.getvalue())) from error
     if left and not left[0].startswith("-"):

@@ -232,7 +232,7 @@ def _sweep(space: Space | None, options: SweepOptions, path: Path) -> int:
     asked = sweeps.asked_for(space, settings) if space is not None else {"resume": str(path)}
     machine = Machine()
     if options.processes is not None or machines.asked_by_environment():
-        machine = machines.meet(options.coordinator, options.processes, options.process, asked)
+        machine = machines.rendezvous(options.coordinator, options.processes, options.process, asked)
     settings.local()
     with StopRequests() as stop:
         try:

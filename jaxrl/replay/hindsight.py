@@ -16,25 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.errors import UserError
-from jaxrl.types import Batch, Scalar, pytree
+from jaxrl.types import Batch, Fraction, pytree
 
 
 @pytree
 class Goals:
     """Which goals a window is relabelled with: its own first state, a later state of its episode, or any other."""
 
-    current: Scalar = 0.2  # probability of the window's first state
-    future: Scalar = 0.5  # probability of a later state of the episode; the rest are starts of any episode
+    current: Fraction = 0.2  # probability of the window's first state
+    future: Fraction = 0.5  # probability of a later state of the episode; the rest are starts of any episode
     future_law: Literal["uniform", "geometric"] = "uniform"  # over the rest of the episode, or the nearer the likelier
-    geometric_discount: Scalar = 0.99  # probability, per step, that a geometric goal lies further ahead
+    geometric_discount: Fraction = 0.99  # probability, per step, that a geometric goal lies further ahead
     negative: bool = False  # rewards -1 before the goal and 0 there, in place of 0 before and 1 there
 
     def check(self) -> None:
-        """Raises UserError where a probability is out of range."""
-        for name in ("current", "future", "geometric_discount"):
-            values = np.asarray(getattr(self, name))
-            if not ((values >= 0) & (values <= 1)).all():
-                raise UserError(f"Goals.{name} = {getattr(self, name)}: must be in [0, 1]")
+        """Raises UserError where the probabilities do not fit each other."""
         if (np.asarray(self.geometric_discount) == 1).any():
             raise UserError("Goals.geometric_discount = 1: must be below 1, else no goal is ever reached")
         if (np.asarray(self.current) + np.asarray(self.future) > 1 + 1e-6).any():
@@ -42,6 +38,11 @@ class Goals:
                 f"Goals.current = {self.current} and Goals.future = {self.future}: must add up to at most 1, "
                 "the rest are goals from any episode"
             )
+
+    def check_head(self, head: str) -> None:
+        """Raises UserError where the rewards do not fit what values are: probabilities need rewards of 0 and 1."""
+        if head == "bce" and self.negative:
+            raise UserError("Goals.negative = True: values are probabilities, rewards must be 0 and 1")
 
 
 DEFAULT = Goals()

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxrl import system
 from jaxrl.errors import UserError
+from jaxrl.types import Static
 
 if TYPE_CHECKING:
     from scipy.spatial import KDTree
@@ -16,7 +17,7 @@ MANY = 500_000  # points from which on a search is worth several threads, whose 
 SHARE = 64  # queries that each of them takes at least
 
 
-class Forest:
+class Forest(Static):
     """The rows of a ring, and one KD-tree of them for each scaling that was asked for; the oldest tree gives way.
 
     Trees split boxes in the middle of their widest side, not at the median: a search of robots' data with 33 and with
@@ -26,10 +27,9 @@ class Forest:
     one tree per value of (mean, weight), so a sweep over more than `TREES` values of a scaling builds them again and
     again: search such a sweep by blocks.
 
-    Programs tell forests apart by identity, and one that was compiled keeps its forest in memory.
+    Forests are compared by identity: each compiles separately, and a compiled program keeps its forest in memory.
     """
 
-    by_identity: ClassVar[bool] = True  # a static field of the trees that hold it, see `jaxrl.types.pytree`
     TREES: ClassVar[int] = 8
 
     def __init__(self, states: np.ndarray, actions: np.ndarray, valid: np.ndarray) -> None:

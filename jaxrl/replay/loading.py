@@ -13,7 +13,7 @@ from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
 from jaxrl.replay.hindsight import Hindsight
 from jaxrl.replay.kdtree import bare
-from jaxrl.replay.neighbours import planted
+from jaxrl.replay.neighbours import with_forest
 from jaxrl.replay.ring import Ring, empty
 from jaxrl.replay.weighting import UNIFORM, Weighting, Weights, trajectory_weights, weights_of
 
@@ -103,7 +103,7 @@ def to_ring(
     drawn more often. With `searched`, the host can look for neighbours among the rows.
     """
     check_weighting(weighting, env)
-    finish = planted if searched else lambda ring: ring
+    finish = with_forest if searched else lambda ring: ring
     if env.spec.goal:
         states, goals = states_and_goals(dataset, env)
         none, dataset = np.zeros(len(states), bool), dataclasses.replace(dataset, observations=states)

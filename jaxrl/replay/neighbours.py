@@ -58,7 +58,7 @@ class Index:
     forest: Forest | None = None  # KD-trees of the same rows
 
 
-def planted(ring: Ring) -> Ring:
+def with_forest(ring: Ring) -> Ring:
     """Returns the ring with KD-trees of its rows, each of which is built when it is first asked."""
     rows = (np.asarray(x).reshape(-1, *x.shape[2:]) for x in (ring.obs, ring.actions, ring.valid))
     return dataclasses.replace(ring, forest=Forest(*rows))

@@ -16,7 +16,7 @@ Statistics are those of Agarwal et al., "Deep Reinforcement Learning at the Edge
 interquartile means, stratified bootstrap over seeds with tasks as strata, probability of improvement, profiles.
 """
 
-from jaxrl.report.folders import Member
+from jaxrl.report.folders import RunRecord
 from jaxrl.report.page import html, markdown, member_rows, rows, summary, write
 from jaxrl.report.pictures import figures
 from jaxrl.report.scores import (
@@ -36,7 +36,7 @@ from jaxrl.report.settings import Mix, Setting
 __all__ = [
     "Comparison",
     "Estimate",
-    "Member",
+    "RunRecord",
     "Mix",
     "Report",
     "Setting",

@@ -17,7 +17,7 @@ SIMULATORS = ("mujoco", "mujoco-mjx", "brax")
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
+class RunRecord:
     """A run, or a member of a sweep, as its folder tells."""
 
     path: Path
@@ -67,9 +67,9 @@ class Member:
         return self.last(score), self.config["schedule.eval_episodes"] if self.evaluations else 0
 
 
-def members(paths: Iterable[Path]) -> tuple[list[Member], list[str]]:
+def members(paths: Iterable[Path]) -> tuple[list[RunRecord], list[str]]:
     """Returns the members of runs, sweeps and folders of these, each once, and notes on what they lack."""
-    found: dict[Path, Member] = {}
+    found: dict[Path, RunRecord] = {}
     notes = []
     for folder in (folder for path in paths for folder in _folders(path)):
         if (folder / "config.json").exists():
@@ -108,7 +108,7 @@ def _is_one(path: Path) -> bool:
     return any((path / name).exists() for name in ("config.json", "sweep.json"))
 
 
-def load(path: Path, digest: str | None = None) -> Member:
+def load(path: Path, digest: str | None = None) -> RunRecord:
     """Returns what is in the folder of a run or of a sweep's member, whose dataset's digest the sweep knows.
 
     Raises UserError where a file is missing or damaged.
@@ -124,7 +124,7 @@ def load(path: Path, digest: str | None = None) -> Member:
     manifest = _manifest(path)
     last = {**(rows[-1] if rows else {"updates": 0, "steps": 0}), **result}
     versions = manifest.get("versions", {})
-    return Member(
+    return RunRecord(
         path=path,
         config=_config(path),
         status=status,

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from jaxrl import stats
-from jaxrl.report.folders import Member
+from jaxrl.report.folders import RunRecord
 from jaxrl.report.scores import (
     Comparison,
     Estimate,
@@ -138,7 +138,7 @@ def _label(setting: Setting) -> str:
 
 
 def curve(
-    members: Sequence[Member], phase: str, score: str, intervals: bool = True
+    members: Sequence[RunRecord], phase: str, score: str, intervals: bool = True
 ) -> tuple[list[float], list[float], list[float], list[float]]:
     """Returns clock, interquartile mean over seeds, and the ends of its intervals, at the evaluations all members have.
 

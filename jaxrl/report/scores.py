@@ -13,7 +13,7 @@ from jaxrl import stats
 from jaxrl.errors import UserError, unknown
 from jaxrl.report import folders
 from jaxrl.report import settings as st
-from jaxrl.report.folders import Member
+from jaxrl.report.folders import RunRecord
 from jaxrl.report.settings import Mix, Setting
 
 Score = Literal["success", "return"]
@@ -124,7 +124,7 @@ def _ranked(setting: Setting, tasks: Sequence[str]) -> bool:
 # Scores of settings
 
 
-def estimate(members: Sequence[Member], score: Score, separate: bool = False) -> Estimate | None:
+def estimate(members: Sequence[RunRecord], score: Score, separate: bool = False) -> Estimate | None:
     """Returns the interquartile mean over seeds and tasks; None where no member has a score.
 
     The interval is the stratified bootstrap's over seeds, with tasks as strata. Where there is one seed, or no spread
@@ -148,7 +148,7 @@ def estimate(members: Sequence[Member], score: Score, separate: bool = False) ->
     return Estimate(point, *stats.success_interval(round(point * episodes), episodes), over="episodes")
 
 
-def strata_of(members: Iterable[Member], score: str, separate: bool) -> tuple[np.ndarray, ...]:
+def strata_of(members: Iterable[RunRecord], score: str, separate: bool) -> tuple[np.ndarray, ...]:
     """Returns the scores of each task, tasks in alphabetical order."""
     strata: dict[str, list[float]] = {}
     for member in members:
@@ -206,7 +206,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def member_row(member: Member, setting: Setting) -> dict[str, Any]:
+def member_row(member: RunRecord, setting: Setting) -> dict[str, Any]:
     """Returns a member's row of the table of all members."""
     judged = member.judged or {}
     return {
@@ -378,7 +378,7 @@ def _about_scores(report: Report) -> list[str]:
     return said
 
 
-def _named(members: Sequence[Member]) -> str:
+def _named(members: Sequence[RunRecord]) -> str:
     """Returns the first members' names with what they spent, and how many more there are."""
     shown = "; ".join(f"{m.path} after {m.updates:,} updates and {m.steps:,} steps" for m in members[:NAMED])
     return shown + (f"; and {len(members) - NAMED} more" if len(members) > NAMED else "")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxrl.errors import UserError
-from jaxrl.report.folders import Member
+from jaxrl.report.folders import RunRecord
 
 Mix = Literal["eval-seed", "episodes", "budget", "simulator", "data"]
 
@@ -30,18 +30,18 @@ class Setting:
     agent: str
     values: dict[str, Any]
     """Those fields, by their dotted names."""
-    members: tuple[Member, ...]
-    counted: tuple[Member, ...]
+    members: tuple[RunRecord, ...]
+    counted: tuple[RunRecord, ...]
     """The members whose scores are the setting's: all that spent their whole budget, or, where none did, the others."""
     partial: bool
     """Whether no member spent its whole budget, where budgets may not be mixed: compared with nobody."""
 
-    def on(self, task: str) -> tuple[Member, ...]:
+    def on(self, task: str) -> tuple[RunRecord, ...]:
         """Returns the members that count on a task."""
         return tuple(member for member in self.counted if member.task == task)
 
 
-def with_tasks(members: Sequence[Member]) -> list[Member]:
+def with_tasks(members: Sequence[RunRecord]) -> list[RunRecord]:
     """Returns the members with their tasks: the environment, and the data where one environment has several.
 
     Files of equal content are the same data, whatever their names.
@@ -51,19 +51,19 @@ def with_tasks(members: Sequence[Member]) -> list[Member]:
         names.setdefault((member.config["env"], member.digest), _data(member))
     several = Counter(env for env, _ in {(env, name) for (env, _), name in names.items()})
 
-    def task(member: Member) -> str:
+    def task(member: RunRecord) -> str:
         env = member.config["env"]
         return env if several[env] == 1 else f"{env}, {names[env, member.digest]}"
 
     return [dataclasses.replace(member, task=task(member)) for member in members]
 
 
-def _data(member: Member) -> str:
+def _data(member: RunRecord) -> str:
     data = member.config["data"]
     return f"{member.config['behaviour']} {member.config['data_steps']}" if data is None else Path(data).name
 
 
-def grouped(members: Iterable[Member], score: str, pool: bool) -> tuple[list[Setting], list[str]]:
+def grouped(members: Iterable[RunRecord], score: str, pool: bool) -> tuple[list[Setting], list[str]]:
     """Returns the settings, in the order of their first members, and notes on what was left out.
 
     With `pool`, members that spent a part of their budget count like the others.
@@ -89,9 +89,9 @@ def grouped(members: Iterable[Member], score: str, pool: bool) -> tuple[list[Set
     return settings, notes
 
 
-def _groups(members: Iterable[Member]) -> tuple[dict[tuple, list[Member]], list[str]]:
+def _groups(members: Iterable[RunRecord]) -> tuple[dict[tuple, list[RunRecord]], list[str]]:
     """Returns the members by their configuration; of a run that was repeated, the one that got further."""
-    groups: dict[tuple, dict[tuple, Member]] = {}
+    groups: dict[tuple, dict[tuple, RunRecord]] = {}
     notes = []
     for member in members:
         key = tuple(sorted((name, value) for name, value in member.config.items() if name not in UNSET))
@@ -105,7 +105,7 @@ def _groups(members: Iterable[Member]) -> tuple[dict[tuple, list[Member]], list[
     return {key: list(seeds.values()) for key, seeds in groups.items()}, notes
 
 
-def counted(members: Iterable[Member], score: str, pool: bool) -> tuple[Member, ...]:
+def counted(members: Iterable[RunRecord], score: str, pool: bool) -> tuple[RunRecord, ...]:
     """Returns the members whose scores are their setting's."""
     scored = [member for member in members if member.last(score) is not None]
     whole = [member for member in scored if member.whole]
@@ -170,16 +170,16 @@ def text(value: Any, digits: int = 3) -> str:
     return str(value)
 
 
-def _planned(member: Member) -> str:
+def _planned(member: RunRecord) -> str:
     offline, online, utd = (member.config[f"schedule.{name}"] for name in ("offline_updates", "online_steps", "utd"))
     return f"{offline:,} updates" + (f", then {online:,} steps at utd {utd:g}" if online else "")
 
 
-def _spent(member: Member) -> tuple[int, int] | None:
+def _spent(member: RunRecord) -> tuple[int, int] | None:
     return (member.updates, member.steps) if member.status == "finished" else None
 
 
-ALIKE: tuple[tuple[Mix, str, Callable[[Member], Any]], ...] = (  # what is to be equal; None says nothing
+ALIKE: tuple[tuple[Mix, str, Callable[[RunRecord], Any]], ...] = (  # what is to be equal; None says nothing
     ("eval-seed", "schedule.eval_seed", lambda m: m.config["schedule.eval_seed"]),
     ("eval-seed", "the seed of the separate episodes", lambda m: m.judged and m.judged.get("seed")),
     ("episodes", "schedule.eval_episodes", lambda m: m.config["schedule.eval_episodes"]),
@@ -203,7 +203,7 @@ def _written(words: str, value: Any) -> str:
     return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def check_alike(members: Sequence[Member], mix: Sequence[Mix]) -> list[str]:
+def check_alike(members: Sequence[RunRecord], mix: Sequence[Mix]) -> list[str]:
     """Returns sentences on what was mixed because that was allowed. Raises UserError for what was not."""
     mixed = []
     for task, words, flag, known in _compared(members):
@@ -223,7 +223,7 @@ def check_alike(members: Sequence[Member], mix: Sequence[Mix]) -> list[str]:
     return mixed
 
 
-def _compared(members: Sequence[Member]) -> Iterator[tuple[str, str, Mix, list[tuple[Member, Any]]]]:
+def _compared(members: Sequence[RunRecord]) -> Iterator[tuple[str, str, Mix, list[tuple[RunRecord, Any]]]]:
     """Yields task, what is to be equal, the flag that allows otherwise, and who has which value."""
     for task in dict.fromkeys(member.task for member in members):
         of_task = [member for member in members if member.task == task and member.evaluations]

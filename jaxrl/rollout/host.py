@@ -81,7 +81,7 @@ def act_greedily(agent: Any, state: PyTree, obs: jax.Array, key: jax.Array, turn
 jitted_act_greedily = jax.jit(act_greedily)
 
 
-def take_off(simulators: Simulators, random: np.random.Generator, count: int) -> Flight:
+def reset_all(simulators: Simulators, random: np.random.Generator, count: int) -> Flight:
     """Returns `count` environments at the start of their episodes."""
     slots = np.arange(count)
     obs = simulators.begin("training", slots, seeds_of(random, count), random.integers(2**31, size=count))

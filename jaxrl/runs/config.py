@@ -6,6 +6,7 @@ import types
 import typing
 from typing import Any, Generic, TypeVar
 
+from jaxrl import ranges
 from jaxrl.agents import (
     AGENTS,
 )
@@ -44,7 +45,7 @@ class Config(Generic[A]):
 
     def check(self) -> None:
         """Raises UserError for the first value that is out of range, before anything is built."""
-        self.agent.check()  # ty: ignore[missing-attribute]
+        ranges.check(self.agent)
         self.schedule.check()
         self.weighting.check()
         for name in ("reward_scale", "reward_shift"):

@@ -28,8 +28,8 @@ from jaxrl.runs.signals import StopRequested, StopRequests
 from jaxrl.training import host_loop, loop, schedule
 from jaxrl.training.host_loop import Interrupted
 from jaxrl.training.loop import Carry, abstract_carry
-from jaxrl.training.schedule import Phase, Timeline
-from jaxrl.types import on_host
+from jaxrl.training.schedule import Timeline
+from jaxrl.types import Fitting, Phase, on_host
 
 
 def row_of(index: int, phase: Phase, updates: Any, steps: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,15 +57,15 @@ class Run:
     def first(self) -> Carry:
         """Returns the carry before the first epoch."""
         carry = loop.jitted_begin(self.agent, self.env, self.config.schedule, jax.random.key(self.config.seed))
-        if hasattr(self.agent, "fit"):
+        if isinstance(self.agent, Fitting):
             data = self.data.at(0) if isinstance(self.data, Stream) else self.data
             carry = loop.jitted_fit(self.agent, carry, sharding.shared(data))
-        return at_home(carry)
+        return on_devices(carry)
 
     def restore(self, folder: Path) -> tuple[Carry, int]:
         """Returns the carry to go on from and how many epochs it has seen: the newest checkpoint's, or the first."""
         loaded = checkpoint.load(folder, self.abstract)
-        return (self.first(), 0) if loaded is None else (at_home(loaded[1]), loaded[0])
+        return (self.first(), 0) if loaded is None else (on_devices(loaded[1]), loaded[0])
 
     def abstract(self, done: int) -> Carry:
         """Returns the shapes of the carry after `done` epochs, without computing anything."""
@@ -75,7 +75,7 @@ class Run:
         """Returns the carry after the epoch with this index (from 0), and its row of metrics."""
         phase, before = self.timeline.at(index)
         if before == 0:
-            carry = at_home(loop.jitted_enter(self.agent, phase, carry))
+            carry = on_devices(loop.jitted_enter(self.agent, phase, carry))
         data = sharding.shared(self.data.at(index) if isinstance(self.data, Stream) else self.data)
         if self.simulators is not None and phase.collects:
             carry, metrics = host_loop.epoch(self.simulators, self.agent, phase, carry, data)
@@ -87,7 +87,7 @@ class Run:
         return carry, row
 
 
-def at_home(carry: Carry) -> Carry:
+def on_devices(carry: Carry) -> Carry:
     """Returns the carry bound to its devices, as a restored one is: lying otherwise, it would make another program."""
     return loop.placed(carry) if sharding.several() else jax.device_put(carry, jax.devices()[0])
 

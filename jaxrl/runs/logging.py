@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from jaxrl.errors import UserError
 from jaxrl.runs.jsonlines import append
-from jaxrl.training.schedule import Phase
+from jaxrl.types import Phase
 
 
 class Log:

@@ -20,10 +20,10 @@ from jaxrl.runs.datasets import load_data
 from jaxrl.runs.evaluation import evaluate_behaviour, evaluation
 from jaxrl.runs.jsonlines import append, write_json
 from jaxrl.runs.signals import StopRequested, StopRequests
-from jaxrl.sweeps.population import RUNNING, Crew, Layout, keys_of, programs, stacked
+from jaxrl.sweeps.population import RUNNING, Layout, Population, keys_of, programs, stacked
 from jaxrl.sweeps.processes import Watch
 from jaxrl.sweeps.space import Member
-from jaxrl.types import PyTree
+from jaxrl.types import Fitting, PyTree
 
 Make = Callable[[str], Any]  # an environment from its name
 
@@ -53,7 +53,7 @@ class Cohort:
         return self.path / "members" / member.name
 
 
-class Team:
+class CohortRunner:
     """A cohort's programs and data, and who of it is in them."""
 
     def __init__(self, cohort: Cohort, ends: tuple[float, ...], seconds: float, make: Make, devices: list) -> None:
@@ -95,31 +95,31 @@ class Team:
 
         `gone[s]` are the indices of those that were dropped before stage s, for all stages up to this one.
         """
-        crew, done = self.restore(stage, gone)
+        population, done = self.restore(stage, gone)
         end, last = self.ends[stage], stage + 1 == len(self.ends)
         with tqdm(total=end, initial=done, unit="epoch", desc=f"program {self.cohort.number}", disable=None) as bar:
             for index in range(done, end):
-                if not self.running(crew).any():
+                if not self.running(population).any():
                     break
-                crew = self.epoch(crew, index)
+                population = self.epoch(population, index)
                 bar.update()
                 stopping = not (last and index + 1 == end) and (watch.gone() or stop.requested)
                 if stopping or index + 1 == end or time.perf_counter() - self.saved >= self.seconds:
-                    self.save(index + 1, crew)
+                    self.save(index + 1, population)
                 if stopping:
                     raise StopRequested
         if last and self.members:
-            self.finish(crew)
+            self.finish(population)
         scores = {
             member.index: self.score(member) if runs else None
-            for member, runs in zip(self.members, self.running(crew), strict=True)
+            for member, runs in zip(self.members, self.running(population), strict=True)
             if member.index not in gone[stage]
         }
         write_json(self.cohort.mark(stage), {"scores": scores})
 
     # Who is in the program
 
-    def enlist(self, stage: int, gone: list[set[int]]) -> None:
+    def select(self, stage: int, gone: list[set[int]]) -> None:
         """Takes the members that the program has in a stage.
 
         One after the other, those that were dropped cost nothing. All at once, the program is made anew without them.
@@ -130,17 +130,17 @@ class Team:
         if self.members:
             self.agents = self.programs.place(stacked([member.config.agent for member in self.members]), self.room)
 
-    def running(self, crew: Crew) -> np.ndarray:
+    def running(self, population: Population) -> np.ndarray:
         """Returns which members are still in it, [M] bool."""
-        return np.asarray(crew.stopped)[: len(self.members)] == RUNNING
+        return np.asarray(population.stopped)[: len(self.members)] == RUNNING
 
-    def first(self) -> Crew:
+    def first(self) -> Population:
         """Returns the members before their first epoch."""
         keys = self.programs.place(keys_of(m.config.seed for m in self.members), self.room)
-        crew = self.programs.begin(self.agents, schedule=self.run.config.schedule, keys=keys)
-        if hasattr(self.run.agent, "fit"):
-            crew = self.programs.fit(self.agents, crew=crew, dataset=self.data(0))
-        return self.programs.seat(crew, len(self.members))
+        population = self.programs.begin(self.agents, schedule=self.run.config.schedule, keys=keys)
+        if isinstance(self.run.agent, Fitting):
+            population = self.programs.fit(self.agents, population=population, dataset=self.data(0))
+        return self.programs.pad(population, len(self.members))
 
     def abstract(self, done: int) -> Any:
         """Returns the shapes of a checkpoint of the members after so many epochs."""
@@ -148,19 +148,19 @@ class Team:
         one = driver.abstract_carry(run.agent, run.env, run.config.schedule, run.timeline, done)
         carry = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
         stopped: Any = jax.ShapeDtypeStruct((count,), np.int32)
-        return Crew(carry, stopped)
+        return Population(carry, stopped)
 
-    def save(self, done: int, crew: Crew) -> None:
+    def save(self, done: int, population: Population) -> None:
         """Writes a checkpoint of the members, without those that only fill up the devices."""
-        tree = jax.tree.map(lambda x: x[: len(self.members)], crew)
+        tree = jax.tree.map(lambda x: x[: len(self.members)], population)
         checkpoint.save(self.cohort.folder / "checkpoints", done, tree)
         self.saved = time.perf_counter()
 
-    def restore(self, stage: int, gone: list[set[int]]) -> tuple[Crew, int]:
+    def restore(self, stage: int, gone: list[set[int]]) -> tuple[Population, int]:
         """Returns the members as a stage finds them, and the epochs behind them; those that were dropped have left."""
 
         def abstract(done: int) -> Any:
-            self.enlist(next(s for s, end in enumerate(self.ends) if done <= end), gone)
+            self.select(next(s for s, end in enumerate(self.ends) if done <= end), gone)
             return self.abstract(done)
 
         folder = self.cohort.folder / "checkpoints"
@@ -169,18 +169,18 @@ class Team:
         checkpoint.keep(folder, [epoch for epoch in checkpoint.epochs(folder) if epoch <= done])
         self.rewind(done)
         if loaded is None:
-            self.enlist(0, gone)
+            self.select(0, gone)
             return self.first(), 0
-        crew, before, stopped = loaded[1], self.members, np.asarray(loaded[1].stopped)
+        population, before, stopped = loaded[1], self.members, np.asarray(loaded[1].stopped)
         leaving = np.array([member.index in gone[stage] for member in before]) & (stopped >= RUNNING)
-        crew = dataclasses.replace(crew, stopped=np.where(leaving & (stopped == RUNNING), -done, stopped))
+        population = dataclasses.replace(population, stopped=np.where(leaving & (stopped == RUNNING), -done, stopped))
         for i in np.flatnonzero(leaving).tolist():
-            self.discharge(crew, i, None)
-        self.enlist(stage, gone)
+            self.finalize(population, i, None)
+        self.select(stage, gone)
         rows = np.array([i for i, member in enumerate(before) if member in self.members], int)
         if len(rows) < len(before):
-            crew = jax.tree.map(lambda x: x[rows], crew)
-        return self.programs.seat(crew, len(rows), self.room) if len(rows) else crew, done
+            population = jax.tree.map(lambda x: x[rows], population)
+        return self.programs.pad(population, len(rows), self.room) if len(rows) else population, done
 
     # An epoch
 
@@ -188,16 +188,18 @@ class Team:
         """Returns the data of an epoch, on every device."""
         return self.programs.share(self.run.data.at(index)) if isinstance(self.run.data, Stream) else self.run.data
 
-    def epoch(self, crew: Crew, index: int) -> Crew:
+    def epoch(self, population: Population, index: int) -> Population:
         """Returns the members after the epoch with this index (from 0), and writes a row of each that still runs."""
         phase, before = self.run.timeline.at(index)
         if before == 0:
-            crew = self.programs.enter(self.agents, phase=phase, crew=crew)
-        crew, metrics = self.programs.epoch(self.agents, phase=phase, crew=crew, dataset=self.data(index))
+            population = self.programs.enter(self.agents, phase=phase, population=population)
+        population, metrics = self.programs.epoch(
+            self.agents, phase=phase, population=population, dataset=self.data(index)
+        )
         schedule = self.run.config.schedule
         due = self.run.timeline.evaluates(index, schedule.eval_every)
-        judged = self.judge(crew, schedule.eval_seed) if due else [{}] * len(self.members)
-        found = jax.device_get((crew.carry.updates, crew.carry.steps, metrics, crew.stopped))
+        judged = self.judge(population, schedule.eval_seed) if due else [{}] * len(self.members)
+        found = jax.device_get((population.carry.updates, population.carry.steps, metrics, population.stopped))
         rows = []
         for i, member in enumerate(self.members):
             updates, steps, numbers, stopped = jax.tree.map(lambda x, i=i: x[i], found)
@@ -212,11 +214,11 @@ class Team:
         if due and rows:
             with tqdm.external_write_mode():
                 print(self.line(rows), flush=True)
-        return crew
+        return population
 
-    def judge(self, crew: Crew, seed: int) -> list[dict[str, float]]:
+    def judge(self, population: Population, seed: int) -> list[dict[str, float]]:
         """Returns each member's evaluation on the episodes of a seed."""
-        count, key, states = self.run.config.schedule.eval_episodes, jax.random.key(seed), crew.carry.agent
+        count, key, states = self.run.config.schedule.eval_episodes, jax.random.key(seed), population.carry.agent
         if self.run.simulators is None:
             key = self.programs.share(key)
             found = self.programs.evaluate(self.agents, episodes=count, states=states, key=key)
@@ -255,23 +257,23 @@ class Team:
         last = next(row for row in reversed(rows) if "eval/success" in row)
         return [last["eval/success"], last["eval/return"]]
 
-    def finish(self, crew: Crew) -> None:
+    def finish(self, population: Population) -> None:
         """Writes the result and the state of every member that no rung has dropped.
 
         Members are judged on other episodes than those on which they can be compared and chosen.
         """
         schedule = self.run.config.schedule
-        judged = self.judge(crew, schedule.eval_seed + 1)
+        judged = self.judge(population, schedule.eval_seed + 1)
         about = {"seed": schedule.eval_seed + 1, "episodes": schedule.eval_episodes}
-        stopped = np.asarray(crew.stopped)
+        stopped = np.asarray(population.stopped)
         for i, row in enumerate(judged):
             if stopped[i] >= RUNNING:
                 numbers = {name: row[f"eval/{name}"] for name in ("success", "return", "length")}
-                self.discharge(crew, i, about | numbers if stopped[i] == RUNNING else None)
+                self.finalize(population, i, about | numbers if stopped[i] == RUNNING else None)
 
-    def discharge(self, crew: Crew, i: int, judged: dict[str, Any] | None) -> None:
+    def finalize(self, population: Population, i: int, judged: dict[str, Any] | None) -> None:
         """Writes the result of a member, and the state of its agent as a checkpoint that other commands can use."""
-        member, stopped = self.members[i], int(crew.stopped[i])
+        member, stopped = self.members[i], int(population.stopped[i])
         home = self.cohort.home(member)
         rows = jsonlines.rows(home / "metrics.jsonl")
         last = rows[-1] if rows else {"epoch": 0, "updates": 0, "steps": 0}
@@ -287,6 +289,6 @@ class Team:
             **{name: evaluated[-1][f"eval/{name}"] if evaluated else None for name in ("success", "return")},
             "judged": judged,
         }
-        state = jax.tree.map(lambda x: x[i], crew.carry.agent)
+        state = jax.tree.map(lambda x: x[i], population.carry.agent)
         checkpoint.save(home / "checkpoints", last["epoch"], {"agent": state})
         write_json(home / "result.json", result)

@@ -13,10 +13,10 @@ from jaxrl.sweeps import space as members
 from jaxrl.sweeps import sweep
 from jaxrl.sweeps.cohort import Make
 from jaxrl.sweeps.packing import zeros
-from jaxrl.sweeps.population import Crew, Programs, keys_of, programs, stacked
+from jaxrl.sweeps.population import Population, Programs, keys_of, programs, stacked
 from jaxrl.sweeps.space import Member, Settings, Space
-from jaxrl.training.schedule import Phase, phases
-from jaxrl.types import on_host
+from jaxrl.training.schedule import phases
+from jaxrl.types import Phase, on_host
 
 ITERATIONS = {"offline": 20, "warmup": 1, "online": 1}  # of an epoch that are timed
 
@@ -98,17 +98,17 @@ def measured(some: list[Member], lifted: Programs, env: Any) -> tuple[int, float
     config = some[0].config
     agents = lifted.place(stacked([member.config.agent for member in some]))
     data = lifted.share(zeros(plan.abstract_data(config, env)[0]))
-    crew = lifted.begin(agents, schedule=config.schedule, keys=lifted.place(keys_of(m.config.seed for m in some)))
+    population = lifted.begin(agents, schedule=config.schedule, keys=lifted.place(keys_of(m.config.seed for m in some)))
     timeline = driver.Timeline(phases(config.schedule, config.agent.chunk))
     evaluations = sum(timeline.evaluates(e, config.schedule.eval_every) for e in range(timeline.epochs))
     working, seconds = 0, 0.0
     for phase in timeline.phases:
-        crew = lifted.enter(agents, phase=phase, crew=crew)
+        population = lifted.enter(agents, phase=phase, population=population)
         short = dataclasses.replace(phase, iterations=min(ITERATIONS[phase.name], phase.iterations))
-        crew, needs, each = timed(lifted, agents, crew, short, data)
+        population, needs, each = timed(lifted, agents, population, short, data)
         working, seconds = max(working, needs), seconds + each / short.iterations * phase.iterations * phase.epochs
     if not on_host(env):
-        arguments: dict[str, Any] = {"states": crew.carry.agent, "key": lifted.share(jax.random.key(0))}
+        arguments: dict[str, Any] = {"states": population.carry.agent, "key": lifted.share(jax.random.key(0))}
         judge = lifted.evaluate.lower(agents, episodes=config.schedule.eval_episodes, **arguments).compile()
         jax.block_until_ready(judge(agents, **arguments))
         start = time.perf_counter()
@@ -120,10 +120,12 @@ def measured(some: list[Member], lifted: Programs, env: Any) -> tuple[int, float
     return working, seconds
 
 
-def timed(lifted: Programs, agents: Any, crew: Crew, phase: Phase, data: Any) -> tuple[Crew, int, float]:
+def timed(
+    lifted: Programs, agents: Any, population: Population, phase: Phase, data: Any
+) -> tuple[Population, int, float]:
     """Returns the members after two short epochs, the bytes that one needs, and the seconds of the second."""
-    program = lifted.epoch.lower(agents, phase=phase, crew=crew, dataset=data).compile()
-    crew, _ = jax.block_until_ready(program(agents, crew=crew, dataset=data))
+    program = lifted.epoch.lower(agents, phase=phase, population=population, dataset=data).compile()
+    population, _ = jax.block_until_ready(program(agents, population=population, dataset=data))
     start = time.perf_counter()
-    crew, _ = jax.block_until_ready(program(agents, crew=crew, dataset=data))
-    return crew, plan.temporary(program), time.perf_counter() - start
+    population, _ = jax.block_until_ready(program(agents, population=population, dataset=data))
+    return population, plan.temporary(program), time.perf_counter() - start

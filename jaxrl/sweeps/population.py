@@ -19,8 +19,8 @@ from jaxrl.replay.ring import Ring
 from jaxrl.rollout import device as ro
 from jaxrl.training import loop
 from jaxrl.training.loop import Carry
-from jaxrl.training.schedule import Phase, Schedule
-from jaxrl.types import Env, Metrics, PyTree, pytree
+from jaxrl.training.schedule import Schedule
+from jaxrl.types import Env, Metrics, Phase, PyTree, pytree
 
 AXIS = "members"
 RUNNING = 0
@@ -53,30 +53,36 @@ class Lift:
 
 
 @pytree
-class Crew:
+class Population:
     """All that changes in the members that run together, leaves [M, ...]. A checkpoint is this tree."""
 
     carry: Carry
     stopped: jax.Array  # [M] int32: 0 while a member runs; e after epoch e, in which it diverged; -e where dropped then
 
 
-def begin(agents: Any, env: Env, schedule: Schedule, keys: jax.Array, lift: Lift) -> Crew:
+def begin(agents: Any, env: Env, schedule: Schedule, keys: jax.Array, lift: Lift) -> Population:
     """Returns the members before their first epoch."""
     carry = lift(lambda agent, key: loop.begin(agent, env, schedule, key), agents, keys)
-    return Crew(carry, jnp.zeros(len(keys), jnp.int32))
+    return Population(carry, jnp.zeros(len(keys), jnp.int32))
 
 
-def fit(agents: Any, crew: Crew, dataset: Ring, lift: Lift) -> Crew:
+def fit(agents: Any, population: Population, dataset: Ring, lift: Lift) -> Population:
     """Returns the members with what their states hold of the data, see `loop.fit`."""
-    return dataclasses.replace(crew, carry=lift(lambda agent, c: loop.fit(agent, c, dataset), agents, crew.carry))
+    return dataclasses.replace(
+        population, carry=lift(lambda agent, c: loop.fit(agent, c, dataset), agents, population.carry)
+    )
 
 
-def enter(agents: Any, phase: Phase, crew: Crew, lift: Lift) -> Crew:
+def enter(agents: Any, phase: Phase, population: Population, lift: Lift) -> Population:
     """Returns the members at the start of a phase."""
-    return dataclasses.replace(crew, carry=lift(lambda agent, c: loop.enter(agent, phase, c), agents, crew.carry))
+    return dataclasses.replace(
+        population, carry=lift(lambda agent, c: loop.enter(agent, phase, c), agents, population.carry)
+    )
 
 
-def epoch(agents: Any, env: Env, phase: Phase, crew: Crew, dataset: Ring | None, lift: Lift) -> tuple[Crew, Metrics]:
+def epoch(
+    agents: Any, env: Env, phase: Phase, population: Population, dataset: Ring | None, lift: Lift
+) -> tuple[Population, Metrics]:
     """Returns the members after one epoch, and their metrics [M], which mean nothing for those that have left.
 
     A member whose state is no longer finite leaves, with its agent as it was before the epoch: what it went on to
@@ -101,8 +107,8 @@ def epoch(agents: Any, env: Env, phase: Phase, crew: Crew, dataset: Ring | None,
             carry, metrics, finite = go(agent, carry)
         return carry, metrics, jnp.where((stopped == RUNNING) & ~finite, carry.epoch, stopped)
 
-    carry, metrics, stopped = lift(one, agents, crew.carry, crew.stopped)
-    return Crew(carry, stopped), metrics
+    carry, metrics, stopped = lift(one, agents, population.carry, population.stopped)
+    return Population(carry, stopped), metrics
 
 
 def all_finite(tree: PyTree) -> jax.Array:
@@ -136,7 +142,7 @@ class Programs:
         self.epoch = jax.jit(
             functools.partial(epoch, env=env, **lifted),
             static_argnames=("phase",),
-            donate_argnames=("crew",),
+            donate_argnames=("population",),
             compiler_options=loop.COMPILING,
             **here,
         )
@@ -158,11 +164,13 @@ class Programs:
         """Returns how many members the program has where there is to be room for so many: as many on each device."""
         return -(-room // len(self.devices)) * len(self.devices)
 
-    def seat(self, crew: Crew, count: int, room: int = 0) -> Crew:
+    def pad(self, population: Population, count: int, room: int = 0) -> Population:
         """Returns `count` members across the devices, with the repetitions marked as having left."""
-        crew = self.place(crew, room)
-        stopped = np.where(np.arange(len(crew.stopped)) < count, np.asarray(crew.stopped), -1).astype(np.int32)
-        return dataclasses.replace(crew, stopped=jax.device_put(stopped, self.spread))
+        population = self.place(population, room)
+        stopped = np.where(np.arange(len(population.stopped)) < count, np.asarray(population.stopped), -1).astype(
+            np.int32
+        )
+        return dataclasses.replace(population, stopped=jax.device_put(stopped, self.spread))
 
     def share(self, tree: PyTree) -> PyTree:
         """Returns a tree that all members share, on every device."""

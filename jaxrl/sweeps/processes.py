@@ -57,7 +57,7 @@ def job() -> str | None:
     return os.environ.get("SLURM_JOB_ID") or os.environ.get("JOB_NAME")
 
 
-def meet(coordinator: str | None, processes: int | None, process: int | None, asked: dict[str, Any]) -> Machine:
+def rendezvous(coordinator: str | None, processes: int | None, process: int | None, asked: dict[str, Any]) -> Machine:
     """Returns this process's place among the others, once all are there and want the same.
 
     Without a coordinator's address the scheduler's environment tells all three. Raises UserError where a process does

@@ -29,7 +29,7 @@ from jaxrl.runs.datasets import load_data
 from jaxrl.runs.jsonlines import read_json, write_json
 from jaxrl.runs.signals import StopRequested, StopRequests
 from jaxrl.sweeps import space as members
-from jaxrl.sweeps.cohort import Cohort, Make, Team
+from jaxrl.sweeps.cohort import Cohort, CohortRunner, Make
 from jaxrl.sweeps.packing import MEASURED, members_that_fit, seconds_per_layout
 from jaxrl.sweeps.population import Layout, keys_of, stacked
 from jaxrl.sweeps.processes import Machine, Watch, difference, flat
@@ -206,24 +206,24 @@ def drive(sweep: Sweep, make: Make, stop: StopRequests, watch: Watch) -> Sweep:
     """Returns the sweep once all processes are through with it. Raises StopRequested where asked to stop."""
     own = [sweep.cohorts[number] for number in watch.machine.share(len(sweep.cohorts))]
     ends, gone = (*sweep.settings.rungs, 1.0), [set[int]()]
-    team: Team | None = None
+    runner: CohortRunner | None = None
     try:
         for stage in range(len(ends)):
             for cohort in own:
                 if cohort.mark(stage).exists():
                     continue
-                if team is None or team.cohort is not cohort:
-                    team = team and team.close()  # and lets go of its data before others are loaded
-                    team = Team(cohort, ends, sweep.settings.checkpoint_seconds, make, sweep.settings.local())
-                team.work(stage, gone, stop, watch)
+                if runner is None or runner.cohort is not cohort:
+                    runner = runner and runner.close()  # and lets go of its data before others are loaded
+                    runner = CohortRunner(cohort, ends, sweep.settings.checkpoint_seconds, make, sweep.settings.local())
+                runner.work(stage, gone, stop, watch)
             wait(watch, lambda stage=stage: sweep.is_over(stage), stop)
             if stage + 1 < len(ends):
                 gone.append(gone[stage] | sweep.dropped_at(stage))
         for cohort in own:
             shutil.rmtree(cohort.folder / "checkpoints", ignore_errors=True)  # each member has its own by now
     finally:
-        if team is not None:
-            team.close()
+        if runner is not None:
+            runner.close()
     return sweep
 
 

@@ -23,7 +23,7 @@ from jaxrl.runs.signals import StopRequested, StopRequests
 from jaxrl.synthesis import segments
 from jaxrl.synthesis.model import (
     Generator,
-    Policy,
+    GuidingPolicy,
     jitted_epoch,
     jitted_init,
     jitted_mean_log_density,
@@ -38,7 +38,7 @@ SAVES = 10  # times that a model is saved while it is trained
 JUDGED = 4096  # actions whose log density is averaged, spread evenly over a dataset
 
 
-def policy_for(dataset: Dataset, config: Config, env: Any, path: Path) -> Policy:
+def policy_for(dataset: Dataset, config: Config, env: Any, path: Path) -> GuidingPolicy:
     """Returns a run's agent and newest state. Raises UserError where their sizes are not the dataset's."""
     sizes = (dataset.observations.shape[1], dataset.actions.shape[1])
     if sizes != (env.spec.observation, env.spec.action):
@@ -129,7 +129,7 @@ def generate(
     scale: Scale,
     key: jax.Array,
     count: int,
-    policy: Policy | None = None,
+    policy: GuidingPolicy | None = None,
 ) -> Dataset:
     """Returns a dataset of `count` generated trajectories, drawn 256 at a time."""
     at_once = min(count, AT_ONCE)
@@ -142,7 +142,7 @@ def generate(
     return segments.to_dataset(obs, actions, rewards, ended)
 
 
-def comparison(data: Dataset, generated: Dataset, scale: Scale, policy: Policy | None) -> list[str]:
+def comparison(data: Dataset, generated: Dataset, scale: Scale, policy: GuidingPolicy | None) -> list[str]:
     """Returns lines that hold generated trajectories against the data: how far steps go, how likely actions are.
 
     A step's length is that of the change of the observation, in standard deviations of the data.

@@ -23,7 +23,7 @@ from jaxrl.types import Metrics, PyTree, Scalar, pytree
 EPOCH = 500  # updates in one program, after which a request to stop is heard
 JUDGED = 256  # held-out sub-trajectories on which the error is estimated after each epoch
 
-Policy: TypeAlias = tuple[Any, PyTree]
+GuidingPolicy: TypeAlias = tuple[Any, PyTree]
 """An agent and its state."""
 
 
@@ -133,7 +133,7 @@ def trajectories(
     scale: Scale,
     key: jax.Array,
     count: int,
-    policy: Policy | None = None,
+    policy: GuidingPolicy | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns observations [count, H, O], actions [count, H, A], rewards and ends [count, H] of generated trajectories.
 
@@ -162,7 +162,7 @@ def log_density_of(agent: Any, state: PyTree) -> LogDensity:
     return near_greedy
 
 
-def mean_log_density(policy: Policy, obs: jax.Array, actions: jax.Array) -> jax.Array:
+def mean_log_density(policy: GuidingPolicy, obs: jax.Array, actions: jax.Array) -> jax.Array:
     """Returns the mean log pi(a | s), []."""
     return log_density_of(*policy)(obs, actions).mean()
 

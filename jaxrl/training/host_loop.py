@@ -14,8 +14,7 @@ from jaxrl.rollout.host import Simulators
 from jaxrl.rollout.workers import WorkerDied
 from jaxrl.training import loop
 from jaxrl.training.loop import Carry
-from jaxrl.training.schedule import Phase
-from jaxrl.types import HostEnv, Metrics, PyTree
+from jaxrl.types import HostEnv, Metrics, Phase, PyTree
 
 
 class Interrupted(Exception):  # noqa: N818  (not a mistake)
@@ -77,10 +76,10 @@ def epoch(
     try:
         if simulators.flight is None:
             carry = jitted_resume(carry)
-            simulators.flight = host.take_off(simulators, random, lanes_of(carry))
+            simulators.flight = host.reset_all(simulators, random, lanes_of(carry))
         carry = dataclasses.replace(carry, key=key)
         if dataset is not None:
-            (dataset,) = loop.annotated(agent, (dataset,))
+            (dataset,) = loop.derived(agent, (dataset,))
         for key_iteration in jax.random.split(key_iterations, phase.iterations):
             key_act, key_learn = jax.random.split(key_iteration)
             chunks = np.asarray(jitted_act(agent, carry.agent, simulators.flight.obs, key_act))
@@ -110,5 +109,5 @@ def lowered(agent: Any, env: HostEnv, phase: Phase, carry: Carry, dataset: Ring,
     obs, actions = jnp.zeros((count, chunk + 1, sizes.observation)), jnp.zeros((count, chunk, sizes.action))
     yield jitted_act.lower(agent, carry.agent, obs[:, 0], key)
     steps = Steps(obs, actions, reward, flag, flag, flag, flag, flag[:, 0])
-    (dataset,) = jax.eval_shape(lambda agent, *data: loop.annotated(agent, data), agent, dataset)
+    (dataset,) = jax.eval_shape(lambda agent, *data: loop.derived(agent, data), agent, dataset)
     yield jitted_learn.lower(agent, phase, carry, dataset, steps, key)

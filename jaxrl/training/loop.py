@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxrl.replay import ring as rings
 from jaxrl.replay.ring import Ring
 from jaxrl.rollout import device as ro
-from jaxrl.sharding import shared, spread, spread_batch
-from jaxrl.training.schedule import Phase, Schedule, Timeline, phases
-from jaxrl.types import Env, Metrics, PyTree, on_host, pytree
+from jaxrl.sharding import shared, spread
+from jaxrl.training.schedule import Schedule, Timeline, phases
+from jaxrl.types import Agent, Deriving, Env, Fitting, Metrics, Phase, PyTree, Staged, on_host, pytree
 
 COMPILING = {"xla_cpu_copy_insertion_use_region_analysis": True, "xla_cpu_prefer_vector_width": 512}
 """Options of `jax.jit` for programs that make many updates; they concern CPUs alone. By default XLA copies every weight
@@ -45,7 +45,7 @@ class Carry:
     epoch: jax.Array  # [] int32
 
 
-def begin(agent: Any, env: Env, schedule: Schedule, key: jax.Array) -> Carry:
+def begin(agent: Agent, env: Env, schedule: Schedule, key: jax.Array) -> Carry:
     """Returns the carry before the first epoch."""
     key, key_agent, key_envs = jax.random.split(key, 3)
     state, world = agent.init(key_agent, env.spec), None
@@ -63,29 +63,29 @@ def placed(carry: Carry) -> Carry:
     return dataclasses.replace(shared(dataclasses.replace(carry, world=None)), world=spread(carry.world))
 
 
-def fit(agent: Any, carry: Carry, dataset: Ring) -> Carry:
-    """Returns the carry with what the state of an agent that has `fit` holds of the data, such as their spread."""
+def fit(agent: Agent, carry: Carry, dataset: Ring) -> Carry:
+    """Returns the carry of an agent that is `types.Fitting`, whose state now knows the data."""
     return dataclasses.replace(carry, agent=agent.fit(carry.agent, (dataset,)))
 
 
-def annotated(agent: Any, data: rings.Rings) -> rings.Rings:
-    """Returns the data as an agent that has `annotate` wants them: with columns that follow from the others.
+def derived(agent: Agent, data: rings.Rings) -> rings.Rings:
+    """Returns the data with the columns that an agent derives from the others, see `types.Deriving`.
 
     That happens within the program, as the columns may depend on numbers of the agent that are swept: to a dataset once
     per epoch, to the replay, in which the end of an episode tells of the rows before it, in every iteration.
     """
-    return agent.annotate(data) if hasattr(agent, "annotate") else data
+    return agent.derive_columns(data) if isinstance(agent, Deriving) else data
 
 
-def enter(agent: Any, phase: Phase, carry: Carry) -> Carry:
-    """Returns the carry at the start of a phase: an agent that has an online phase is in it from the first step on."""
-    if phase.name == "offline" or not hasattr(agent, "start_online"):
+def enter(agent: Agent, phase: Phase, carry: Carry) -> Carry:
+    """Returns the carry at the start of a phase, which means something to agents that are `types.Staged`."""
+    if not isinstance(agent, Staged):
         return carry
-    return placed(dataclasses.replace(carry, agent=agent.start_online(carry.agent)))
+    return placed(dataclasses.replace(carry, agent=agent.enter(carry.agent, phase)))
 
 
 def iteration(
-    agent: Any, env: Env, phase: Phase, carry: Carry, dataset: Ring | None, bank: PyTree, key: jax.Array
+    agent: Agent, env: Env, phase: Phase, carry: Carry, dataset: Ring | None, bank: PyTree, key: jax.Array
 ) -> tuple[Carry, Metrics, Metrics]:
     """Returns the carry after one iteration, the updates' mean metrics and the collection's sums."""
     key_collect, key_update = jax.random.split(key)
@@ -99,7 +99,7 @@ def iteration(
 
 
 def learn(
-    agent: Any, phase: Phase, carry: Carry, dataset: Ring | None, steps: rings.Steps | None, key: jax.Array
+    agent: Agent, phase: Phase, carry: Carry, dataset: Ring | None, steps: rings.Steps | None, key: jax.Array
 ) -> tuple[Carry, Metrics]:
     """Returns the carry with what was collected stored and an iteration's updates made, and their mean metrics."""
     world, data = carry.world, () if dataset is None else (dataset,)
@@ -108,11 +108,11 @@ def learn(
         steps = dataclasses.replace(steps, rewards=scale * steps.rewards + shift)
         world = World(world.rollout, rings.add(world.replay, steps))
         data = (*data, world.replay)
-    data = annotated(agent, data)
+    data = derived(agent, data)
 
     def update(state: PyTree, key: jax.Array) -> tuple[PyTree, Metrics]:
         key_batch, key_step = jax.random.split(key)
-        return agent.update(state, spread_batch(agent.sample(data, key_batch)), key_step)
+        return agent.update(state, spread(agent.sample(data, key_batch)), key_step, data)
 
     state, metrics = jax.lax.scan(update, carry.agent, jax.random.split(key, phase.updates))
     carry = dataclasses.replace(
@@ -130,14 +130,14 @@ def mean(values: jax.Array) -> jax.Array:
     return jnp.nanmean(values, axis=0)
 
 
-def epoch(agent: Any, env: Env, phase: Phase, carry: Carry, dataset: Ring | None) -> tuple[Carry, Metrics]:
+def epoch(agent: Agent, env: Env, phase: Phase, carry: Carry, dataset: Ring | None) -> tuple[Carry, Metrics]:
     """Returns the carry after one epoch and its metrics: means over updates, episode statistics, a digest."""
     key, key_bank, key_iterations = jax.random.split(carry.key, 3)
     carry = dataclasses.replace(carry, key=key)
     flight = carry.world.rollout if carry.world is not None and phase.collects else None
     bank = None if flight is None else ro.resets(env, key_bank, len(flight.returns))
     if dataset is not None:
-        (dataset,) = annotated(agent, (dataset,))
+        (dataset,) = derived(agent, (dataset,))
 
     def body(carry: Carry, key: jax.Array) -> tuple[Carry, tuple[Metrics, Metrics]]:
         carry, metrics, sums = iteration(agent, env, phase, carry, dataset, bank, key)
@@ -168,10 +168,12 @@ def episode_metrics(sums: Metrics) -> Metrics:
     }
 
 
-def run(agent: Any, env: Env, schedule: Schedule, key: jax.Array, dataset: Ring | None) -> tuple[Carry, list[Metrics]]:
+def run(
+    agent: Agent, env: Env, schedule: Schedule, key: jax.Array, dataset: Ring | None
+) -> tuple[Carry, list[Metrics]]:
     """Returns the carry at the end of a whole run and each phase's metrics [epochs, ...]; pure, to be vmapped."""
     carry, history = begin(agent, env, schedule, key), []
-    if dataset is not None and hasattr(agent, "fit"):
+    if dataset is not None and isinstance(agent, Fitting):
         carry = fit(agent, carry, dataset)
     for phase in phases(schedule, agent.chunk):
         step = functools.partial(epoch, agent, env, phase)
@@ -181,7 +183,7 @@ def run(agent: Any, env: Env, schedule: Schedule, key: jax.Array, dataset: Ring 
     return carry, history
 
 
-def evaluate(agent: Any, env: Env, episodes: int, state: PyTree, key: jax.Array) -> ro.Episodes:
+def evaluate(agent: Agent, env: Env, episodes: int, state: PyTree, key: jax.Array) -> ro.Episodes:
     """Returns the agent's first episodes in fresh environments, acting as in evaluation."""
     return ro.evaluate(env, ro.policy_of(agent, state, greedy=True), key, episodes)
 
@@ -206,7 +208,7 @@ def _scramble(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def on_device(agent: Any) -> Any:
+def on_device(agent: Agent) -> Any:
     """Returns the agent with its Scalars as float32 arrays, so that changing one is not another program."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), agent)
 
@@ -218,7 +220,7 @@ jitted_epoch = jax.jit(epoch, static_argnames=("env", "phase"), donate_argnames=
 jitted_evaluate = jax.jit(evaluate, static_argnames=("env", "episodes"))
 
 
-def abstract_carry(agent: Any, env: Env, schedule: Schedule, timeline: Timeline, epochs_done: int) -> Carry:
+def abstract_carry(agent: Agent, env: Env, schedule: Schedule, timeline: Timeline, epochs_done: int) -> Carry:
     """Returns the shapes of the carry after some epochs, without computing anything."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     carry = jitted_begin.eval_shape(agent, env, schedule, key)

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from typing import Literal
 
 from jaxrl.errors import UserError
+from jaxrl.types import Phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,28 +46,27 @@ class Schedule:
             raise UserError("schedule.offline_updates = 0 and schedule.online_steps = 0: there is nothing to do")
 
 
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """A stretch of equal epochs: what each of their iterations does."""
-
-    name: Literal["offline", "warmup", "online"]
-    epochs: int
-    iterations: int  # per epoch
-    collects: bool  # whether an iteration executes one chunk in every environment
-    updates: int  # gradient steps per iteration
-    reward: tuple[float, float] = (1.0, 0.0)  # (scale, shift) of rewards on their way into the replay
-
-
 def phases(schedule: Schedule, chunk: int, reward: tuple[float, float] = (1.0, 0.0)) -> tuple[Phase, ...]:
     """Returns the phases of a schedule, each with at least one epoch; sizes are rounded up to whole iterations."""
     result = []
     if schedule.offline_updates:
         per_epoch = min(schedule.updates_per_epoch, schedule.offline_updates)
-        result.append(Phase("offline", -(-schedule.offline_updates // per_epoch), per_epoch, False, 1))
+        result.append(Phase("offline", -(-schedule.offline_updates // per_epoch), per_epoch, False, 1, data="dataset"))
     if schedule.online_steps:
         per_iteration = schedule.envs * chunk
         if schedule.warmup_steps:
-            result.append(Phase("warmup", 1, -(-schedule.warmup_steps // per_iteration), True, 0, reward))
+            result.append(
+                Phase(
+                    "warmup",
+                    1,
+                    -(-schedule.warmup_steps // per_iteration),
+                    True,
+                    0,
+                    reward,
+                    data="none",
+                    evaluated=False,
+                )
+            )
         iterations = max(min(schedule.steps_per_epoch, schedule.online_steps) // per_iteration, 1)
         updates = max(round(schedule.utd * per_iteration), 1) if schedule.utd else 0
         epochs = -(-schedule.online_steps // (per_iteration * iterations))
@@ -102,4 +101,4 @@ class Timeline:
     def evaluates(self, epoch: int, every: int) -> bool:
         """Whether the agent is evaluated after an epoch: after every so many, and at the end of each phase."""
         phase, _ = self.at(epoch)
-        return phase.name != "warmup" and ((epoch + 1) % every == 0 or self.closes_phase(epoch))
+        return phase.evaluated and ((epoch + 1) % every == 0 or self.closes_phase(epoch))

@@ -56,14 +56,14 @@ def together(layout, devices=None):
     """Returns the members after all epochs, and their metrics of each, [M]."""
     programs = Programs(ENV, layout, devices)
     everyone, data = programs.place(stacked(agents())), programs.share(dataset())
-    team = programs.begin(everyone, schedule=SCHEDULE, keys=programs.place(keys_of(SEEDS)))
+    runner = programs.begin(everyone, schedule=SCHEDULE, keys=programs.place(keys_of(SEEDS)))
     history = []
     for phase in phases(SCHEDULE, AGENT.chunk):
-        team = programs.enter(everyone, phase=phase, crew=team)
+        runner = programs.enter(everyone, phase=phase, population=runner)
         for _ in range(phase.epochs):
-            team, metrics = programs.epoch(everyone, phase=phase, crew=team, dataset=data)
+            runner, metrics = programs.epoch(everyone, phase=phase, population=runner, dataset=data)
             history.append(jax.device_get(metrics))
-    return jax.device_get(population.Crew(numbers(team.carry), team.stopped)), history
+    return jax.device_get(population.Population(numbers(runner.carry), runner.stopped)), history
 
 
 def numbers(tree):
@@ -124,8 +124,8 @@ def test_one_after_the_other_they_are_the_runs_alone_bit_for_bit(mapped, single)
 
 def test_members_of_equal_seed_begin_with_equal_parameters():
     keys = Programs(ENV, "vmap").place(keys_of(SEEDS))
-    team = Programs(ENV, "vmap").begin(stacked(agents()), schedule=SCHEDULE, keys=keys)
-    first, last, other = (jax.tree.map(lambda x, i=i: x[i], team.carry.agent.params) for i in (0, 3, 1))
+    runner = Programs(ENV, "vmap").begin(stacked(agents()), schedule=SCHEDULE, keys=keys)
+    first, last, other = (jax.tree.map(lambda x, i=i: x[i], runner.carry.agent.params) for i in (0, 3, 1))
     assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, first, last)))
     assert not all(jax.tree.leaves(jax.tree.map(jnp.array_equal, first, other)))
 
@@ -150,8 +150,8 @@ def test_diverged_members_are_not_computed_one_after_the_other(mapped):
 def test_evaluation_gives_every_member_the_same_episodes(layout):
     programs = Programs(ENV, layout)
     everyone = stacked([AGENT, AGENT])
-    team = programs.begin(everyone, schedule=SCHEDULE, keys=keys_of([0, 0]))
-    found = programs.evaluate(everyone, episodes=3, states=team.carry.agent, key=jax.random.key(7))
+    runner = programs.begin(everyone, schedule=SCHEDULE, keys=keys_of([0, 0]))
+    found = programs.evaluate(everyone, episodes=3, states=runner.carry.agent, key=jax.random.key(7))
     agent = loop.on_device(AGENT)
     state = loop.jitted_begin(agent, ENV, SCHEDULE, jax.random.key(0)).agent
     one = loop.jitted_evaluate(agent, ENV, 3, state, jax.random.key(7))
@@ -163,7 +163,7 @@ def test_evaluation_gives_every_member_the_same_episodes(layout):
 def test_repeated_members_fill_up_the_program_and_have_left():
     programs = Programs(ENV, "vmap")
     carry = {"x": jnp.arange(3.0)}
-    seated = programs.seat(population.Crew(carry, jnp.zeros(3, jnp.int32)), 3, room=5)  # ty: ignore[invalid-argument-type]
+    seated = programs.pad(population.Population(carry, jnp.zeros(3, jnp.int32)), 3, room=5)  # ty: ignore[invalid-argument-type]
     assert seated.carry["x"].tolist() == [0, 1, 2, 2, 2]  # ty: ignore[not-subscriptable]
     assert seated.stopped.tolist() == [0, 0, 0, -1, -1]
 
@@ -186,16 +186,16 @@ found = {}
 with quick_to_compile():
     programs = t.Programs(t.ENV, "map", jax.local_devices())
     everyone, data = programs.place(t.stacked(t.agents())), programs.share(t.dataset())
-    team = programs.begin(everyone, schedule=t.SCHEDULE, keys=programs.place(t.keys_of(t.SEEDS)))
-    found["members per device"] = sorted({x.sharding.shard_shape(x.shape)[0] for x in jax.tree.leaves(team)})
+    runner = programs.begin(everyone, schedule=t.SCHEDULE, keys=programs.place(t.keys_of(t.SEEDS)))
+    found["members per device"] = sorted({x.sharding.shard_shape(x.shape)[0] for x in jax.tree.leaves(runner)})
     (phase,) = t.phases(t.SCHEDULE, t.AGENT.chunk)
-    program = programs.epoch.lower(everyone, phase=phase, crew=team, dataset=data).compile()
+    program = programs.epoch.lower(everyone, phase=phase, population=runner, dataset=data).compile()
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     found["collectives"] = len(re.findall(rf" ({kinds})(-start)?\\(", program.as_text()))
     for _ in range(phase.epochs):
-        team, _ = program(everyone, crew=team, dataset=data)
-    found["params"] = [np.asarray(x).tolist() for x in jax.tree.leaves(team.carry.agent.params)]
-    found["stopped"] = team.stopped.tolist()
+        runner, _ = program(everyone, population=runner, dataset=data)
+    found["params"] = [np.asarray(x).tolist() for x in jax.tree.leaves(runner.carry.agent.params)]
+    found["stopped"] = runner.stopped.tolist()
 print(json.dumps(found))
 """
 

@@ -23,7 +23,7 @@ from jaxrl.runs.evaluation import newest_state
 from jaxrl.runs.jsonlines import write_json
 from jaxrl.sweeps import cohort, sweep
 from jaxrl.sweeps import processes as machines
-from jaxrl.sweeps.cohort import Team
+from jaxrl.sweeps.cohort import CohortRunner
 from jaxrl.sweeps.processes import Machine, Watch
 from jaxrl.sweeps.space import Settings
 from jaxrl.training import loop
@@ -156,17 +156,17 @@ def test_a_sweep_that_was_stopped_and_killed_goes_on_bit_for_bit(data, whole, tm
     if layout == "vmap":
         undisturbed = tmp_path / "undisturbed"
         assert run(flags(data, undisturbed, "--layout=vmap"))[0] == 0
-    path, epoch, calls = tmp_path / "run", Team.epoch, []
+    path, epoch, calls = tmp_path / "run", CohortRunner.epoch, []
 
-    def disturbed(self, crew, index):
+    def disturbed(self, population, index):
         calls.append(index)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         if len(calls) == 4:
             raise KeyboardInterrupt  # as a second Ctrl-C: nothing of this epoch is saved
-        return epoch(self, crew, index)
+        return epoch(self, population, index)
 
-    monkeypatch.setattr(Team, "epoch", disturbed)
+    monkeypatch.setattr(CohortRunner, "epoch", disturbed)
     code, _, error = run(flags(data, path, f"--layout={layout}"))
     assert code == 75
     assert error.splitlines()[-1] == f"stopped and saved; go on with: jaxrl sweep --resume {path}"
@@ -233,11 +233,11 @@ def test_a_folder_whose_making_was_cut_short_is_made_anew(data, whole, tmp_path,
 def test_data_that_have_changed_are_refused(data, tmp_path, monkeypatch):
     copy, path = shutil.copy(data, tmp_path / "copy.npz"), tmp_path / "run"
 
-    def stop(self, crew, index):
+    def stop(self, population, index):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Team, "epoch", stop)
+        patch.setattr(CohortRunner, "epoch", stop)
         assert run(flags(copy, path, "--layout=map"))[0] == 130
     columns = dict(np.load(copy))
     np.savez(copy, **columns | {"actions": -columns["actions"]})

@@ -16,8 +16,8 @@ from jaxrl.replay import ring as rings
 from jaxrl.replay.loading import from_dataset
 from jaxrl.replay.ring import windows
 from jaxrl.training import loop
-from jaxrl.training.schedule import Phase, Schedule, phases
-from jaxrl.types import PyTree, Scalar, Spec, pytree
+from jaxrl.training.schedule import Schedule, phases
+from jaxrl.types import Phase, PyTree, Scalar, Spec, pytree
 
 KEY = jax.random.key(0)
 ELSEWHERE = 50.0  # the data's observations, where no environment ever is

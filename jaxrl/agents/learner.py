@@ -1,0 +1,154 @@
+"""What the updates of agents share: a state and its gradient steps, a normaliser of observations, views of a batch."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl.ops import losses, normalizer
+from jaxrl.ops.normalizer import Normalizer
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
+
+CutWindows: TypeAlias = Literal["keep", "drop"]
+"""Whether windows that an episode's end cuts short train the critic."""
+Draws: TypeAlias = dict[str, jax.Array]
+"""The random numbers of one update, by name. Who has them can repeat the update exactly."""
+Loss: TypeAlias = Callable[[PyTree], tuple[jax.Array, Metrics]]
+"""A loss of parameters, with metrics."""
+Optimizers: TypeAlias = Mapping[str, optax.GradientTransformation]
+"""An optimiser for each network, by its name."""
+
+
+@pytree
+class State:
+    """What an update of an actor-critic changes."""
+
+    spec: Spec
+    params: dict[str, PyTree]  # by network
+    target: dict[str, PyTree]  # slow copies of some of them, by network
+    opt: PyTree  # of one optimiser for all networks, or of each network's by its name
+    step: jax.Array  # [] int32
+    normalizer: Normalizer | None = None
+    online: bool = False  # of agents that learn differently there
+
+
+def create(
+    spec: Spec,
+    params: dict[str, PyTree],
+    optimizer: optax.GradientTransformation | Optimizers,
+    *slow: str,
+    normalized: bool = False,
+) -> State:
+    """Returns the state before the first update, with one optimiser for all networks or one for each.
+
+    The targets of the networks `slow` begin as copies. A normaliser, for agents whose observations are `normalized`,
+    changes nothing until `fit` knows the data.
+    """
+    if isinstance(optimizer, Mapping):
+        opt = {name: optimizer[name].init(params[name]) for name in params}
+    else:
+        opt = optimizer.init(params)
+    target = {name: jax.tree.map(jnp.copy, params[name]) for name in slow}
+    identity = normalizer.identity(spec.example()) if normalized else None
+    return State(spec, params, target, opt, jnp.zeros((), jnp.int32), identity)
+
+
+# Gradient steps
+
+
+def descend(
+    state: State, loss: Loss, optimizer: optax.GradientTransformation, tau: Scalar, *slow: str
+) -> tuple[State, Metrics]:
+    """Returns the state after one gradient step of all networks on a joint loss, and one Polyak step of some targets.
+
+    Targets move towards the parameters from before the step, as in the official code of FQL, QC, DQC and QGF.
+    """
+    gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
+    updates, opt = optimizer.update(gradient, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return dataclasses.replace(follow(state, tau, *slow), params=params, opt=opt, step=state.step + 1), metrics
+
+
+def step(state: State, name: str, loss: Loss, optimizer: optax.GradientTransformation) -> tuple[State, Metrics]:
+    """Returns the state after one gradient step of one network on a loss of its parameters."""
+    gradient, metrics = jax.grad(loss, has_aux=True)(state.params[name])
+    updates, opt = optimizer.update(gradient, state.opt[name], state.params[name])
+    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
+    return dataclasses.replace(state, params=params, opt=state.opt | {name: opt}), metrics
+
+
+def follow(state: State, tau: Scalar, *slow: str) -> State:
+    """Returns the state after one Polyak step of the targets of some networks, towards what these are now."""
+    target = {name: losses.polyak(state.params[name], state.target[name], tau) for name in slow}
+    return dataclasses.replace(state, target=state.target | target)
+
+
+def counted(state: State) -> State:
+    """Returns the state with one more update counted."""
+    return dataclasses.replace(state, step=state.step + 1)
+
+
+def every(period: int, state: State, change: Callable[[State], tuple[State, Metrics]]) -> tuple[State, Metrics]:
+    """Returns the state after a change that only every `period`-th update makes; NaN as the metrics of the others."""
+    if period == 1:
+        return change(state)
+    _, shapes = jax.eval_shape(change, state)
+    nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
+    return jax.lax.cond((state.step + 1) % period == 0, change, lambda state: (state, nothing), state)
+
+
+# Observations in units of the data's spread
+
+
+def fit(state: State, data: Rings) -> State:
+    """Returns the state with the normaliser of the offline data, `data[0]`.
+
+    Rows from which no transition leaves do not count; in tasks with goals the goal's part is measured as a goal of any
+    row.
+    """
+    ring = data[0]
+    obs = ring.obs
+    if ring.hindsight is not None:
+        goals = obs[0] if ring.hindsight.goals is None else ring.hindsight.goals
+        obs = jnp.concatenate([obs, goals[None]], axis=-1)
+    return dataclasses.replace(state, normalizer=normalizer.of_rows(obs, ring.valid))
+
+
+def normalized(state: State, batch: Batch) -> Batch:
+    """Returns a batch with its observations normalised."""
+    assert state.normalizer is not None
+    obs, next_obs = state.normalizer(batch.obs), state.normalizer(batch.next_obs)
+    return dataclasses.replace(batch, obs=obs, next_obs=next_obs)
+
+
+# Views of a batch
+
+
+def flat_actions(batch: Batch, chunk: int | None = None) -> jax.Array:
+    """Returns the windows' first `chunk` actions, by default all H, as flat chunks [B, chunk * A]."""
+    return batch.actions[:, :chunk].reshape(len(batch.actions), -1)
+
+
+def step_mask(batch: Batch, chunk: int | None = None) -> jax.Array:
+    """Returns the validity of every entry of `flat_actions(batch, chunk)`, [B, chunk * A]."""
+    return jnp.repeat(batch.valid[:, :chunk], batch.actions.shape[-1], axis=-1)
+
+
+def critic_weight(batch: Batch, chunk: int, cut_windows: CutWindows) -> jax.Array:
+    """Returns the weight [B] of each window in the critic's loss.
+
+    "keep": 1 where all `chunk` actions that the critic sees happened, or the task ended on the way, after which
+    nothing matters. "drop": 1 where the whole window happened, as in the official code of QC and its kin.
+    """
+    if cut_windows == "drop":
+        return batch.valid[:, -1]
+    return jnp.maximum(batch.valid[:, chunk - 1], batch.terminated)
+
+
+def unflatten(chunk: jax.Array, action: int) -> jax.Array:
+    """Returns flat chunks [B, H * A] as [B, H, A]."""
+    return chunk.reshape(len(chunk), -1, action)

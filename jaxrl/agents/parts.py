@@ -1,0 +1,270 @@
+"""The parts that agents are built from: frozen settings with `init` and pure functions of parameters.
+
+A part knows sizes only through what it is given: `init` takes examples, as flax does, and later calls take parameters.
+Observations may have any leading axes and so may actions; `dist` in shapes stands for those. What a network sees of an
+observation is the caller's choice, see `types.Spec`.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl import networks
+from jaxrl.networks import TIME_FEATURES, Activation, Init, Norm, TimeFeatures, apply
+from jaxrl.ops import flow, losses
+from jaxrl.types import Count, NonNegative, Observation, PyTree, Widths, pytree
+
+
+@pytree
+class Net:
+    """Layers of a network."""
+
+    hidden: Widths = (512, 512, 512, 512)  # widths of the hidden layers
+    activation: Activation = "gelu"  # between layers
+    norm: Norm = "none"  # where LayerNorm stands
+    initial: Init = "glorot"  # how weights begin
+
+
+@pytree
+class Adam:
+    """The optimiser Adam."""
+
+    lr: NonNegative = 3e-4  # learning rate
+
+    def transformation(self) -> optax.GradientTransformation:
+        """Returns it as optax has it."""
+        return optax.adam(self.lr)
+
+
+@pytree
+class AdamW:
+    """Adam with decoupled weight decay."""
+
+    lr: NonNegative = 3e-4  # learning rate
+    weight_decay: NonNegative = 0.0  # decay of the weights, times the learning rate
+
+    def transformation(self) -> optax.GradientTransformation:
+        """Returns it as optax has it."""
+        return optax.adamw(self.lr, weight_decay=self.weight_decay)
+
+
+# Policies
+
+
+@pytree
+class FlowPolicy:
+    """A flow over action chunks: the velocity v(s, x, t), integrated by Euler steps."""
+
+    net: Net = Net()
+    time: TimeFeatures = "raw"  # how the network sees the time
+    time_size: Count = TIME_FEATURES  # number of time features, unless raw
+    steps: Count = 10  # Euler steps from noise to action
+
+    def network(self, size: int) -> networks.Velocity:
+        """Returns the network of chunks of `size` numbers."""
+        return networks.Velocity(size, *_layers(self.net), self.time, self.time_size)
+
+    def init(self, key: jax.Array, obs: Observation, chunk: jax.Array) -> PyTree:
+        """Returns parameters, for an example [O] and [D]."""
+        return self.network(chunk.shape[-1]).init(key, obs, chunk, jnp.zeros(1))
+
+    def velocity(self, params: PyTree, obs: Observation) -> flow.AverageVelocity:
+        """Returns the velocity at time t as a function (x, r, t) of flat chunks [..., D]; r is ignored."""
+        return lambda x, r, t: apply(self.network(x.shape[-1]), params, obs, x, t)
+
+    def sample(self, params: PyTree, obs: Observation, noise: jax.Array) -> jax.Array:
+        """Returns chunks [..., D] from noise [..., D], clipped to the box."""
+        return jnp.clip(flow.euler(self.velocity(params, obs), noise, self.steps), -1, 1)
+
+    def matching_error(self, params: PyTree, obs: Observation, x0: jax.Array, x1: jax.Array, t: jax.Array) -> jax.Array:
+        """Returns the flow-matching error [B, D] of data x1 [B, D] under noise x0 [B, D] at times [B, 1]."""
+        return flow.matching_error(self.velocity(params, obs), x0, x1, t)
+
+
+@pytree
+class FlowMapPolicy:
+    """A flow map over action chunks: the average velocity u(s, x, r, t) over [r, t], which jumps in one step."""
+
+    net: Net = Net()
+    time: TimeFeatures = "fourier"  # how the network sees the times; "sinusoidal" is too steep to differentiate
+    time_size: Count = TIME_FEATURES  # number of features of each time, unless raw
+
+    def network(self, size: int) -> networks.Velocity:
+        """Returns the network of chunks of `size` numbers."""
+        return networks.Velocity(size, *_layers(self.net), self.time, self.time_size)
+
+    def init(self, key: jax.Array, obs: Observation, chunk: jax.Array) -> PyTree:
+        """Returns parameters, for an example [O] and [D]."""
+        return self.network(chunk.shape[-1]).init(key, obs, chunk, jnp.zeros(1), jnp.zeros(1))
+
+    def velocity(self, params: PyTree, obs: Observation) -> flow.AverageVelocity:
+        """Returns u as a function (x, r, t) of flat chunks [..., D], for observations [..., O]."""
+        return lambda x, r, t: apply(self.network(x.shape[-1]), params, obs, x, r, t)
+
+    def sample(self, params: PyTree, obs: Observation, noise: jax.Array) -> jax.Array:
+        """Returns chunks [..., D], the jump X_{0,1} from noise [..., D], clipped to the box."""
+        return jnp.clip(flow.jump(self.velocity(params, obs), noise), -1, 1)
+
+
+@pytree
+class OneStepPolicy:
+    """A map of noise to action chunks, mu(s, z)."""
+
+    net: Net = Net()
+
+    def network(self, size: int) -> networks.Velocity:
+        """Returns the network of chunks of `size` numbers."""
+        return networks.Velocity(size, *_layers(self.net))
+
+    def init(self, key: jax.Array, obs: Observation, chunk: jax.Array) -> PyTree:
+        """Returns parameters, for an example [O] and [D]."""
+        return self.network(chunk.shape[-1]).init(key, obs, chunk)
+
+    def sample(self, params: PyTree, obs: Observation, noise: jax.Array) -> jax.Array:
+        """Returns chunks [..., D] from noise [..., D], not clipped."""
+        return apply(self.network(noise.shape[-1]), params, obs, noise)
+
+
+@pytree
+class DeterministicPolicy:
+    """A policy pi(s) of one action, squashed into the box by tanh."""
+
+    net: Net = Net((256, 256), "relu", "none", "torch")
+
+    def network(self, size: int) -> networks.Deterministic:
+        """Returns the network of actions of `size` numbers."""
+        return networks.Deterministic(size, *_layers(self.net), initial=self.net.initial)
+
+    def init(self, key: jax.Array, obs: Observation, action: jax.Array) -> PyTree:
+        """Returns parameters, for an example [O] and [A]."""
+        return self.network(action.shape[-1]).init(key, obs)
+
+    def action(self, params: PyTree, obs: Observation) -> jax.Array:
+        """Returns actions [..., A] in [-1, 1]."""
+        return apply(self.network(networks.outputs_of(params)), params, obs)
+
+
+@pytree
+class GaussianPolicy:
+    """A diagonal Gaussian over flat action chunks. Its mean depends on the state."""
+
+    net: Net = Net()
+    std: Literal["unit", "learned"] = "unit"  # a standard deviation of 1, or one number per entry that is learned
+
+    def network(self, size: int) -> networks.Gaussian:
+        """Returns the network of chunks of `size` numbers."""
+        return networks.Gaussian(size, *_layers(self.net), self.std == "unit", self.net.initial)
+
+    def init(self, key: jax.Array, obs: Observation, chunk: jax.Array) -> PyTree:
+        """Returns parameters, for an example [O] and [D]."""
+        return self.network(chunk.shape[-1]).init(key, obs)
+
+    def moments(self, params: PyTree, obs: Observation) -> tuple[jax.Array, jax.Array]:
+        """Returns mean and logarithm of the standard deviation, [..., D] each."""
+        return apply(self.network(networks.outputs_of(params)), params, obs)  # ty: ignore[invalid-explicit-return]
+
+    def log_density(self, params: PyTree, obs: Observation, chunk: jax.Array) -> jax.Array:
+        """Returns the log density [...] of chunks [..., D]."""
+        return losses.gaussian_log_density(chunk, *self.moments(params, obs))
+
+    def sample(self, params: PyTree, obs: Observation, noise: jax.Array) -> jax.Array:
+        """Returns mean + std * noise, clipped to the box, [..., D]."""
+        mean, log_std = self.moments(params, obs)
+        return jnp.clip(mean + jnp.exp(log_std) * noise, -1, 1)
+
+
+@pytree
+class SquashedGaussianPolicy:
+    """The tanh of a diagonal Gaussian whose mean and width both depend on the state."""
+
+    net: Net = Net((256, 256), "relu", "none", "torch")
+
+    def network(self, size: int) -> networks.Squashed:
+        """Returns the network of actions of `size` numbers."""
+        return networks.Squashed(size, self.net.hidden, self.net.activation)
+
+    def init(self, key: jax.Array, obs: Observation, action: jax.Array) -> PyTree:
+        """Returns parameters, for an example [O] and [A]."""
+        return self.network(action.shape[-1]).init(key, obs)
+
+    def sample(self, params: PyTree, obs: Observation, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns actions [..., A] in [-1, 1] and their log density [...]."""
+        size = networks.outputs_of(params) // 2
+        mean, log_std = apply(self.network(size), params, obs)
+        u = mean + jnp.exp(log_std) * noise
+        return jnp.tanh(u), losses.tanh_log_density(u, mean, log_std)
+
+
+# Critics
+
+
+@pytree
+class Critic:
+    """An ensemble of critics Q_j(s, a), combined by the mean or the lowest."""
+
+    net: Net = Net(norm="after")
+    heads: Count = 2  # number of critics
+    agg: losses.Aggregate = "mean"  # how they are combined
+    head: losses.Head = "mse"  # whether their outputs are values, or logits of probabilities
+
+    @property
+    def network(self) -> networks.Critic:
+        """The network."""
+        return networks.Critic(self.heads, *_layers(self.net), self.net.initial)
+
+    def init(self, key: jax.Array, obs: Observation, action: jax.Array) -> PyTree:
+        """Returns parameters, for an example [O] and [D]."""
+        return self.network.init(key, obs, action)
+
+    def outputs(self, params: PyTree, obs: Observation, action: jax.Array) -> jax.Array:
+        """Returns the networks' outputs [K, ...] for actions [..., D]: values or logits."""
+        return apply(self.network, params, obs, action)
+
+    def values(self, params: PyTree, obs: Observation, action: jax.Array) -> jax.Array:
+        """Returns each critic's value [K, ...] of actions [..., D]."""
+        return losses.value_of(self.outputs(params, obs, action), self.head)
+
+    def value(self, params: PyTree, obs: Observation, action: jax.Array) -> jax.Array:
+        """Returns the combined value [...] of actions [..., D]."""
+        return losses.aggregate(self.values(params, obs, action), self.agg)
+
+    def first(self, params: PyTree, obs: Observation, action: jax.Array) -> jax.Array:
+        """Returns the first critic's value [...], without computing the others."""
+        alone = dataclasses.replace(self, heads=1)
+        return alone.values(jax.tree.map(lambda x: x[:1], params), obs, action)[0]
+
+    def error(self, params: PyTree, obs: Observation, action: jax.Array, target: jax.Array) -> jax.Array:
+        """Returns each critic's error [K, B] against targets [B]: squared, or the cross entropy of its logit."""
+        return losses.regression(self.outputs(params, obs, action), target[None], self.head)
+
+
+@pytree
+class Value:
+    """A state value V(s)."""
+
+    net: Net = Net(norm="after")
+    head: losses.Head = "mse"  # whether its output is a value, or the logit of a probability
+
+    @property
+    def network(self) -> networks.Value:
+        """The network."""
+        return networks.Value(*_layers(self.net), self.net.initial)
+
+    def init(self, key: jax.Array, obs: Observation) -> PyTree:
+        """Returns parameters, for an example [O]."""
+        return self.network.init(key, obs)
+
+    def output(self, params: PyTree, obs: Observation) -> jax.Array:
+        """Returns the network's output [...]: values or logits."""
+        return apply(self.network, params, obs)
+
+    def value(self, params: PyTree, obs: Observation) -> jax.Array:
+        """Returns values [...]."""
+        return losses.value_of(self.output(params, obs), self.head)
+
+
+def _layers(net: Net) -> tuple[tuple[int, ...], Norm, Activation]:
+    return net.hidden, net.norm, net.activation

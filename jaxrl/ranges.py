@@ -1,0 +1,50 @@
+"""Numbers are checked against the range that their field declares, on the host and before anything is built."""
+
+import dataclasses
+import math
+import typing
+from typing import Annotated, Any
+
+import numpy as np
+
+from jaxrl.errors import UserError
+from jaxrl.types import Checks, Range, Scalar
+
+
+def check(settings: Any, name: str | None = None) -> None:
+    """Raises UserError for the first number of a dataclass that is not finite or outside its field's `types.Range`.
+
+    Fields that are dataclasses are checked as well, and so is what classes check of themselves (`types.Checks`).
+    """
+    name = name or type(settings).__name__
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for field in dataclasses.fields(settings):
+        value, path = getattr(settings, field.name), f"{name}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            check(value, path)
+        else:
+            _check_number(path, value, hints[field.name])
+    if isinstance(settings, Checks):
+        settings.check()
+
+
+def _check_number(path: str, value: Any, hint: Any) -> None:
+    """Raises UserError where a field's value, a number or several, does not fit its annotation."""
+    ranges = [part for part in typing.get_args(hint) if isinstance(part, Range)]
+    if hint is Scalar or (typing.get_origin(hint) is Annotated and typing.get_args(hint)[0] is Scalar):
+        if not np.isfinite(np.asarray(value)).all():
+            raise UserError(f"{path} = {value}: must be finite")
+    for allowed in ranges:
+        low = -math.inf if allowed.low is None else allowed.low
+        high = math.inf if allowed.high is None else allowed.high
+        values = np.asarray(value)
+        if not ((low <= values) & (values <= high)).all():
+            raise UserError(f"{path} = {value}: must be {allowed}")
+
+
+def check_at_least(settings: Any, **bounds: float) -> None:
+    """Raises UserError where a field, by its name, is below a bound that depends on other fields."""
+    for name, low in bounds.items():
+        value = getattr(settings, name)
+        if not (np.asarray(value) >= np.asarray(low)).all():
+            raise UserError(f"{type(settings).__name__}.{name} = {value}: must be at least {low}")
