@@ -13,7 +13,7 @@ from jaxrl.runs.config import Config
 from jaxrl.runs.memory import abstract_data, available, held
 from jaxrl.sweeps.population import Layout, Lift
 from jaxrl.training import loop
-from jaxrl.types import PyTree
+from jaxrl.types import Agent, PyTree
 
 MEASURED = 8  # members whose updates are timed
 
@@ -44,12 +44,8 @@ def seconds_per_layout(agents: Any, keys: jax.Array, config: Config, env: Any) -
         return {"map": 0.0}
     ring = zeros(abstract_ring)
 
-    def updates(agent: Any, state: PyTree, key: jax.Array) -> PyTree:
-        def update(state: PyTree, key: jax.Array) -> tuple[PyTree, None]:
-            key_batch, key_step = jax.random.split(key)
-            return agent.update(state, agent.sample((ring,), key_batch), key_step)[0], None
-
-        return jax.lax.scan(update, state, jax.random.split(key, UPDATES))[0]
+    def updates(agent: Agent, state: PyTree, key: jax.Array) -> PyTree:
+        return loop.updates(agent, state, (ring,), key, UPDATES)[0]
 
     seconds: dict[Layout, float] = {}
     shapes = jax.eval_shape(jax.vmap(lambda agent, key: agent.init(key, env.spec)), agents, keys)

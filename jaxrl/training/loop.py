@@ -7,7 +7,7 @@ donated, so that progress, checkpoints and signals happen between compiled calls
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,9 @@ from jaxrl.replay.ring import Ring
 from jaxrl.rollout import device as ro
 from jaxrl.sharding import shared, spread
 from jaxrl.training.schedule import Schedule, Timeline, phases
-from jaxrl.types import Agent, Deriving, Env, Fitting, Metrics, Phase, PyTree, Staged, on_host, pytree
+from jaxrl.types import Agent, Deriving, Env, Fitting, Learner, Metrics, Phase, PyTree, Staged, on_host, pytree
+
+T = TypeVar("T")
 
 COMPILING = {"xla_cpu_copy_insertion_use_region_analysis": True, "xla_cpu_prefer_vector_width": 512}
 """Options of `jax.jit` for programs that make many updates; they concern CPUs alone. By default XLA copies every weight
@@ -110,11 +112,7 @@ def learn(
         data = (*data, world.replay)
     data = derived(agent, data)
 
-    def update(state: PyTree, key: jax.Array) -> tuple[PyTree, Metrics]:
-        key_batch, key_step = jax.random.split(key)
-        return agent.update(state, spread(agent.sample(data, key_batch)), key_step, data)
-
-    state, metrics = jax.lax.scan(update, carry.agent, jax.random.split(key, phase.updates))
+    state, metrics = updates(agent, carry.agent, data, key, phase.updates)
     carry = dataclasses.replace(
         carry,
         agent=state,
@@ -122,11 +120,28 @@ def learn(
         updates=carry.updates + phase.updates,
         steps=carry.steps + (0 if steps is None else steps.taken.sum()),
     )
-    return carry, jax.tree.map(mean, metrics) if phase.updates else {}
+    return carry, metrics
+
+
+def updates(learner: Learner, state: PyTree, data: Any, key: jax.Array, count: int) -> tuple[PyTree, Metrics]:
+    """Returns a learner's state after `count` updates, each on a batch of its own, and the means of their metrics.
+
+    This is the one training loop: agents, models of dynamics and models of data all learn in it. A metric is NaN in
+    updates that do not measure it, and does not count there.
+    """
+
+    def update(state: PyTree, key: jax.Array) -> tuple[PyTree, Metrics]:
+        key_batch, key_step = jax.random.split(key)
+        return learner.update(state, spread(learner.sample(data, key_batch)), key_step, data)
+
+    if not count:
+        return state, {}
+    state, metrics = jax.lax.scan(update, state, jax.random.split(key, count))
+    return state, jax.tree.map(mean, metrics)
 
 
 def mean(values: jax.Array) -> jax.Array:
-    """Returns the mean over the first axis of what was measured: not every update measures all that an agent does."""
+    """Returns the mean over the first axis of what was measured: NaN stands for what was not."""
     return jnp.nanmean(values, axis=0)
 
 
@@ -208,9 +223,12 @@ def _scramble(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def on_device(agent: Agent) -> Any:
-    """Returns the agent with its Scalars as float32 arrays, so that changing one is not another program."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), agent)
+def on_device(settings: T) -> T:
+    """Returns settings with their Scalars as float32 arrays, so that changing one is not another program.
+
+    These may be an agent's, or those of any other pytree: a model of data, a sampler.
+    """
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), settings)
 
 
 jitted_begin = jax.jit(begin, static_argnames=("env", "schedule"))
