@@ -51,7 +51,7 @@ def begin(agent: Agent, env: Env, schedule: Schedule, key: jax.Array) -> Carry:
     state, world = agent.init(key_agent, env.spec), None
     if schedule.online_steps:
         rows = min(schedule.replay, 2 * schedule.online_steps) // schedule.envs + agent.chunk + 2
-        replay = rings.empty(schedule.envs, rows, env.spec.observation, env.spec.action)
+        replay = rings.empty(schedule.envs, rows, env.spec)
         flight = None if on_host(env) else ro.start(env, ro.policy_of(agent, state), key_envs, schedule.envs)
         world = World(flight, replay)
     zero = jnp.zeros((), jnp.int32)
