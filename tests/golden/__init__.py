@@ -85,7 +85,7 @@ def replay(path: Path) -> Outcome:
 
 
 def _compared(path: Path, method: Callable[[Recorded], dict[str, Any]]) -> Outcome:
-    with np.load(path) as file:
+    with path.open("rb") as stream, np.load(stream) as file:
         arrays = {name: file[name] for name in file.files}
     texts = {name: json.loads(str(arrays.pop(name, "{}"))) for name in ("meta", "hparams", "arch", "scalars")}
     recorded = Recorded(arrays | texts.pop("scalars"), **texts)

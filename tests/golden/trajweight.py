@@ -7,6 +7,7 @@ from jaxrl.replay import loading
 from jaxrl.replay.weighting import FULL, Weighting, Weights
 from tests.golden.recorded import Recorded
 
+
 def replay(r: Recorded) -> dict[str, np.ndarray]:
     """Returns all that the file expects: one probability per transition and law."""
     temperature = r.hparams["temperature"]
