@@ -3,7 +3,7 @@
 The names below are the public surface. Each is imported when it is first used, so that `import jaxrl` stays light and
 worker processes of simulators do without JAX.
 
-    from jaxrl import agents, ops           every agent (`agents.FMQ`, ...); functions of arrays: flows, losses, guidance
+    from jaxrl import agents, ops           every agent (`agents.FMQ`, ...); functions of arrays: flows, losses
     from jaxrl import Batch, Spec           what an agent's `update` and `init` take
     from jaxrl import Dataset, Ring         data on the host, and data and replay on the device
     from jaxrl import rollout, training     agent and environment together; iteration, epoch and run
