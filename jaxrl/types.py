@@ -74,12 +74,12 @@ class Spec:
     """Keys of a dict that critics and values see; empty: all of them."""
 
     def actor(self, obs: Observation) -> Observation:
-        """Returns what policies see of observations."""
-        return _chosen(obs, self.actor_keys)
+        """Returns what policies see of observations [..., O], the arrays of a dict as vectors [..., n] or images."""
+        return self._seen(obs, self.actor_keys)
 
     def critic(self, obs: Observation) -> Observation:
-        """Returns what critics and values see of observations."""
-        return _chosen(obs, self.critic_keys)
+        """Returns what critics and values see of observations [..., O], in the same form."""
+        return self._seen(obs, self.critic_keys)
 
     def behaviour(self, obs: Observation) -> Observation:
         """Returns what a model of the data's behaviour sees: what policies see, but for the goal."""
@@ -90,15 +90,31 @@ class Spec:
             return {name: leaf for name, leaf in obs.items() if name != "goal"}
         return obs[..., : obs.shape[-1] - self.goal]
 
+    def without_goal(self) -> "Spec":
+        """Returns the sizes of the same observations without the goal, as datasets hold them."""
+        if isinstance(self.observation, int):
+            return dataclasses.replace(self, observation=self.observation - self.goal, goal=0)
+        keys = (tuple(name for name in chosen if name != "goal") for chosen in (self.actor_keys, self.critic_keys))
+        leaves = tuple(leaf for leaf in self.observation if leaf.name != "goal")
+        return Spec(leaves, self.action, 0, *keys)
+
     def example(self) -> Observation:
         """Returns one observation of zeros, to initialise networks with."""
         if isinstance(self.observation, int):
             return jnp.zeros(self.observation)
         return {leaf.name: jnp.zeros(leaf.shape, leaf.dtype) for leaf in self.observation}
 
+    def _seen(self, obs: Observation, keys: tuple[str, ...]) -> Observation:
+        if isinstance(self.observation, int):
+            return obs
+        return {leaf.name: _flat(obs[leaf.name], leaf) for leaf in self.observation if not keys or leaf.name in keys}
 
-def _chosen(obs: Observation, keys: tuple[str, ...]) -> Observation:
-    return {name: obs[name] for name in keys} if keys and isinstance(obs, Mapping) else obs
+
+def _flat(x: jax.Array, leaf: Leaf) -> jax.Array:
+    """Returns one array of an observation as vectors [..., n]; an image stays [..., H, W, C]."""
+    if leaf.dtype == "uint8" or len(leaf.shape) == 1:
+        return x
+    return x.reshape(*x.shape[: x.ndim - len(leaf.shape)], -1)
 
 
 def count_of(tree: PyTree) -> int:

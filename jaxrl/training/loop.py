@@ -52,7 +52,7 @@ def begin(agent: Agent, env: Env | HostEnv, schedule: Schedule, key: jax.Array) 
         replay = None
         if kept := capacity(schedule, plan, agent.chunk):
             rows = kept // schedule.envs + agent.chunk + 2
-            replay = rings.empty(schedule.envs, rows, env.spec.observation, env.spec.action)
+            replay = rings.empty(schedule.envs, rows, env.spec)
         flight = None
         if not isinstance(env, HostEnv):
             flight = ro.start(env, ro.policy_of(agent, state), key_envs, schedule.envs)
