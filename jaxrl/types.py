@@ -304,6 +304,15 @@ class Requires(Protocol):
 
 
 @runtime_checkable
+class ChecksData(Protocol):
+    """An agent that cannot learn from every number of transitions."""
+
+    def check_data(self, transitions: int) -> None:
+        """Raises UserError where it cannot learn from a dataset of so many transitions, before anything is built."""
+        ...
+
+
+@runtime_checkable
 class Fitting(Protocol[State]):
     """An agent whose initial state depends on the dataset, such as on the spread of its observations."""
 

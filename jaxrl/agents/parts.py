@@ -198,6 +198,30 @@ class SquashedGaussianPolicy:
         return jnp.tanh(u), losses.tanh_log_density(u, mean, log_std)
 
 
+@pytree
+class Autoencoder:
+    """A variational autoencoder of actions, G(s, a), whose latents have twice as many entries as actions."""
+
+    hidden: Widths = (750, 750)  # widths of the hidden layers of its encoder, and of its decoder
+
+    def init(self, key_encoder: jax.Array, key_decoder: jax.Array, obs: Observation, action: jax.Array) -> PyTree:
+        """Returns parameters, for an example [O] and [A]."""
+        size, latent = action.shape[-1], jnp.zeros(2 * action.shape[-1])
+        return {
+            "encoder": networks.Encoder(2 * size, self.hidden).init(key_encoder, obs, action),
+            "decoder": networks.Deterministic(size, self.hidden).init(key_decoder, obs, latent),
+        }
+
+    def rebuild(
+        self, params: PyTree, obs: Observation, action: jax.Array, noise: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns G(s, a) [..., A] from noise [..., 2 A]; mean and logarithm of the deviation of q(z | s, a)."""
+        size = action.shape[-1]
+        mean, log_std = apply(networks.Encoder(2 * size, self.hidden), params["encoder"], obs, action)
+        latent = mean + jnp.exp(log_std) * noise
+        return apply(networks.Deterministic(size, self.hidden), params["decoder"], obs, latent), mean, log_std
+
+
 # Critics
 
 
