@@ -248,7 +248,7 @@ class Requirements:
     columns: tuple[str, ...] = ()  # further columns of the dataset
     unit_rewards: bool = False  # rewards in [0, 1], as values are probabilities
     kdtree: bool = False  # KD-trees of the dataset's rows, where the device is a CPU
-    batch: int = 1  # windows per update, which are divided among devices
+    batch: int | None = None  # windows per update, which are divided among devices; None: it does not say
 
 
 @runtime_checkable
@@ -303,12 +303,17 @@ class Requires(Protocol):
         ...
 
 
+def requirements(agent: Agent) -> Requirements:
+    """Returns what an agent needs of its data: what it says (`Requires`), else windows of one chunk."""
+    return agent.requires() if isinstance(agent, Requires) else Requirements(window=agent.chunk)
+
+
 @runtime_checkable
 class ChecksData(Protocol):
-    """An agent that cannot learn from every number of transitions."""
+    """An agent for which a dataset can be too small or too large."""
 
     def check_data(self, transitions: int) -> None:
-        """Raises UserError where it cannot learn from a dataset of so many transitions, before anything is built."""
+        """Raises UserError where a dataset of so many transitions does not fit the agent's settings."""
         ...
 
 
@@ -448,6 +453,16 @@ class HostEnv(Protocol):
 def on_host(env: Any) -> bool:
     """Returns whether an environment is a `HostEnv` rather than an `Env`."""
     return isinstance(env, HostEnv)
+
+
+@runtime_checkable
+class NamesDataset(Protocol):
+    """An environment that a published dataset belongs to."""
+
+    @property
+    def dataset(self) -> str:
+        """Name of the dataset's file, without its ending."""
+        ...
 
 
 @runtime_checkable
