@@ -22,6 +22,8 @@ from jaxrl.agents import (
     FamO2O,
     ReBRAC,
 )
+from jaxrl.agents.parts import Adam, Critic, DeterministicPolicy, FlowPolicy, Net, OneStepPolicy
+from jaxrl.agents.td3 import TD3
 from jaxrl.errors import UserError, unknown
 from jaxrl.ops.closed_form import ClosedForm
 from jaxrl.ops.guidance import QGuidance
@@ -76,12 +78,34 @@ PRESETS: dict[str, dict[str, Config]] = {
         ),
         "iql": Config(IQL(**_NETS, lr=1e-3, chunk=5, backup=5), schedule=_OFFLINE),
         "qgf": Config(QGF(**_NETS, actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3), schedule=_OFFLINE),
-        "fql": Config(FQL(**_NETS, lr=1e-3, chunk=5, backup=5, alpha=3.0), schedule=_MINUTES),
+        "fql": Config(
+            FQL(
+                chunk=5,
+                backup=5,
+                flow=FlowPolicy(Net(_SMALL)),
+                policy=OneStepPolicy(Net(_SMALL)),
+                critic=Critic(Net(_SMALL, norm="after")),
+                adam=Adam(1e-3),
+                alpha=3.0,
+            ),
+            schedule=_MINUTES,
+        ),
         "qc": Config(QC(**_NETS, lr=1e-3, num_samples=8), schedule=_MINUTES),
         "dqc": Config(
             DQC(**_NETS, lr=1e-3, backup=10, batch_size=256, discount=0.99), schedule=_OFFLINE, reward_shift=1.0
         ),
-        "td3bc": Config(TD3BC(**_NETS, **_FAST), schedule=_OFFLINE),
+        "td3bc": Config(
+            TD3BC(
+                TD3(
+                    actor=DeterministicPolicy(Net(_SMALL, "relu", "none", "torch")),
+                    critic=Critic(Net(_SMALL, "relu", "none", "torch"), agg="min"),
+                    actor_adam=Adam(1e-3),
+                    critic_adam=Adam(1e-3),
+                    normalize=True,
+                )
+            ),
+            schedule=_OFFLINE,
+        ),
         "rebrac": Config(ReBRAC(**_NETS, **_FAST), schedule=_OFFLINE),
         "prdc": Config(PRDC(**_NETS, **_FAST), schedule=_OFFLINE),
         "a2pr": Config(A2PR(**_NETS, **_FAST, vae_hidden=_SMALL, value_lr=1e-3), schedule=_OFFLINE),

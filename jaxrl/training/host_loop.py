@@ -13,12 +13,14 @@ from jaxrl.rollout import host
 from jaxrl.rollout.host import Simulators
 from jaxrl.rollout.workers import WorkerDied
 from jaxrl.training import loop
+from jaxrl.training.compiling import Jitted
 from jaxrl.training.loop import Carry
-from jaxrl.types import HostEnv, Metrics, Phase, PyTree
+from jaxrl.training.schedule import reads_dataset
+from jaxrl.types import Agent, HostEnv, Metrics, Phase, PyTree
 
 
-class Interrupted(Exception):  # noqa: N818  (not a mistake)
-    """A worker died amid an epoch. Holds the carry after the last iteration."""
+class Interrupted(Exception):  # noqa: N818  (not an error)
+    """A worker died during an epoch. Holds the carry after the last iteration."""
 
     def __init__(self, carry: Carry) -> None:
         """Keeps the carry."""
@@ -26,14 +28,14 @@ class Interrupted(Exception):  # noqa: N818  (not a mistake)
         self.carry = carry
 
 
-def act(agent: Any, state: PyTree, obs: jax.Array, key: jax.Array) -> jax.Array:
+def act(agent: Agent, state: PyTree, obs: jax.Array, key: jax.Array) -> jax.Array:
     """Returns chunks [N, H, A] for observations [N, O], as while collecting."""
     return agent.act(state, obs, key)
 
 
 def resume(carry: Carry) -> Carry:
     """Returns the carry for environments that begin anew: an episode that was under way ends as by a time limit."""
-    if carry.world is None:
+    if carry.world is None or carry.world.replay is None:
         return carry
     ring = carry.world.replay
     lanes, rows = ring.valid.shape
@@ -54,18 +56,16 @@ jitted_act = jax.jit(act)
 jitted_resume = jax.jit(resume, donate_argnames=("carry",))
 
 
-jitted_learn = jax.jit(
-    loop.learn, static_argnames=("phase",), donate_argnames=("carry",), compiler_options=loop.COMPILING
-)
+jitted_learn = Jitted(loop.learn, static_argnames=("phase",), donate_argnames=("carry",))
 
 
 jitted_close = jax.jit(loop.close, donate_argnames=("carry",))
 
 
 def epoch(
-    simulators: Simulators, agent: Any, phase: Phase, carry: Carry, dataset: Ring | None
+    simulators: Simulators, agent: Agent, phase: Phase, carry: Carry, dataset: Ring | None, envs: int
 ) -> tuple[Carry, Metrics]:
-    """Returns the carry after one epoch that collects, and its metrics, as `loop.epoch` does.
+    """Returns the carry after one epoch that collects in `envs` environments, and its metrics, as `loop.epoch` does.
 
     Raises Interrupted, with the carry as it was then, where a worker dies.
     """
@@ -76,9 +76,9 @@ def epoch(
     try:
         if simulators.flight is None:
             carry = jitted_resume(carry)
-            simulators.flight = host.reset_all(simulators, random, lanes_of(carry))
+            simulators.flight = host.reset_all(simulators, random, envs)
         carry = dataclasses.replace(carry, key=key)
-        if dataset is not None:
+        if dataset is not None and reads_dataset(phase):
             (dataset,) = loop.derived(agent, (dataset,))
         for key_iteration in jax.random.split(key_iterations, phase.iterations):
             key_act, key_learn = jax.random.split(key_iteration)
@@ -91,23 +91,30 @@ def epoch(
         simulators.flight = None
         raise Interrupted(carry) from error
     carry, word = jitted_close(carry)
-    means: Metrics = {name: np.mean([values[name] for values in jax.device_get(history)]) for name in history[0]}
     totals = {name: jnp.asarray(np.sum([values[name] for values in sums])) for name in sums[0]}
-    return carry, {**means, **loop.episode_metrics(totals), "digest": word}
+    found: Metrics = {**means(jax.device_get(history)), **loop.episode_metrics(totals), "digest": word}
+    return carry, found
 
 
-def lanes_of(carry: Carry) -> int:
-    """Returns how many environments a run collects in: the lanes of its replay."""
-    assert carry.world is not None
-    return len(carry.world.replay.head)
+def means(history: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Returns the mean of each metric over the iterations that measured it; NaN where none did."""
+    result = {}
+    for name in history[0]:
+        values = np.stack([metrics[name] for metrics in history])
+        measured = values[~np.isnan(values)]
+        result[name] = np.mean(measured) if len(measured) else values[0]
+    return result
 
 
-def lowered(agent: Any, env: HostEnv, phase: Phase, carry: Carry, dataset: Ring, key: jax.Array) -> Iterator[Any]:
+def lowered(
+    agent: Agent, env: HostEnv, phase: Phase, carry: Carry, dataset: Ring | None, key: jax.Array, envs: int
+) -> Iterator[Any]:
     """Yields the programs of an epoch that collects, ready to be compiled, from the shapes of its arguments."""
-    count, chunk, sizes = lanes_of(carry), agent.chunk, env.spec
+    count, chunk, sizes = envs, agent.chunk, env.spec
     flag, reward = jnp.zeros((count, chunk), bool), jnp.zeros((count, chunk))
     obs, actions = jnp.zeros((count, chunk + 1, sizes.observation)), jnp.zeros((count, chunk, sizes.action))
     yield jitted_act.lower(agent, carry.agent, obs[:, 0], key)
     steps = Steps(obs, actions, reward, flag, flag, flag, flag, flag[:, 0])
-    (dataset,) = jax.eval_shape(lambda agent, *data: loop.derived(agent, data), agent, dataset)
+    if dataset is not None and reads_dataset(phase):
+        (dataset,) = jax.eval_shape(lambda agent, *data: loop.derived(agent, data), agent, dataset)
     yield jitted_learn.lower(agent, phase, carry, dataset, steps, key)

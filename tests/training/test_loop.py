@@ -44,7 +44,7 @@ class Toy:
     def sample(self, data, key):
         return windows(data, key, 8, self.chunk)
 
-    def update(self, state, batch, key):
+    def update(self, state, batch, key, data=()):
         w = state.w + self.rate * (batch.rewards.mean() - state.w) + 0.01 * jax.random.normal(key, state.w.shape)
         offline = (batch.obs[:, 0] > 40).mean()
         metrics = {"toy/w": w.mean(), "toy/offline": offline, "toy/valid": batch.valid[:, 0].mean()}
@@ -74,8 +74,8 @@ class Annotating(Toy):
         known = [ring.extra or {"held": jnp.full(ring.valid.shape, ring.valid.sum())} for ring in data]
         return tuple(dataclasses.replace(ring, extra=extra) for ring, extra in zip(data, known, strict=True))
 
-    def update(self, state, batch, key):
-        state, _ = super().update(state, batch, key)
+    def update(self, state, batch, key, data=()):
+        state, _ = super().update(state, batch, key, data)
         in_data, held = batch.obs[:, 0] > 40, batch.extra["held"]
         return state, {"toy/data": (held * in_data).max(), "toy/replay": (held * ~in_data).max()}
 
