@@ -42,6 +42,9 @@ class Steps:
     valid: jax.Array  # [N, H] bool: the simulator's answer was finite
     taken: jax.Array  # [N, H] bool: happened at all (false while waiting for the chunk's end)
     ended: jax.Array  # [N] bool: the episode is over
+    extra: dict[str, jax.Array] = dataclasses.field(
+        default_factory=dict
+    )  # [N, H, ...], what the agent left behind at each step
 
 
 @pytree

@@ -12,9 +12,11 @@ from jaxrl.agents import (
 )
 from jaxrl.errors import UserError, unknown
 from jaxrl.replay.weighting import Weighting
+from jaxrl.rollout.executors import Execution
 from jaxrl.training.schedule import Schedule
+from jaxrl.types import Agent
 
-A = TypeVar("A")
+A = TypeVar("A", bound=Agent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Config(Generic[A]):
     env: str = "maze-medium"
     """Environment, as `jaxrl list` names them; options follow a question mark, such as push?reward=dense."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    execution: Execution = dataclasses.field(default_factory=Execution)
     data: str | None = None
     """Dataset file, or a folder or quoted pattern of .npz files, one per epoch; else a behaviour is recorded."""
     behaviour: str = "medium"
@@ -47,6 +50,8 @@ class Config(Generic[A]):
         """Raises UserError for the first value that is out of range, before anything is built."""
         ranges.check(self.agent)
         self.schedule.check()
+        ranges.check(self.execution, "execution")
+        self.execution.check_fits(self.agent.chunk)
         self.weighting.check()
         for name in ("reward_scale", "reward_shift"):
             if not math.isfinite(getattr(self, name)):

@@ -18,6 +18,7 @@ from jaxrl.errors import UserError
 from jaxrl.replay.ring import Ring
 from jaxrl.replay.streaming import Shards, Stream
 from jaxrl.rollout import host, workers
+from jaxrl.rollout.executors import Execution, check_learning
 from jaxrl.runs import checkpoint, directory, jsonlines, plots
 from jaxrl.runs.config import Config, to_dict
 from jaxrl.runs.datasets import check_same_data, in_memory, load_data
@@ -45,6 +46,7 @@ class Run:
     config: Config
     env: Any
     agent: Any
+    execution: Execution
     timeline: Timeline
     data: Ring | Stream
     simulators: host.Simulators | None = None  # of an environment that steps on the CPU
@@ -56,7 +58,8 @@ class Run:
 
     def first(self) -> Carry:
         """Returns the carry before the first epoch."""
-        carry = loop.jitted_begin(self.agent, self.env, self.config.schedule, jax.random.key(self.config.seed))
+        key = jax.random.key(self.config.seed)
+        carry = loop.jitted_begin(self.agent, self.env, self.config.schedule, key, self.execution)
         if isinstance(self.agent, Fitting):
             data = self.data.at(0) if isinstance(self.data, Stream) else self.data
             carry = loop.jitted_fit(self.agent, carry, sharding.shared(data))
@@ -69,7 +72,7 @@ class Run:
 
     def abstract(self, done: int) -> Carry:
         """Returns the shapes of the carry after `done` epochs, without computing anything."""
-        return abstract_carry(self.agent, self.env, self.config.schedule, self.timeline, done)
+        return abstract_carry(self.agent, self.env, self.config.schedule, self.timeline, done, self.execution)
 
     def epoch(self, carry: Carry, index: int) -> tuple[Carry, dict[str, Any]]:
         """Returns the carry after the epoch with this index (from 0), and its row of metrics."""
@@ -78,9 +81,9 @@ class Run:
             carry = on_devices(loop.jitted_enter(self.agent, phase, carry))
         data = sharding.shared(self.data.at(index) if isinstance(self.data, Stream) else self.data)
         if self.simulators is not None and phase.collects:
-            carry, metrics = host_loop.epoch(self.simulators, self.agent, phase, carry, data)
+            carry, metrics = host_loop.epoch(self.simulators, self.agent, phase, carry, data, self.execution)
         else:
-            carry, metrics = loop.jitted_epoch(self.agent, self.env, phase, carry, data)
+            carry, metrics = loop.jitted_epoch(self.agent, self.env, phase, carry, data, self.execution)
         row = row_of(index, phase, *jax.device_get((carry.updates, carry.steps, metrics)))
         if self.timeline.evaluates(index, self.config.schedule.eval_every):
             row |= evaluation(episodes_of(self.config, self.agent, self.env, carry.agent, self.simulators))
@@ -94,11 +97,12 @@ def on_devices(carry: Carry) -> Carry:
 
 def prepare(config: Config, env: Any, dataset: Dataset | Shards) -> Run:
     """Returns the run of a configuration. Raises UserError where no episode is as long as the agent's windows."""
-    agent = loop.on_device(config.agent)
-    timeline = Timeline(schedule.phases(config.schedule, agent.chunk, (config.reward_scale, config.reward_shift)))
-    return Run(
-        config, env, agent, timeline, in_memory(config, env, dataset, timeline.epochs), simulators_of(config, env)
-    )
+    check_learning(config.agent, config.execution)
+    agent, execution = loop.on_device(config.agent), loop.on_device(config.execution)
+    reward = (config.reward_scale, config.reward_shift)
+    timeline = Timeline(schedule.phases(config.schedule, execution.length(agent.chunk), reward))
+    data = in_memory(config, env, dataset, timeline.epochs)
+    return Run(config, env, agent, execution, timeline, data, simulators_of(config, env))
 
 
 def start(config: Config, env: Any, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, An
         for index in range(done, run.timeline.epochs):
             phase, before = run.timeline.at(index)
             if index == done or before == 0:
-                log.start(phase, before, run.agent.chunk, run.config.schedule.envs)
+                log.start(phase, before, run.execution.length(run.agent.chunk), run.config.schedule.envs)
             try:
                 carry, row = run.epoch(carry, index)
             except Interrupted as broken:  # amid an epoch, which will be repeated with what it has learnt so far

@@ -16,7 +16,7 @@ from jaxrl.runs.config import Config
 from jaxrl.training import loop, schedule
 from jaxrl.training.loop import abstract_carry
 from jaxrl.training.schedule import Timeline
-from jaxrl.types import on_host
+from jaxrl.types import Observation, on_host
 
 
 def evaluation(episodes: ro.Episodes) -> dict[str, float]:
@@ -46,7 +46,7 @@ jitted_behaviour = jax.jit(ro.evaluate, static_argnames=("env", "policy", "episo
 
 def newest_state(config: Config, agent: Any, env: Any, path: Path) -> Any:
     """Returns the agent's state in a run's newest checkpoint. Raises UserError where there is none that fits."""
-    timeline = Timeline(schedule.phases(config.schedule, agent.chunk))
+    timeline = Timeline(schedule.phases(config.schedule, config.execution.length(agent.chunk)))
 
     def abstract(done: int) -> dict[str, Any]:
         return {"agent": abstract_carry(agent, env, config.schedule, timeline, done).agent}
@@ -75,25 +75,27 @@ def render(config: Config, env: Any, path: Path, out: Path) -> None:
 def animate(config: Config, agent: Any, env: Any, state: Any, out: Path) -> None:
     """Writes the first evaluation episode as an animation. Raises UserError where a simulator cannot be rendered."""
     if on_host(env):
-        plots.animation(host.film(env, agent, state, jax.random.key(config.schedule.eval_seed)), out)
+        execution, key = loop.on_device(config.execution), jax.random.key(config.schedule.eval_seed)
+        plots.animation(host.render(env, agent, state, key, execution=execution), out)
     else:
         plots.gif(env, episode(config, agent, env, state), out)
 
 
-def episode(config: Config, agent: Any, env: Any, state: Any) -> np.ndarray:
+def episode(config: Config, agent: Any, env: Any, state: Any) -> Observation:
     """Returns the observations [T + 1, O] of the first evaluation episode."""
     episodes = episodes_of(config, agent, env, state)
-    return np.asarray(episodes.track[: episodes.lengths[0] + 1])
+    return jax.tree.map(lambda x: np.asarray(x[: episodes.lengths[0] + 1]), episodes.track)
 
 
 def episodes_of(
     config: Config, agent: Any, env: Any, state: Any, simulators: host.Simulators | None = None
 ) -> ro.Episodes:
     """Returns the evaluation episodes of an agent's state, on the host."""
-    key = jax.random.key(config.schedule.eval_seed)
+    key, count = jax.random.key(config.schedule.eval_seed), config.schedule.eval_episodes
+    execution = loop.on_device(config.execution)
     if simulators is not None:
-        return host.evaluate(simulators, agent, state, key, config.schedule.eval_episodes)
-    return jax.device_get(loop.jitted_evaluate(agent, env, config.schedule.eval_episodes, state, key))
+        return host.evaluate(simulators, agent, state, key, count, execution)
+    return jax.device_get(loop.jitted_evaluate(agent, env, count, state, key, execution))
 
 
 def simulators_of(config: Config, env: Any) -> host.Simulators | None:

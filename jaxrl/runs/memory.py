@@ -103,9 +103,9 @@ def available() -> int:
 
 def abstract(config: Config, env: Any) -> tuple[Any, driver.Timeline, loop.Carry]:
     """Returns the shapes of the agent, the run's epochs, and the shapes of the carry at its end."""
-    agent = jax.eval_shape(loop.on_device, config.agent)
-    timeline = driver.Timeline(phases(config.schedule, config.agent.chunk))
-    return agent, timeline, driver.abstract_carry(agent, env, config.schedule, timeline, timeline.epochs)
+    agent, execution = jax.eval_shape(loop.on_device, config.agent), config.execution
+    timeline = driver.Timeline(phases(config.schedule, execution.length(config.agent.chunk)))
+    return agent, timeline, driver.abstract_carry(agent, env, config.schedule, timeline, timeline.epochs, execution)
 
 
 def abstract_data(config: Config, env: Any) -> tuple[Ring, int]:
@@ -126,7 +126,7 @@ def abstract_data(config: Config, env: Any) -> tuple[Ring, int]:
 
 def programs(config: Config, env: Any) -> Iterator[Any]:
     """Yields the run's programs, compiled, in the order in which it needs them."""
-    agent, timeline, carry = abstract(config, env)
+    (agent, timeline, carry), execution = abstract(config, env), jax.eval_shape(loop.on_device, config.execution)
     data, _ = abstract_data(config, env)
     key, episodes = jax.eval_shape(lambda: jax.random.key(0)), config.schedule.eval_episodes
     if config.data is None:
@@ -134,21 +134,23 @@ def programs(config: Config, env: Any) -> Iterator[Any]:
         yield record.recording.lower(*arguments, key).compile()
         policy = ro.scripted(record.behaviour_of(env, config.behaviour))
         yield jitted_behaviour.lower(env, policy, key, episodes).compile()
-    yield loop.jitted_begin.lower(agent, env, config.schedule, key).compile()
+    yield loop.jitted_begin.lower(agent, env, config.schedule, key, execution).compile()
     done = 0
     for phase in timeline.phases:
         done += phase.epochs
-        carry = driver.abstract_carry(agent, env, config.schedule, timeline, done)
+        carry = driver.abstract_carry(agent, env, config.schedule, timeline, done, execution)
         if on_host(env) and phase.collects:
-            yield from (program.compile() for program in lowered(agent, env, phase, carry, data, key))
+            yield from (program.compile() for program in lowered(agent, env, phase, carry, data, key, execution))
         else:
-            yield loop.jitted_epoch.lower(agent, env, phase, carry, data).compile()
+            yield loop.jitted_epoch.lower(agent, env, phase, carry, data, execution).compile()
         if on_host(env):
             count = host.side_by_side(episodes, system.cores())
-            obs, turns = jnp.zeros((count, env.spec.observation)), jnp.zeros((count, 2), jnp.int32)
-            yield host.jitted_act_greedily.lower(agent, carry.agent, obs, key, turns).compile()
+            obs = jax.tree.map(lambda x, n=count: jnp.zeros((n, *x.shape), x.dtype), env.spec.example())
+            known, given = (agent, execution, carry.agent), (obs, key, jnp.zeros((count, 2), jnp.int32))
+            memory = host.jitted_start_greedily.eval_shape(*known, *given)
+            yield host.jitted_act_greedily.lower(*known, memory, *given).compile()
         else:
-            yield loop.jitted_evaluate.lower(agent, env, episodes, carry.agent, key).compile()
+            yield loop.jitted_evaluate.lower(agent, env, episodes, carry.agent, key, execution).compile()
 
 
 def size(tree: PyTree) -> int:

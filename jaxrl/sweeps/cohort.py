@@ -137,7 +137,8 @@ class CohortRunner:
     def first(self) -> Population:
         """Returns the members before their first epoch."""
         keys = self.programs.place(keys_of(m.config.seed for m in self.members), self.room)
-        population = self.programs.begin(self.agents, schedule=self.run.config.schedule, keys=keys)
+        given: dict[str, Any] = {"schedule": self.run.config.schedule, "execution": self.run.execution}
+        population = self.programs.begin(self.agents, keys=keys, **given)
         if isinstance(self.run.agent, Fitting):
             population = self.programs.fit(self.agents, population=population, dataset=self.data(0))
         return self.programs.pad(population, len(self.members))
@@ -145,7 +146,7 @@ class CohortRunner:
     def abstract(self, done: int) -> Any:
         """Returns the shapes of a checkpoint of the members after so many epochs."""
         run, count = self.run, len(self.members)
-        one = driver.abstract_carry(run.agent, run.env, run.config.schedule, run.timeline, done)
+        one = driver.abstract_carry(run.agent, run.env, run.config.schedule, run.timeline, done, run.execution)
         carry = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
         stopped: Any = jax.ShapeDtypeStruct((count,), np.int32)
         return Population(carry, stopped)
@@ -194,7 +195,11 @@ class CohortRunner:
         if before == 0:
             population = self.programs.enter(self.agents, phase=phase, population=population)
         population, metrics = self.programs.epoch(
-            self.agents, phase=phase, population=population, dataset=self.data(index)
+            self.agents,
+            phase=phase,
+            population=population,
+            dataset=self.data(index),
+            execution=self.run.execution,
         )
         schedule = self.run.config.schedule
         due = self.run.timeline.evaluates(index, schedule.eval_every)
@@ -221,11 +226,12 @@ class CohortRunner:
         count, key, states = self.run.config.schedule.eval_episodes, jax.random.key(seed), population.carry.agent
         if self.run.simulators is None:
             key = self.programs.share(key)
-            found = self.programs.evaluate(self.agents, episodes=count, states=states, key=key)
+            given: dict[str, Any] = {"episodes": count, "execution": self.run.execution}
+            found = self.programs.evaluate(self.agents, states=states, key=key, **given)
             each = [jax.tree.map(lambda x, i=i: x[i], jax.device_get(found)) for i in range(len(self.members))]
         else:
             pairs = [jax.tree.map(lambda x, i=i: x[i], (self.agents, states)) for i in range(len(self.members))]
-            each = [host.evaluate(self.run.simulators, *pair, key, count) for pair in pairs]
+            each = [host.evaluate(self.run.simulators, *pair, key, count, self.run.execution) for pair in pairs]
         return [evaluation(episodes) for episodes in each]
 
     def line(self, rows: list[dict[str, Any]]) -> str:

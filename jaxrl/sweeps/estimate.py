@@ -15,6 +15,7 @@ from jaxrl.sweeps.cohort import Make
 from jaxrl.sweeps.packing import zeros
 from jaxrl.sweeps.population import Population, Programs, keys_of, programs, stacked
 from jaxrl.sweeps.space import Member, Settings, Space
+from jaxrl.training import loop
 from jaxrl.training.schedule import phases
 from jaxrl.types import Phase, on_host
 
@@ -98,17 +99,20 @@ def measured(some: list[Member], lifted: Programs, env: Any) -> tuple[int, float
     config = some[0].config
     agents = lifted.place(stacked([member.config.agent for member in some]))
     data = lifted.share(zeros(plan.abstract_data(config, env)[0]))
-    population = lifted.begin(agents, schedule=config.schedule, keys=lifted.place(keys_of(m.config.seed for m in some)))
-    timeline = driver.Timeline(phases(config.schedule, config.agent.chunk))
+    execution: dict[str, Any] = {"execution": loop.on_device(config.execution)}
+    keys = lifted.place(keys_of(m.config.seed for m in some))
+    population = lifted.begin(agents, schedule=config.schedule, keys=keys, **execution)
+    timeline = driver.Timeline(phases(config.schedule, config.execution.length(config.agent.chunk)))
     evaluations = sum(timeline.evaluates(e, config.schedule.eval_every) for e in range(timeline.epochs))
     working, seconds = 0, 0.0
     for phase in timeline.phases:
         population = lifted.enter(agents, phase=phase, population=population)
         short = dataclasses.replace(phase, iterations=min(ITERATIONS[phase.name], phase.iterations))
-        population, needs, each = timed(lifted, agents, population, short, data)
+        population, needs, each = timed(lifted, agents, population, short, {"dataset": data, **execution})
         working, seconds = max(working, needs), seconds + each / short.iterations * phase.iterations * phase.epochs
     if not on_host(env):
-        arguments: dict[str, Any] = {"states": population.carry.agent, "key": lifted.share(jax.random.key(0))}
+        key = lifted.share(jax.random.key(0))
+        arguments: dict[str, Any] = {"states": population.carry.agent, "key": key, **execution}
         judge = lifted.evaluate.lower(agents, episodes=config.schedule.eval_episodes, **arguments).compile()
         jax.block_until_ready(judge(agents, **arguments))
         start = time.perf_counter()
@@ -121,11 +125,11 @@ def measured(some: list[Member], lifted: Programs, env: Any) -> tuple[int, float
 
 
 def timed(
-    lifted: Programs, agents: Any, population: Population, phase: Phase, data: Any
+    lifted: Programs, agents: Any, population: Population, phase: Phase, given: dict[str, Any]
 ) -> tuple[Population, int, float]:
     """Returns the members after two short epochs, the bytes that one needs, and the seconds of the second."""
-    program = lifted.epoch.lower(agents, phase=phase, population=population, dataset=data).compile()
-    population, _ = jax.block_until_ready(program(agents, population=population, dataset=data))
+    program = lifted.epoch.lower(agents, phase=phase, population=population, **given).compile()
+    population, _ = jax.block_until_ready(program(agents, population=population, **given))
     start = time.perf_counter()
-    population, _ = jax.block_until_ready(program(agents, population=population, dataset=data))
+    population, _ = jax.block_until_ready(program(agents, population=population, **given))
     return population, plan.temporary(program), time.perf_counter() - start

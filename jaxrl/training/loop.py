@@ -7,7 +7,7 @@ donated, so that progress, checkpoints and signals happen between compiled calls
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxrl.replay import ring as rings
 from jaxrl.replay.ring import Ring
 from jaxrl.rollout import device as ro
+from jaxrl.rollout.executors import OPEN_LOOP, Execution
 from jaxrl.sharding import shared, spread
 from jaxrl.training.schedule import Schedule, Timeline, phases
-from jaxrl.types import Agent, Deriving, Env, Fitting, Metrics, Phase, PyTree, Staged, on_host, pytree
+from jaxrl.types import Agent, Deriving, Env, Fitting, Metrics, OnPolicy, Phase, PyTree, Staged, on_host, pytree
 
 COMPILING = {"xla_cpu_copy_insertion_use_region_analysis": True, "xla_cpu_prefer_vector_width": 512}
 """Options of `jax.jit` for programs that make many updates; they concern CPUs alone. By default XLA copies every weight
@@ -45,14 +46,15 @@ class Carry:
     epoch: jax.Array  # [] int32
 
 
-def begin(agent: Agent, env: Env, schedule: Schedule, key: jax.Array) -> Carry:
+def begin(agent: Agent, env: Env, schedule: Schedule, key: jax.Array, execution: Execution = OPEN_LOOP) -> Carry:
     """Returns the carry before the first epoch."""
     key, key_agent, key_envs = jax.random.split(key, 3)
     state, world = agent.init(key_agent, env.spec), None
     if schedule.online_steps:
         rows = min(schedule.replay, 2 * schedule.online_steps) // schedule.envs + agent.chunk + 2
         replay = rings.empty(schedule.envs, rows, env.spec.observation, env.spec.action)
-        flight = None if on_host(env) else ro.start(env, ro.policy_of(agent, state), key_envs, schedule.envs)
+        policy = execution(ro.policy_of(agent, state))
+        flight = None if on_host(env) else ro.start(env, policy, key_envs, schedule.envs)
         world = World(flight, replay)
     zero = jnp.zeros((), jnp.int32)
     return placed(Carry(state, key, world, zero, zero, zero))
@@ -85,17 +87,45 @@ def enter(agent: Agent, phase: Phase, carry: Carry) -> Carry:
 
 
 def iteration(
-    agent: Agent, env: Env, phase: Phase, carry: Carry, dataset: Ring | None, bank: PyTree, key: jax.Array
+    agent: Agent,
+    env: Env,
+    phase: Phase,
+    carry: Carry,
+    dataset: Ring | None,
+    bank: PyTree,
+    key: jax.Array,
+    execution: Execution = OPEN_LOOP,
 ) -> tuple[Carry, Metrics, Metrics]:
     """Returns the carry after one iteration, the updates' mean metrics and the collection's sums."""
     key_collect, key_update = jax.random.split(key)
     world, steps, sums = carry.world, None, {}
     if world is not None and world.rollout is not None and phase.collects:
-        policy = ro.policy_of(agent, carry.agent)
+        policy = execution(ro.policy_of(agent, carry.agent))
+        if on_policy(agent, phase):
+            rollout, unroll = ro.unroll(env, policy, world.rollout, bank, key_collect, agent.unroll)
+            carry = dataclasses.replace(carry, world=World(rollout, world.replay))
+            carry, metrics = learn_from(agent, phase, carry, unroll, key_update)
+            return carry, metrics, unroll.sums
         rollout, steps, sums = ro.advance(env, policy, world.rollout, bank, key_collect)
         carry = dataclasses.replace(carry, world=World(rollout, world.replay))
     carry, metrics = learn(agent, phase, carry, dataset, steps, key_update)
     return carry, metrics, sums
+
+
+def on_policy(agent: Agent, phase: Phase) -> TypeGuard[OnPolicy]:
+    """Returns whether an agent learns in a phase from what it has just done, and from nothing that is stored."""
+    return isinstance(agent, OnPolicy) and phase.collects and phase.data == "none"
+
+
+def learn_from(agent: OnPolicy, phase: Phase, carry: Carry, unroll: ro.Unroll, key: jax.Array) -> tuple[Carry, Metrics]:
+    """Returns the carry after an on-policy agent has learned from an unroll, unless the phase makes no updates."""
+    scale, shift = phase.reward
+    steps = dataclasses.replace(unroll.steps, rewards=scale * unroll.steps.rewards + shift)
+    carry = dataclasses.replace(carry, updates=carry.updates + phase.updates, steps=carry.steps + steps.taken.sum())
+    if not phase.updates:
+        return carry, {}
+    state, metrics = agent.learn_from(carry.agent, dataclasses.replace(unroll, steps=steps), key)
+    return dataclasses.replace(carry, agent=state), metrics
 
 
 def learn(
@@ -130,7 +160,14 @@ def mean(values: jax.Array) -> jax.Array:
     return jnp.nanmean(values, axis=0)
 
 
-def epoch(agent: Agent, env: Env, phase: Phase, carry: Carry, dataset: Ring | None) -> tuple[Carry, Metrics]:
+def epoch(
+    agent: Agent,
+    env: Env,
+    phase: Phase,
+    carry: Carry,
+    dataset: Ring | None,
+    execution: Execution = OPEN_LOOP,
+) -> tuple[Carry, Metrics]:
     """Returns the carry after one epoch and its metrics: means over updates, episode statistics, a digest."""
     key, key_bank, key_iterations = jax.random.split(carry.key, 3)
     carry = dataclasses.replace(carry, key=key)
@@ -140,7 +177,7 @@ def epoch(agent: Agent, env: Env, phase: Phase, carry: Carry, dataset: Ring | No
         (dataset,) = derived(agent, (dataset,))
 
     def body(carry: Carry, key: jax.Array) -> tuple[Carry, tuple[Metrics, Metrics]]:
-        carry, metrics, sums = iteration(agent, env, phase, carry, dataset, bank, key)
+        carry, metrics, sums = iteration(agent, env, phase, carry, dataset, bank, key, execution)
         return carry, (metrics, sums)
 
     carry, (metrics, sums) = jax.lax.scan(body, carry, jax.random.split(key_iterations, phase.iterations))
@@ -169,23 +206,32 @@ def episode_metrics(sums: Metrics) -> Metrics:
 
 
 def run(
-    agent: Agent, env: Env, schedule: Schedule, key: jax.Array, dataset: Ring | None
+    agent: Agent,
+    env: Env,
+    schedule: Schedule,
+    key: jax.Array,
+    dataset: Ring | None,
+    execution: Execution = OPEN_LOOP,
 ) -> tuple[Carry, list[Metrics]]:
     """Returns the carry at the end of a whole run and each phase's metrics [epochs, ...]; pure, to be vmapped."""
-    carry, history = begin(agent, env, schedule, key), []
+    carry, history = begin(agent, env, schedule, key, execution), []
     if dataset is not None and isinstance(agent, Fitting):
         carry = fit(agent, carry, dataset)
-    for phase in phases(schedule, agent.chunk):
-        step = functools.partial(epoch, agent, env, phase)
+    for phase in phases(schedule, execution.length(agent.chunk)):
+        step = functools.partial(epoch, agent, env, phase, execution=execution)
         carry = enter(agent, phase, carry)
-        carry, metrics = jax.lax.scan(lambda c, _, step=step: step(c, dataset), carry, None, length=phase.epochs)
+        carry, metrics = jax.lax.scan(
+            lambda c, _, step=step: step(c, dataset=dataset), carry, None, length=phase.epochs
+        )
         history.append(metrics)
     return carry, history
 
 
-def evaluate(agent: Agent, env: Env, episodes: int, state: PyTree, key: jax.Array) -> ro.Episodes:
+def evaluate(
+    agent: Agent, env: Env, episodes: int, state: PyTree, key: jax.Array, execution: Execution = OPEN_LOOP
+) -> ro.Episodes:
     """Returns the agent's first episodes in fresh environments, acting as in evaluation."""
-    return ro.evaluate(env, ro.policy_of(agent, state, greedy=True), key, episodes)
+    return ro.evaluate(env, execution(ro.policy_of(agent, state, greedy=True)), key, episodes)
 
 
 def digest(tree: PyTree) -> jax.Array:
@@ -220,9 +266,16 @@ jitted_epoch = jax.jit(epoch, static_argnames=("env", "phase"), donate_argnames=
 jitted_evaluate = jax.jit(evaluate, static_argnames=("env", "episodes"))
 
 
-def abstract_carry(agent: Agent, env: Env, schedule: Schedule, timeline: Timeline, epochs_done: int) -> Carry:
+def abstract_carry(
+    agent: Agent,
+    env: Env,
+    schedule: Schedule,
+    timeline: Timeline,
+    epochs_done: int,
+    execution: Execution = OPEN_LOOP,
+) -> Carry:
     """Returns the shapes of the carry after some epochs, without computing anything."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    carry = jitted_begin.eval_shape(agent, env, schedule, key)
+    carry = jitted_begin.eval_shape(agent, env, schedule, key, execution)
     phase, _ = timeline.at(max(epochs_done - 1, 0))
     return jitted_enter.eval_shape(agent, phase, carry)
