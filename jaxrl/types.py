@@ -364,8 +364,11 @@ class Staged(Protocol[State]):
 class Scheduling(Protocol):
     """An agent that names phases of its own, instead of offline and then online ones."""
 
-    def phases(self, schedule: Any, reward: tuple[float, float]) -> tuple[Phase, ...]:
-        """Returns the phases of a `training.schedule.Schedule`, in order."""
+    def phases(self, schedule: Any, length: int, reward: tuple[float, float]) -> tuple[Phase, ...]:
+        """Returns the phases of a `training.schedule.Schedule`, in order.
+
+        A decision executes `length` actions; `reward` is for the phases that collect.
+        """
         ...
 
 
@@ -389,7 +392,7 @@ class Remembering(Protocol[State]):
 
 @runtime_checkable
 class OnPolicy(Protocol[State]):
-    """An agent that learns from what it has just done."""
+    """An agent that learns from what it has just done, in phases that collect and whose data is "none"."""
 
     @property
     def unroll(self) -> int:
@@ -397,7 +400,7 @@ class OnPolicy(Protocol[State]):
         ...
 
     def learn_from(self, state: State, unroll: Any, key: jax.Array) -> tuple[State, Metrics]:
-        """Returns the state after learning from an unroll, `rollout.Unroll` [T, N], and its metrics."""
+        """Returns the state after learning from a `rollout.device.Unroll` [T, N], and its metrics."""
         ...
 
 
@@ -523,6 +526,28 @@ class Explorable(Protocol):
 
     def explore(self) -> Env:
         """Returns that version."""
+        ...
+
+
+class Script(Protocol):
+    """A scripted behaviour that a worker process records. It can be pickled."""
+
+    @property
+    def dataset(self) -> str:
+        """The name of what it records."""
+        ...
+
+    def __call__(self, job: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Returns the columns of the episode (seed, number)."""
+        ...
+
+
+@runtime_checkable
+class Recordable(Protocol):
+    """A `HostEnv` with scripted behaviours."""
+
+    def recording(self, behaviour: str | None, steps: int) -> tuple[Script, int]:
+        """Returns a behaviour's script, and how many of its episodes have so many steps."""
         ...
 
 

@@ -22,7 +22,18 @@ from jaxrl.agents import (
     FamO2O,
     ReBRAC,
 )
-from jaxrl.agents.parts import Adam, Autoencoder, Critic, DeterministicPolicy, FlowPolicy, Net, OneStepPolicy, Value
+from jaxrl.agents.parts import (
+    Adam,
+    AdamW,
+    Autoencoder,
+    Critic,
+    DeterministicPolicy,
+    FlowPolicy,
+    GaussianPolicy,
+    Net,
+    OneStepPolicy,
+    Value,
+)
 from jaxrl.agents.td3 import TD3
 from jaxrl.errors import UserError, unknown
 from jaxrl.networks import Norm
@@ -87,13 +98,33 @@ def _td3(norm: Norm = "none", *, normalize: bool = True) -> TD3:
 PRESETS: dict[str, dict[str, Config]] = {
     "quick": {name: Config(agent(), schedule=_MINUTES) for name, agent in AGENTS.items()}
     | {  # minutes on two CPU cores
-        "bc": Config(BC(hidden=_SMALL, lr=1e-3), schedule=_OFFLINE),
+        "bc": Config(BC(flow=FlowPolicy(Net(_SMALL), "fourier"), adam=Adam(1e-3)), schedule=_OFFLINE),
         "fmq": Config(
             FMQ(actor_hidden=_SMALL, critic_hidden=_SMALL, lr=1e-3, target_samples=4, warmup=500, curriculum=4_000),
             schedule=_MINUTES,
         ),
-        "iql": Config(IQL(**_NETS, lr=1e-3, chunk=5, backup=5), schedule=_OFFLINE),
-        "qgf": Config(QGF(**_NETS, actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3), schedule=_OFFLINE),
+        "iql": Config(
+            IQL(
+                chunk=5,
+                backup=5,
+                actor=GaussianPolicy(Net(_SMALL)),
+                critic=Critic(Net(_SMALL, norm="after"), agg="min"),
+                value=Value(Net(_SMALL, norm="after")),
+                adam=Adam(1e-3),
+            ),
+            schedule=_OFFLINE,
+        ),
+        "qgf": Config(
+            QGF(
+                flow=FlowPolicy(Net(_SMALL, norm="before_but_last"), "sinusoidal", 16),
+                critic=Critic(Net(_SMALL, norm="before"), agg="min"),
+                value=Value(Net(_SMALL, norm="before")),
+                flow_adam=Adam(1e-3),
+                critic_adam=Adam(1e-3),
+                value_adam=Adam(1e-3),
+            ),
+            schedule=_OFFLINE,
+        ),
         "fql": Config(
             FQL(
                 chunk=5,
@@ -106,7 +137,16 @@ PRESETS: dict[str, dict[str, Config]] = {
             ),
             schedule=_MINUTES,
         ),
-        "qc": Config(QC(**_NETS, lr=1e-3, num_samples=8), schedule=_MINUTES),
+        "qc": Config(
+            QC(
+                flow=FlowPolicy(Net(_SMALL)),
+                policy=OneStepPolicy(Net(_SMALL)),
+                critic=Critic(Net(_SMALL, norm="after")),
+                adam=AdamW(1e-3),
+                num_samples=8,
+            ),
+            schedule=_MINUTES,
+        ),
         "dqc": Config(
             DQC(**_NETS, lr=1e-3, backup=10, batch_size=256, discount=0.99), schedule=_OFFLINE, reward_shift=1.0
         ),
@@ -132,7 +172,13 @@ PRESETS: dict[str, dict[str, Config]] = {
         "fmq": Config(FMQ(), data_steps=1_000_000),
         "iql": Config(IQL(), schedule=_LONG, data_steps=1_000_000),
         "qgf": Config(
-            QGF(actor_hidden=_WIDE, critic_hidden=_WIDE, batch_size=1024, discount=0.999),
+            QGF(
+                flow=FlowPolicy(Net(_WIDE, norm="before_but_last"), "sinusoidal", 16),
+                critic=Critic(Net(_WIDE, norm="before"), agg="min"),
+                value=Value(Net(_WIDE, norm="before")),
+                batch_size=1024,
+                discount=0.999,
+            ),
             schedule=dataclasses.replace(_LONG, offline_updates=500_000),
             data_steps=1_000_000,
         ),

@@ -70,7 +70,7 @@ class Phased(Toy):
 class Planned(Phased):
     """A toy with phases of its own: it learns from data, collects, and learns from what it has collected."""
 
-    def phases(self, schedule: Schedule, reward: tuple[float, float]) -> tuple[Phase, ...]:
+    def phases(self, schedule: Schedule, length: int, reward: tuple[float, float]) -> tuple[Phase, ...]:
         learn = Phase("distill", 2, 3, False, 2, data="replay")
         collect = Phase("collect", 2, 2, True, 0, reward, data="none", evaluated=False)
         return (*schedule.offline("pretrain"), collect, learn)
@@ -80,7 +80,7 @@ class Planned(Phased):
 class Watching(Toy):
     """A toy that collects and stores nothing."""
 
-    def phases(self, schedule: Schedule, reward: tuple[float, float]) -> tuple[Phase, ...]:
+    def phases(self, schedule: Schedule, length: int, reward: tuple[float, float]) -> tuple[Phase, ...]:
         return (Phase("watch", 1, 1, True, 0, reward, data="none"),)
 
 
@@ -232,7 +232,7 @@ class Wrong(Toy):
 
     wrong: tuple[str, ...] = ()
 
-    def phases(self, schedule, reward):
+    def phases(self, schedule, length, reward):
         return {
             "behaviour": (Phase("behaviour", 1, 1, True, 0, data="none"),),
             "no epochs": (Phase("no epochs", 0, 1, True, 0, data="none"),),
