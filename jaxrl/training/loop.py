@@ -66,13 +66,12 @@ def begin(
     state, world = agent.init(key_agent, env.spec), None
     plan = phases(schedule, agent, length=execution.length(agent.chunk))
     if any(phase.collects for phase in plan):
-        replay = None
+        policy, flight, replay = execution(ro.policy_of(agent, state)), None, None
         if kept := capacity(schedule, plan, execution.length(agent.chunk)):
             rows = kept // schedule.envs + agent.chunk + 2
-            replay = rings.empty(schedule.envs, rows, env.spec)
-        flight = None
+            replay = rings.empty(schedule.envs, rows, env.spec, ro.extras_of(policy, env.spec))
         if not isinstance(env, HostEnv):
-            flight = ro.start(env, execution(ro.policy_of(agent, state)), key_envs, schedule.envs)
+            flight = ro.start(env, policy, key_envs, schedule.envs)
         world = World(flight, replay)
     zero = jnp.zeros((), jnp.int32)
     return placed(Carry(state, key, world, zero, zero, zero))
