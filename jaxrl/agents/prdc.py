@@ -47,7 +47,7 @@ class PRDC:
 
     def check_data(self, transitions: int) -> None:
         """Raises UserError where neighbors among so many transitions cannot be searched as asked."""
-        check(transitions, self.td3.batch_size, self.neighbours, self.search, self.block)
+        check(transitions, self.td3.transitions.batch, self.neighbours, self.search, self.block)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""

@@ -33,6 +33,7 @@ from jaxrl.agents.parts import (
     Net,
     OneStepPolicy,
     Value,
+    Windows,
 )
 from jaxrl.agents.td3 import TD3
 from jaxrl.errors import UserError, unknown
@@ -105,8 +106,7 @@ PRESETS: dict[str, dict[str, Config]] = {
         ),
         "iql": Config(
             IQL(
-                chunk=5,
-                backup=5,
+                windows=Windows(chunk=5, backup=5),
                 actor=GaussianPolicy(Net(_SMALL)),
                 critic=Critic(Net(_SMALL, norm="after"), agg="min"),
                 value=Value(Net(_SMALL, norm="after")),
@@ -127,8 +127,7 @@ PRESETS: dict[str, dict[str, Config]] = {
         ),
         "fql": Config(
             FQL(
-                chunk=5,
-                backup=5,
+                windows=Windows(chunk=5, backup=5),
                 flow=FlowPolicy(Net(_SMALL)),
                 policy=OneStepPolicy(Net(_SMALL)),
                 critic=Critic(Net(_SMALL, norm="after")),
@@ -176,8 +175,7 @@ PRESETS: dict[str, dict[str, Config]] = {
                 flow=FlowPolicy(Net(_WIDE, norm="before_but_last"), "sinusoidal", 16),
                 critic=Critic(Net(_WIDE, norm="before"), agg="min"),
                 value=Value(Net(_WIDE, norm="before")),
-                batch_size=1024,
-                discount=0.999,
+                windows=Windows(chunk=5, backup=5, batch=1024, discount=0.999),
             ),
             schedule=dataclasses.replace(_LONG, offline_updates=500_000),
             data_steps=1_000_000,
