@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxrl.types import PyTree
+from jaxrl.types import Observation, PyTree
 
 TIME_FEATURES = 64
 
@@ -89,12 +89,13 @@ class Velocity(nn.Module):
     activation: Activation = "gelu"
     time: TimeFeatures = "fourier"
     time_size: int = TIME_FEATURES
+    initial: Init = "glorot"
 
     @nn.compact
     def __call__(self, obs: jax.Array, x: jax.Array, *times: jax.Array) -> jax.Array:
         """Returns [..., size] for observations [..., O], noisy chunks [..., size] and times [..., 1] each."""
         features = [time_features(t, self.time, self.time_size) for t in times]
-        layers = MLP((*self.hidden, self.size), self.norm, self.activation)
+        layers = MLP((*self.hidden, self.size), self.norm, self.activation, initial=self.initial)
         return layers(jnp.concatenate([obs, x, *features], axis=-1))
 
 
@@ -222,9 +223,13 @@ class Gaussian(nn.Module):
     initial: Init = "glorot"
 
     @nn.compact
-    def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns mean and logarithm of the standard deviation, [..., size] each, for observations [..., O]."""
-        mean = MLP((*self.hidden, self.size), self.norm, self.activation, 1e-2, self.initial)(obs)
+    def __call__(self, obs: jax.Array, *more: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns mean and logarithm of the standard deviation, [..., size] each.
+
+        For observations [..., O], and what else the mean depends on.
+        """
+        layers = MLP((*self.hidden, self.size), self.norm, self.activation, 1e-2, self.initial)
+        mean = layers(jnp.concatenate([obs, *more], axis=-1))
         if self.unit_width:
             return mean, jnp.zeros_like(mean)
         log_std = jnp.clip(self.param("log_std", nn.initializers.zeros, (self.size,)), -5, 2)
@@ -284,7 +289,9 @@ class Squashed(nn.Module):
 
     size: int
     hidden: Sequence[int]
+    norm: Norm = "none"
     activation: Activation = "relu"
+    initial: Init = "torch"
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -292,9 +299,8 @@ class Squashed(nn.Module):
 
         At first that deviation is near exp(-1), so that actions do not crowd at the box's sides.
         """
-        mean, log_std = jnp.split(
-            MLP((*self.hidden, 2 * self.size), "none", self.activation, 1.0, "torch")(obs), 2, axis=-1
-        )
+        layers = MLP((*self.hidden, 2 * self.size), self.norm, self.activation, initial=self.initial)
+        mean, log_std = jnp.split(layers(obs), 2, axis=-1)
         return mean, jnp.clip(log_std - 1, -20, 2)
 
 
@@ -312,6 +318,6 @@ def outputs_of(params: PyTree) -> int:
     return layers[f"Dense_{last}"]["bias"].shape[-1]
 
 
-def repeat_for(candidates: jax.Array, obs: jax.Array) -> jax.Array:
+def repeat_for(candidates: jax.Array, obs: Observation) -> Observation:
     """Returns observations [B, N, O]: each of `obs` [B, O] once per candidate of [B, N, ...]."""
-    return jnp.repeat(obs[:, None], candidates.shape[1], axis=1)
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], candidates.shape[1], axis=1), obs)
