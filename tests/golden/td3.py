@@ -250,7 +250,8 @@ def learners_terms(r: Recorded, agent: A2PR, state: State, after: Any, batch: An
     y, v = td3.td_target(state, state.target["critic"], batch, action), agent.v(state, batch)
     judged = dataclasses.replace(state, params=state.params | {"critic": after.params["critic"]})
     online = td3.td_target(state, judged.params["critic"], batch, action)
-    value, _, g_value = graded(agent.value_loss, state.params["value"], judged, batch, jnp.minimum(online, y))
+    lower = agent.lower_target(judged, batch, y, action)
+    value, _, g_value = graded(agent.value_loss, state.params["value"], judged, batch, lower)
     vae, metrics, g_vae = graded(agent.vae_loss, state.params["vae"], judged, batch, v, draws)
     losses = {
         "value": value,
