@@ -18,12 +18,23 @@ from jaxrl.agents import (
     PRDC,
     QC,
     QGF,
+    TD3,
     TD3BC,
     FamO2O,
     ReBRAC,
 )
-from jaxrl.agents.parts import Adam, Autoencoder, Critic, DeterministicPolicy, FlowPolicy, Net, OneStepPolicy, Value
-from jaxrl.agents.td3 import TD3
+from jaxrl.agents.parts import (
+    Adam,
+    AdamW,
+    Autoencoder,
+    Critic,
+    DeterministicPolicy,
+    FlowPolicy,
+    GaussianPolicy,
+    Net,
+    OneStepPolicy,
+    Value,
+)
 from jaxrl.errors import UserError, unknown
 from jaxrl.networks import Norm
 from jaxrl.ops.closed_form import ClosedForm
@@ -38,6 +49,25 @@ _SMALL = (128, 128, 128)
 
 
 _WIDE = (1024, 1024, 1024, 1024)
+
+
+_LR = 1e-3  # of all networks in minutes
+
+
+_FLOW = FlowPolicy(Net(_SMALL))
+
+
+_ONE_STEP = OneStepPolicy(Net(_SMALL))
+
+
+_CRITIC = Critic(Net(_SMALL, norm="after"))
+
+
+def _qgf(hidden: tuple[int, ...]) -> dict[str, Any]:
+    """Returns QGF's networks with these widths."""
+    before = Net(hidden, norm="before")
+    flow = FlowPolicy(Net(hidden, norm="before_but_last"), "sinusoidal", 16)
+    return {"flow": flow, "critic": Critic(before, agg="min"), "value": Value(before)}
 
 
 _NETS: dict[str, Any] = {"actor_hidden": _SMALL, "critic_hidden": _SMALL}
@@ -78,8 +108,8 @@ def _td3(norm: Norm = "none", *, normalize: bool = True) -> TD3:
     return TD3(
         DeterministicPolicy(Net(_SMALL, "relu", "none", "torch")),
         Critic(Net(_SMALL, "relu", norm, "torch"), agg="min"),
-        Adam(1e-3),
-        Adam(1e-3),
+        Adam(_LR),
+        Adam(_LR),
         normalize=normalize,
     )
 
@@ -87,26 +117,32 @@ def _td3(norm: Norm = "none", *, normalize: bool = True) -> TD3:
 PRESETS: dict[str, dict[str, Config]] = {
     "quick": {name: Config(agent(), schedule=_MINUTES) for name, agent in AGENTS.items()}
     | {  # minutes on two CPU cores
-        "bc": Config(BC(hidden=_SMALL, lr=1e-3), schedule=_OFFLINE),
+        "bc": Config(BC(flow=FlowPolicy(Net(_SMALL), "fourier"), adam=Adam(_LR)), schedule=_OFFLINE),
         "fmq": Config(
             FMQ(actor_hidden=_SMALL, critic_hidden=_SMALL, lr=1e-3, target_samples=4, warmup=500, curriculum=4_000),
             schedule=_MINUTES,
         ),
-        "iql": Config(IQL(**_NETS, lr=1e-3, chunk=5, backup=5), schedule=_OFFLINE),
-        "qgf": Config(QGF(**_NETS, actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3), schedule=_OFFLINE),
-        "fql": Config(
-            FQL(
+        "iql": Config(
+            IQL(
                 chunk=5,
                 backup=5,
-                flow=FlowPolicy(Net(_SMALL)),
-                policy=OneStepPolicy(Net(_SMALL)),
-                critic=Critic(Net(_SMALL, norm="after")),
-                adam=Adam(1e-3),
-                alpha=3.0,
+                actor=GaussianPolicy(Net(_SMALL)),
+                critic=dataclasses.replace(_CRITIC, agg="min"),
+                value=Value(Net(_SMALL, norm="after")),
+                adam=Adam(_LR),
             ),
+            schedule=_OFFLINE,
+        ),
+        "qgf": Config(
+            QGF(**_qgf(_SMALL), flow_adam=Adam(_LR), critic_adam=Adam(_LR), value_adam=Adam(_LR)), schedule=_OFFLINE
+        ),
+        "fql": Config(
+            FQL(chunk=5, backup=5, flow=_FLOW, policy=_ONE_STEP, critic=_CRITIC, adam=Adam(_LR), alpha=3.0),
             schedule=_MINUTES,
         ),
-        "qc": Config(QC(**_NETS, lr=1e-3, num_samples=8), schedule=_MINUTES),
+        "qc": Config(
+            QC(flow=_FLOW, policy=_ONE_STEP, critic=_CRITIC, adam=AdamW(_LR), num_samples=8), schedule=_MINUTES
+        ),
         "dqc": Config(
             DQC(**_NETS, lr=1e-3, backup=10, batch_size=256, discount=0.99), schedule=_OFFLINE, reward_shift=1.0
         ),
@@ -115,7 +151,7 @@ PRESETS: dict[str, dict[str, Config]] = {
         "rebrac": Config(ReBRAC(_td3("after", normalize=False)), schedule=_OFFLINE),
         "prdc": Config(PRDC(_td3()), schedule=_OFFLINE),
         "a2pr": Config(
-            A2PR(_td3(), Value(Net(_SMALL, "relu", "none", "torch")), Autoencoder(_SMALL), value_adam=Adam(1e-3)),
+            A2PR(_td3(), Value(Net(_SMALL, "relu", "none", "torch")), Autoencoder(_SMALL), value_adam=Adam(_LR)),
             schedule=_OFFLINE,
         ),
         "cql": Config(CQL(**_NETS, actor_lr=3e-4, critic_lr=1e-3), schedule=_OFFLINE),
@@ -132,7 +168,7 @@ PRESETS: dict[str, dict[str, Config]] = {
         "fmq": Config(FMQ(), data_steps=1_000_000),
         "iql": Config(IQL(), schedule=_LONG, data_steps=1_000_000),
         "qgf": Config(
-            QGF(actor_hidden=_WIDE, critic_hidden=_WIDE, batch_size=1024, discount=0.999),
+            QGF(**_qgf(_WIDE), batch_size=1024, discount=0.999),
             schedule=dataclasses.replace(_LONG, offline_updates=500_000),
             data_steps=1_000_000,
         ),
