@@ -275,7 +275,7 @@ class Critic:
     def first(self, params: PyTree, obs: Observation, action: jax.Array) -> jax.Array:
         """Returns the first critic's value [...], without computing the others."""
         alone = dataclasses.replace(self, heads=1)
-        return alone.values(jax.tree.map(lambda x: x[:1], params), obs, action)[0]
+        return alone.values(networks.first_of(params), obs, action)[0]
 
     def error(self, params: PyTree, obs: Observation, action: jax.Array, target: jax.Array) -> jax.Array:
         """Returns each critic's error [K, B] against targets [B]: squared, or the cross entropy of its logit."""

@@ -10,9 +10,11 @@ from jaxrl import ranges
 from jaxrl.agents import AGENTS
 from jaxrl.errors import UserError, unknown
 from jaxrl.replay.weighting import Weighting
+from jaxrl.rollout.executors import Execution
 from jaxrl.training.schedule import Schedule, Timeline, phases, reads_dataset
+from jaxrl.types import Agent
 
-A = TypeVar("A")
+A = TypeVar("A", bound=Agent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Config(Generic[A]):
     env: str = "maze-medium"
     """Environment, as `jaxrl list` names them; options follow a question mark, such as push?reward=dense."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    execution: Execution = dataclasses.field(default_factory=Execution)
     data: str | None = None
     """Dataset file, or a folder or quoted pattern of .npz files, one per epoch; else a behaviour is recorded, if the
     run learns from a dataset."""
@@ -46,6 +49,8 @@ class Config(Generic[A]):
         """Raises UserError for the first value that is out of range, before anything is built."""
         ranges.check(self.agent)
         self.schedule.check()
+        ranges.check(self.execution, "execution")
+        self.execution.check_fits(self.agent.chunk)
         self.weighting.check()
         for name in ("reward_scale", "reward_shift"):
             if not math.isfinite(getattr(self, name)):
@@ -68,8 +73,8 @@ class Config(Generic[A]):
 
 def timeline_of(config: Config) -> Timeline:
     """Returns the epochs of a run. Raises UserError where there is nothing to do."""
-    reward = (config.reward_scale, config.reward_shift)
-    return Timeline(phases(config.schedule, config.agent, reward, dataset=config.data is not None))
+    reward, length = (config.reward_scale, config.reward_shift), config.execution.length(config.agent.chunk)
+    return Timeline(phases(config.schedule, config.agent, reward, config.data is not None, length))
 
 
 def has_dataset(config: Config) -> bool:

@@ -29,19 +29,29 @@ def load_data(config: Config, env: Env | HostEnv) -> Dataset | Shards | None:
     if not has_dataset(config):
         return None
     config = with_data(config, env)
-    if config.data is not None and (shards := streaming.find(config.data)) is not None:
+    if config.data is None:
+        path = recorded(config, env)
+    elif (shards := streaming.find(config.data)) is not None:
         loading.check_fits(shards.sizes, env)
         return shards
-    path = data_path(config.env, config.behaviour, config.data_steps) if config.data is None else Path(config.data)
-    if config.data is None and not path.exists():
+    else:
+        path = Path(config.data)
+    dataset = files.load(path)
+    loading.check_fits(loading.sizes_of(dataset), env)
+    return dataset
+
+
+def recorded(config: Config, env: Env | HostEnv) -> Path:
+    """Returns the file of the scripted behaviour, recorded now if it is not there yet."""
+    assert not isinstance(env, HostEnv), "with_data names a file for these"
+    path = data_path(config.env, config.behaviour, config.data_steps)
+    if not path.exists():
         record.behaviour_of(env, config.behaviour)  # refuses a level that does not exist
         print(f"recording {config.data_steps} steps of the behaviour {config.behaviour!r} as {path}", file=sys.stderr)
         dataset = record.record(env, config.behaviour, config.data_steps, seed=0)
         path.parent.mkdir(exist_ok=True)
         files.save(path, dataset)
-    dataset = files.load(path)
-    loading.check_fits(loading.sizes_of(dataset), env)
-    return dataset
+    return path
 
 
 def with_data(config: Config, env: Env | HostEnv) -> Config:
@@ -90,6 +100,7 @@ def in_memory(
         shift=config.reward_shift,
         probabilities=requirements(config.agent).unit_rewards,
         weighting=config.weighting,
+        columns=requirements(config.agent).columns,
     )
     if isinstance(dataset, Dataset):
         check_sizes(config.agent, loading.sizes_of(dataset))

@@ -18,6 +18,7 @@ from jaxrl.errors import UserError
 from jaxrl.replay.ring import Ring
 from jaxrl.replay.streaming import Shards, Stream
 from jaxrl.rollout import host, workers
+from jaxrl.rollout.executors import Execution, check_learning
 from jaxrl.runs import checkpoint, directory, jsonlines, plots
 from jaxrl.runs.config import Config, records, timeline_of, to_dict
 from jaxrl.runs.datasets import check_same_data, digest_of, in_memory, known_digest, load_data
@@ -45,9 +46,15 @@ class Run:
     config: Config
     env: Env | HostEnv
     agent: Agent
+    execution: Execution
     timeline: Timeline
     data: Ring | Stream | None  # None where no phase learns from a dataset
     simulators: host.Simulators | None = None  # of an environment that steps on the CPU
+
+    @property
+    def recorded(self) -> Env | None:
+        """The environment whose scripted behaviour the dataset holds; None where it comes from elsewhere."""
+        return self.env if records(self.config) and not isinstance(self.env, HostEnv) else None
 
     def close(self) -> None:
         """Ends the processes of the simulators, if there are any."""
@@ -56,8 +63,8 @@ class Run:
 
     def first(self) -> Carry:
         """Returns the carry before the first epoch."""
-        carry = loop.jitted_begin(self.agent, self.env, self.config.schedule, jax.random.key(self.config.seed))
-        data = self.dataset(0)
+        key, data = jax.random.key(self.config.seed), self.dataset(0)
+        carry = loop.jitted_begin(self.agent, self.env, self.config.schedule, key, self.execution)
         if data is not None and isinstance(self.agent, Fitting):
             carry = loop.jitted_fit(self.agent, carry, data)
         return on_devices(carry)
@@ -69,7 +76,7 @@ class Run:
 
     def abstract(self, done: int) -> Carry:
         """Returns the shapes of the carry after `done` epochs, without computing anything."""
-        return abstract_carry(self.agent, self.env, self.config.schedule, self.timeline, done)
+        return abstract_carry(self.agent, self.env, self.config.schedule, self.timeline, done, self.execution)
 
     def dataset(self, index: int) -> Ring | None:
         """Returns the dataset as the epoch with this index (from 0) sees it, on every device."""
@@ -83,9 +90,9 @@ class Run:
         data = self.dataset(index) if reads_dataset(phase) else None
         if self.simulators is not None and phase.collects:
             envs = self.config.schedule.envs
-            carry, metrics = host_loop.epoch(self.simulators, self.agent, phase, carry, data, envs)
+            carry, metrics = host_loop.epoch(self.simulators, self.agent, phase, carry, data, envs, self.execution)
         else:
-            carry, metrics = loop.jitted_epoch(self.agent, self.env, phase, carry, data)
+            carry, metrics = loop.jitted_epoch(self.agent, self.env, phase, carry, data, self.execution)
         row = row_of(index, phase, *jax.device_get((carry.updates, carry.steps, metrics)))
         if self.timeline.evaluates(index, self.config.schedule.eval_every):
             row |= evaluation(episodes_of(self.config, self.agent, self.env, carry.agent, self.simulators))
@@ -99,9 +106,10 @@ def on_devices(carry: Carry) -> Carry:
 
 def prepare(config: Config, env: Env | HostEnv, dataset: Dataset | Shards | None) -> Run:
     """Returns the run of a configuration. Raises UserError where no episode is as long as the agent's windows."""
-    timeline = timeline_of(config)
+    check_learning(config.agent, config.execution)
+    agent, execution, timeline = loop.on_device(config.agent), loop.on_device(config.execution), timeline_of(config)
     data, simulators = in_memory(config, env, dataset, timeline.epochs), simulators_of(config, env)
-    return Run(config, env, loop.on_device(config.agent), timeline, data, simulators)
+    return Run(config, env, agent, execution, timeline, data, simulators)
 
 
 def start(config: Config, env: Env | HostEnv, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
@@ -127,12 +135,12 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, An
     checkpoint.keep(folder, [epoch for epoch in checkpoint.epochs(folder) if epoch <= done])
     directory.rewind(path, done)
     with contextlib.closing(run), contextlib.closing(Log(path, wandb, done)) as log:
-        if records(run.config) and not jsonlines.rows(path / "metrics.jsonl"):
-            log.row(evaluate_behaviour(run.config, run.env))
+        if run.recorded is not None and not jsonlines.rows(path / "metrics.jsonl"):
+            log.row(evaluate_behaviour(run.config, run.recorded))
         for index in range(done, run.timeline.epochs):
             phase, before = run.timeline.at(index)
             if index == done or before == 0:
-                log.start(phase, before, run.agent.chunk, run.config.schedule.envs)
+                log.start(phase, before, run.execution.length(run.agent.chunk), run.config.schedule.envs)
             try:
                 carry, row = run.epoch(carry, index)
             except Interrupted as broken:  # the epoch will be repeated, with what it has learned so far
@@ -200,14 +208,17 @@ def replay(config: Config, env: Env | HostEnv, path: Path, epochs: int) -> str |
     dataset = load_data(config, env)
     check_same_data(path, dataset, known_digest(path))
     run = prepare(config, env, dataset)
-    first = 0 if records(config) else 1  # the behaviour's row comes before the first epoch's
+    first = 1 if run.recorded is None else 0  # the behaviour's row comes before the first epoch's
     recorded = jsonlines.rows(path / "metrics.jsonl")[: min(epochs, run.timeline.epochs) + 1 - first]
     if len(recorded) + first < 2:
         raise UserError(f"{path} has no epoch yet that could be repeated")
     carry = run.first()
     with contextlib.closing(run):
         for epoch, was in enumerate(recorded, start=first):
-            carry, row = run.epoch(carry, epoch - 1) if epoch else (carry, evaluate_behaviour(config, env))
+            if epoch == 0 and run.recorded is not None:
+                row = evaluate_behaviour(config, run.recorded)
+            else:
+                carry, row = run.epoch(carry, epoch - 1)
             now = as_json(row)
             for name in was | now:
                 if was.get(name) != now.get(name):

@@ -15,7 +15,7 @@ from jaxrl.runs import checkpoint, plots
 from jaxrl.runs.config import Config, timeline_of
 from jaxrl.training import loop
 from jaxrl.training.loop import abstract_carry
-from jaxrl.types import Agent, Drawable, Env, HostEnv, PyTree
+from jaxrl.types import Agent, Drawable, Env, HostEnv, Observation, PyTree
 
 
 def evaluation(episodes: ro.Episodes) -> dict[str, float]:
@@ -32,7 +32,7 @@ def evaluation(episodes: ro.Episodes) -> dict[str, float]:
     }
 
 
-def evaluate_behaviour(config: Config, env: Env | HostEnv) -> dict[str, Any]:
+def evaluate_behaviour(config: Config, env: Env) -> dict[str, Any]:
     """Returns the row of the scripted behaviour, judged on the same episodes as the agent."""
     policy = ro.scripted(record.behaviour_of(env, config.behaviour))
     key = jax.random.key(config.schedule.eval_seed)
@@ -74,27 +74,29 @@ def render(config: Config, env: Env | HostEnv, path: Path, out: Path) -> None:
 def animate(config: Config, agent: Agent, env: Env | HostEnv, state: PyTree, out: Path) -> None:
     """Writes the first evaluation episode as an animation. Raises UserError where a simulator cannot be rendered."""
     if isinstance(env, HostEnv):
-        plots.animation(host.film(env, agent, state, jax.random.key(config.schedule.eval_seed)), out)
+        execution, key = loop.on_device(config.execution), jax.random.key(config.schedule.eval_seed)
+        plots.animation(host.render(env, agent, state, key, execution=execution), out)
     elif isinstance(env, Drawable):
         plots.gif(env, episode(config, agent, env, state), out)
     else:
         raise UserError(f"environment {config.env!r} cannot be drawn: it has no draw(obs, size)")
 
 
-def episode(config: Config, agent: Agent, env: Env | HostEnv, state: PyTree) -> np.ndarray:
+def episode(config: Config, agent: Agent, env: Env | HostEnv, state: PyTree) -> Observation:
     """Returns the observations [T + 1, O] of the first evaluation episode."""
     episodes = episodes_of(config, agent, env, state)
-    return np.asarray(episodes.track[: episodes.lengths[0] + 1])
+    return jax.tree.map(lambda x: np.asarray(x[: episodes.lengths[0] + 1]), episodes.track)
 
 
 def episodes_of(
     config: Config, agent: Agent, env: Env | HostEnv, state: PyTree, simulators: host.Simulators | None = None
 ) -> ro.Episodes:
     """Returns the evaluation episodes of an agent's state, on the host."""
-    key = jax.random.key(config.schedule.eval_seed)
+    key, count = jax.random.key(config.schedule.eval_seed), config.schedule.eval_episodes
+    execution = loop.on_device(config.execution)
     if simulators is not None:
-        return host.evaluate(simulators, agent, state, key, config.schedule.eval_episodes)
-    return jax.device_get(loop.jitted_evaluate(agent, env, config.schedule.eval_episodes, state, key))
+        return host.evaluate(simulators, agent, state, key, count, execution)
+    return jax.device_get(loop.jitted_evaluate(agent, env, count, state, key, execution))
 
 
 def simulators_of(config: Config, env: Env | HostEnv) -> host.Simulators | None:

@@ -15,7 +15,7 @@ from jaxrl.replay.ring import Ring
 from jaxrl.replay.streaming import Stream
 from jaxrl.rollout import host
 from jaxrl.runs import checkpoint, directory, driver, jsonlines
-from jaxrl.runs.config import records, to_dict
+from jaxrl.runs.config import to_dict
 from jaxrl.runs.datasets import check_same_data, load_data, with_data
 from jaxrl.runs.evaluation import evaluate_behaviour, evaluation
 from jaxrl.runs.jsonlines import append, write_json
@@ -138,8 +138,8 @@ class CohortRunner:
     def first(self) -> Population:
         """Returns the members before their first epoch."""
         keys = self.programs.place(keys_of(m.config.seed for m in self.members), self.room)
-        population = self.programs.begin(self.agents, schedule=self.run.config.schedule, keys=keys)
-        data = self.data(0)
+        given: dict[str, Any] = {"schedule": self.run.config.schedule, "execution": self.run.execution}
+        population, data = self.programs.begin(self.agents, keys=keys, **given), self.data(0)
         if data is not None and isinstance(self.run.agent, Fitting):
             population = self.programs.fit(self.agents, population=population, dataset=data)
         return self.programs.pad(population, len(self.members))
@@ -147,7 +147,7 @@ class CohortRunner:
     def abstract(self, done: int) -> Any:
         """Returns the shapes of a checkpoint of the members after so many epochs."""
         run, count = self.run, len(self.members)
-        one = driver.abstract_carry(run.agent, run.env, run.config.schedule, run.timeline, done)
+        one = driver.abstract_carry(run.agent, run.env, run.config.schedule, run.timeline, done, run.execution)
         carry = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
         stopped: Any = jax.ShapeDtypeStruct((count,), np.int32)
         return Population(carry, stopped)
@@ -196,7 +196,8 @@ class CohortRunner:
         if before == 0:
             population = self.programs.enter(self.agents, phase=phase, population=population)
         data = self.data(index) if reads_dataset(phase) else None
-        population, metrics = self.programs.epoch(self.agents, phase=phase, population=population, dataset=data)
+        given: dict[str, Any] = {"phase": phase, "dataset": data, "execution": self.run.execution}
+        population, metrics = self.programs.epoch(self.agents, population=population, **given)
         schedule = self.run.config.schedule
         due = self.run.timeline.evaluates(index, schedule.eval_every)
         judged = self.judge(population, schedule.eval_seed) if due else [{}] * len(self.members)
@@ -222,11 +223,12 @@ class CohortRunner:
         count, key, states = self.run.config.schedule.eval_episodes, jax.random.key(seed), population.carry.agent
         if self.run.simulators is None:
             key = self.programs.share(key)
-            found = self.programs.evaluate(self.agents, episodes=count, states=states, key=key)
+            given: dict[str, Any] = {"episodes": count, "execution": self.run.execution}
+            found = self.programs.evaluate(self.agents, states=states, key=key, **given)
             each = [jax.tree.map(lambda x, i=i: x[i], jax.device_get(found)) for i in range(len(self.members))]
         else:
             pairs = [jax.tree.map(lambda x, i=i: x[i], (self.agents, states)) for i in range(len(self.members))]
-            each = [host.evaluate(self.run.simulators, *pair, key, count) for pair in pairs]
+            each = [host.evaluate(self.run.simulators, *pair, key, count, self.run.execution) for pair in pairs]
         return [evaluation(episodes) for episodes in each]
 
     def line(self, rows: list[dict[str, Any]]) -> str:
@@ -246,8 +248,8 @@ class CohortRunner:
         for member in self.cohort.members:
             home = self.cohort.home(member)
             directory.rewind(home, done)
-            if records(self.run.config) and not jsonlines.rows(home / "metrics.jsonl"):
-                row = row or evaluate_behaviour(self.run.config, self.run.env)
+            if self.run.recorded is not None and not jsonlines.rows(home / "metrics.jsonl"):
+                row = row or evaluate_behaviour(self.run.config, self.run.recorded)
                 append(home / "metrics.jsonl", row)
 
     # The end

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 
-from jaxrl.replay.ring import Ring
 from jaxrl.runs import memory as plan
 from jaxrl.runs.config import timeline_of
 from jaxrl.runs.datasets import with_data
@@ -16,6 +15,7 @@ from jaxrl.sweeps.cohort import Make
 from jaxrl.sweeps.packing import zeros
 from jaxrl.sweeps.population import Population, Programs, keys_of, programs, stacked
 from jaxrl.sweeps.space import Member, Settings, Space
+from jaxrl.training import loop
 from jaxrl.training.schedule import reads_dataset
 from jaxrl.types import Agent, Env, HostEnv, Phase, on_host
 
@@ -100,18 +100,21 @@ def measured(some: list[Member], lifted: Programs, env: Env | HostEnv) -> tuple[
     agents = lifted.place(stacked([member.config.agent for member in some]))
     dataset, _ = plan.abstract_data(config, env)
     data = None if dataset is None else lifted.share(zeros(dataset))
-    population = lifted.begin(agents, schedule=config.schedule, keys=lifted.place(keys_of(m.config.seed for m in some)))
+    execution: dict[str, Any] = {"execution": loop.on_device(config.execution)}
+    keys = lifted.place(keys_of(m.config.seed for m in some))
+    population = lifted.begin(agents, schedule=config.schedule, keys=keys, **execution)
     timeline = timeline_of(config)
     evaluations = sum(timeline.evaluates(e, config.schedule.eval_every) for e in range(timeline.epochs))
     working, seconds = 0, 0.0
     for phase in timeline.phases:
         population = lifted.enter(agents, phase=phase, population=population)
         short = dataclasses.replace(phase, iterations=min(1 if phase.collects else ITERATIONS, phase.iterations))
-        dataset = data if reads_dataset(phase) else None
-        population, needs, each = timed(lifted, agents, population, short, dataset)
+        given = {"dataset": data if reads_dataset(phase) else None, **execution}
+        population, needs, each = timed(lifted, agents, population, short, given)
         working, seconds = max(working, needs), seconds + each / short.iterations * phase.iterations * phase.epochs
     if not on_host(env):
-        arguments: dict[str, Any] = {"states": population.carry.agent, "key": lifted.share(jax.random.key(0))}
+        key = lifted.share(jax.random.key(0))
+        arguments: dict[str, Any] = {"states": population.carry.agent, "key": key, **execution}
         judge = lifted.evaluate.lower(agents, episodes=config.schedule.eval_episodes, **arguments).compile()
         jax.block_until_ready(judge(agents, **arguments))
         start = time.perf_counter()
@@ -124,11 +127,11 @@ def measured(some: list[Member], lifted: Programs, env: Env | HostEnv) -> tuple[
 
 
 def timed(
-    lifted: Programs, agents: Agent, population: Population, phase: Phase, data: Ring | None
+    lifted: Programs, agents: Agent, population: Population, phase: Phase, given: dict[str, Any]
 ) -> tuple[Population, int, float]:
     """Returns the members after two short epochs, the bytes that one needs, and the seconds of the second."""
-    program = lifted.epoch.lower(agents, phase=phase, population=population, dataset=data).compile()
-    population, _ = jax.block_until_ready(program(agents, population=population, dataset=data))
+    program = lifted.epoch.lower(agents, phase=phase, population=population, **given).compile()
+    population, _ = jax.block_until_ready(program(agents, population=population, **given))
     start = time.perf_counter()
-    population, _ = jax.block_until_ready(program(agents, population=population, dataset=data))
+    population, _ = jax.block_until_ready(program(agents, population=population, **given))
     return population, plan.temporary(program), time.perf_counter() - start

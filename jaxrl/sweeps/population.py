@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxrl.replay.ring import Ring
 from jaxrl.rollout import device as ro
+from jaxrl.rollout.executors import OPEN_LOOP, Execution
 from jaxrl.training import compiling, loop
 from jaxrl.training.loop import Carry
 from jaxrl.training.schedule import Schedule
@@ -61,9 +62,16 @@ class Population:
     stopped: jax.Array  # [M] int32: 0 while a member runs; e after epoch e, in which it diverged; -e where dropped then
 
 
-def begin(agents: Agent, env: Env | HostEnv, schedule: Schedule, keys: jax.Array, lift: Lift) -> Population:
+def begin(
+    agents: Agent,
+    env: Env | HostEnv,
+    schedule: Schedule,
+    keys: jax.Array,
+    lift: Lift,
+    execution: Execution = OPEN_LOOP,
+) -> Population:
     """Returns the members before their first epoch."""
-    carry = lift(lambda agent, key: loop.begin(agent, env, schedule, key), agents, keys)
+    carry = lift(lambda agent, key: loop.begin(agent, env, schedule, key, execution), agents, keys)
     return Population(carry, jnp.zeros(len(keys), jnp.int32))
 
 
@@ -82,7 +90,13 @@ def enter(agents: Agent, phase: Phase, population: Population, lift: Lift) -> Po
 
 
 def epoch(
-    agents: Agent, env: Env, phase: Phase, population: Population, dataset: Ring | None, lift: Lift
+    agents: Agent,
+    env: Env,
+    phase: Phase,
+    population: Population,
+    dataset: Ring | None,
+    lift: Lift,
+    execution: Execution = OPEN_LOOP,
 ) -> tuple[Population, Metrics]:
     """Returns the members after one epoch, and their metrics [M], which mean nothing for those that have left.
 
@@ -92,7 +106,7 @@ def epoch(
 
     @jax.jit  # so that it is traced once, not again for the shapes of its metrics
     def go(agent: Agent, carry: Carry) -> tuple[Carry, Metrics, jax.Array]:
-        after, metrics = loop.epoch(agent, env, phase, carry, dataset)
+        after, metrics = loop.epoch(agent, env, phase, carry, dataset, execution)
         finite = all_finite(after.agent)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after.agent, carry.agent)
         return dataclasses.replace(after, agent=kept), metrics, finite
@@ -118,11 +132,20 @@ def all_finite(tree: PyTree) -> jax.Array:
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in leaves]))
 
 
-def evaluate(agents: Agent, env: Env, episodes: int, states: PyTree, key: jax.Array, lift: Lift) -> ro.Episodes:
+def evaluate(
+    agents: Agent,
+    env: Env,
+    episodes: int,
+    states: PyTree,
+    key: jax.Array,
+    lift: Lift,
+    execution: Execution = OPEN_LOOP,
+) -> ro.Episodes:
     """Returns every member's evaluation episodes, leaves [M, episodes], the same ones for each; no track of them."""
 
     def one(agent: Agent, state: PyTree) -> ro.Episodes:
-        return dataclasses.replace(loop.evaluate(agent, env, episodes, state, key), track=jnp.zeros(()))
+        found = loop.evaluate(agent, env, episodes, state, key, execution)
+        return dataclasses.replace(found, track=jnp.zeros(()))
 
     return lift(one, agents, states)
 

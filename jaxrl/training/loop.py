@@ -7,7 +7,7 @@ donated, so that progress, checkpoints and signals happen between compiled calls
 
 import dataclasses
 import functools
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,24 @@ from jaxrl.errors import UserError
 from jaxrl.replay import ring as rings
 from jaxrl.replay.ring import Ring
 from jaxrl.rollout import device as ro
+from jaxrl.rollout.executors import OPEN_LOOP, Execution
 from jaxrl.sharding import shared, spread
 from jaxrl.training.compiling import Jitted
 from jaxrl.training.schedule import Schedule, Timeline, capacity, phases, reads_dataset, reads_replay
-from jaxrl.types import Agent, Deriving, Env, Fitting, HostEnv, Learner, Metrics, Phase, PyTree, Staged, pytree
+from jaxrl.types import (
+    Agent,
+    Deriving,
+    Env,
+    Fitting,
+    HostEnv,
+    Learner,
+    Metrics,
+    OnPolicy,
+    Phase,
+    PyTree,
+    Staged,
+    pytree,
+)
 
 T = TypeVar("T")
 
@@ -44,18 +58,20 @@ class Carry:
     epoch: jax.Array  # [] int32
 
 
-def begin(agent: Agent, env: Env | HostEnv, schedule: Schedule, key: jax.Array) -> Carry:
+def begin(
+    agent: Agent, env: Env | HostEnv, schedule: Schedule, key: jax.Array, execution: Execution = OPEN_LOOP
+) -> Carry:
     """Returns the carry before the first epoch, with room for what the run's phases need and no more."""
     key, key_agent, key_envs = jax.random.split(key, 3)
-    state, world, plan = agent.init(key_agent, env.spec), None, phases(schedule, agent)
+    state, world = agent.init(key_agent, env.spec), None
+    plan = phases(schedule, agent, length=execution.length(agent.chunk))
     if any(phase.collects for phase in plan):
-        replay = None
-        if kept := capacity(schedule, plan, agent.chunk):
+        policy, flight, replay = execution(ro.policy_of(agent, state)), None, None
+        if kept := capacity(schedule, plan, execution.length(agent.chunk)):
             rows = kept // schedule.envs + agent.chunk + 2
-            replay = rings.empty(schedule.envs, rows, env.spec.observation, env.spec.action)
-        flight = None
+            replay = rings.empty(schedule.envs, rows, env.spec, ro.extras_of(policy, env.spec))
         if not isinstance(env, HostEnv):
-            flight = ro.start(env, ro.policy_of(agent, state), key_envs, schedule.envs)
+            flight = ro.start(env, policy, key_envs, schedule.envs)
         world = World(flight, replay)
     zero = jnp.zeros((), jnp.int32)
     return placed(Carry(state, key, world, zero, zero, zero))
@@ -88,17 +104,45 @@ def enter(agent: Agent, phase: Phase, carry: Carry) -> Carry:
 
 
 def iteration(
-    agent: Agent, env: Env, phase: Phase, carry: Carry, dataset: Ring | None, bank: PyTree, key: jax.Array
+    agent: Agent,
+    env: Env,
+    phase: Phase,
+    carry: Carry,
+    dataset: Ring | None,
+    bank: PyTree,
+    key: jax.Array,
+    execution: Execution = OPEN_LOOP,
 ) -> tuple[Carry, Metrics, Metrics]:
     """Returns the carry after one iteration, the updates' mean metrics and the collection's sums."""
     key_collect, key_update = jax.random.split(key)
     world, steps, sums = carry.world, None, {}
     if world is not None and world.rollout is not None and phase.collects:
-        policy = ro.policy_of(agent, carry.agent)
+        policy = execution(ro.policy_of(agent, carry.agent))
+        if on_policy(agent, phase):
+            rollout, unroll = ro.unroll(env, policy, world.rollout, bank, key_collect, agent.unroll)
+            carry = dataclasses.replace(carry, world=World(rollout, world.replay))
+            carry, metrics = learn_from(agent, phase, carry, unroll, key_update)
+            return carry, metrics, unroll.sums
         rollout, steps, sums = ro.advance(env, policy, world.rollout, bank, key_collect)
         carry = dataclasses.replace(carry, world=World(rollout, world.replay))
     carry, metrics = learn(agent, phase, carry, dataset, steps, key_update)
     return carry, metrics, sums
+
+
+def on_policy(agent: Agent, phase: Phase) -> TypeGuard[OnPolicy]:
+    """Returns whether an agent learns in a phase from what it has just done, and from nothing that is stored."""
+    return isinstance(agent, OnPolicy) and phase.collects and phase.data == "none"
+
+
+def learn_from(agent: OnPolicy, phase: Phase, carry: Carry, unroll: ro.Unroll, key: jax.Array) -> tuple[Carry, Metrics]:
+    """Returns the carry after an on-policy agent has learned from an unroll, unless the phase makes no updates."""
+    scale, shift = phase.reward
+    steps = dataclasses.replace(unroll.steps, rewards=scale * unroll.steps.rewards + shift)
+    carry = dataclasses.replace(carry, updates=carry.updates + phase.updates, steps=carry.steps + steps.taken.sum())
+    if not phase.updates:
+        return carry, {}
+    state, metrics = agent.learn_from(carry.agent, dataclasses.replace(unroll, steps=steps), key)
+    return dataclasses.replace(carry, agent=state), metrics
 
 
 def learn(
@@ -155,7 +199,14 @@ def mean(values: jax.Array) -> jax.Array:
     return jnp.nanmean(values, axis=0)
 
 
-def epoch(agent: Agent, env: Env, phase: Phase, carry: Carry, dataset: Ring | None) -> tuple[Carry, Metrics]:
+def epoch(
+    agent: Agent,
+    env: Env,
+    phase: Phase,
+    carry: Carry,
+    dataset: Ring | None,
+    execution: Execution = OPEN_LOOP,
+) -> tuple[Carry, Metrics]:
     """Returns the carry after one epoch and its metrics: means over updates, episode statistics, a digest."""
     key, key_bank, key_iterations = jax.random.split(carry.key, 3)
     carry = dataclasses.replace(carry, key=key)
@@ -165,7 +216,7 @@ def epoch(agent: Agent, env: Env, phase: Phase, carry: Carry, dataset: Ring | No
         (dataset,) = derived(agent, (dataset,))
 
     def body(carry: Carry, key: jax.Array) -> tuple[Carry, tuple[Metrics, Metrics]]:
-        carry, metrics, sums = iteration(agent, env, phase, carry, dataset, bank, key)
+        carry, metrics, sums = iteration(agent, env, phase, carry, dataset, bank, key, execution)
         return carry, (metrics, sums)
 
     carry, (metrics, sums) = jax.lax.scan(body, carry, jax.random.split(key_iterations, phase.iterations))
@@ -194,23 +245,33 @@ def episode_metrics(sums: Metrics) -> Metrics:
 
 
 def run(
-    agent: Agent, env: Env, schedule: Schedule, key: jax.Array, dataset: Ring | None
+    agent: Agent,
+    env: Env,
+    schedule: Schedule,
+    key: jax.Array,
+    dataset: Ring | None,
+    execution: Execution = OPEN_LOOP,
 ) -> tuple[Carry, list[Metrics]]:
     """Returns the carry at the end of a whole run and each phase's metrics [epochs, ...]; pure, to be vmapped."""
-    carry, history = begin(agent, env, schedule, key), []
+    carry, history = begin(agent, env, schedule, key, execution), []
     if dataset is not None and isinstance(agent, Fitting):
         carry = fit(agent, carry, dataset)
-    for phase in phases(schedule, agent, dataset=dataset is not None):
-        step = functools.partial(epoch, agent, env, phase)
+    length = execution.length(agent.chunk)
+    for phase in phases(schedule, agent, dataset=dataset is not None, length=length):
+        step = functools.partial(epoch, agent, env, phase, execution=execution)
         carry = enter(agent, phase, carry)
-        carry, metrics = jax.lax.scan(lambda c, _, step=step: step(c, dataset), carry, None, length=phase.epochs)
+        carry, metrics = jax.lax.scan(
+            lambda c, _, step=step: step(c, dataset=dataset), carry, None, length=phase.epochs
+        )
         history.append(metrics)
     return carry, history
 
 
-def evaluate(agent: Agent, env: Env, episodes: int, state: PyTree, key: jax.Array) -> ro.Episodes:
+def evaluate(
+    agent: Agent, env: Env, episodes: int, state: PyTree, key: jax.Array, execution: Execution = OPEN_LOOP
+) -> ro.Episodes:
     """Returns the agent's first episodes in fresh environments, acting as in evaluation."""
-    return ro.evaluate(env, ro.policy_of(agent, state, greedy=True), key, episodes)
+    return ro.evaluate(env, execution(ro.policy_of(agent, state, greedy=True)), key, episodes)
 
 
 def digest(tree: PyTree) -> jax.Array:
@@ -248,10 +309,17 @@ jitted_epoch = Jitted(epoch, static_argnames=("env", "phase"), donate_argnames=(
 jitted_evaluate = jax.jit(evaluate, static_argnames=("env", "episodes"))
 
 
-def abstract_carry(agent: Agent, env: Env | HostEnv, schedule: Schedule, timeline: Timeline, epochs_done: int) -> Carry:
+def abstract_carry(
+    agent: Agent,
+    env: Env | HostEnv,
+    schedule: Schedule,
+    timeline: Timeline,
+    epochs_done: int,
+    execution: Execution = OPEN_LOOP,
+) -> Carry:
     """Returns the shapes of the carry after some epochs, without computing anything."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    carry = jitted_begin.eval_shape(agent, env, schedule, key)
+    carry = jitted_begin.eval_shape(agent, env, schedule, key, execution)
     for phase in timeline.begun(epochs_done):
         carry = jitted_enter.eval_shape(agent, phase, carry)
     return carry

@@ -5,7 +5,7 @@ import math
 from typing import Literal, get_args
 
 from jaxrl.errors import UserError
-from jaxrl.types import Agent, OnPolicy, Phase, Scheduling
+from jaxrl.types import Agent, OnPolicy, Phase, Scheduling, requirements
 
 OnlineData = Literal["auto", "both", "replay"]
 FROM_ZERO = ("offline_updates", "online_steps", "utd", "warmup_steps", "eval_seed")  # numbers that may be 0
@@ -61,15 +61,15 @@ class Schedule:
         per_epoch = min(self.updates_per_epoch, self.offline_updates)
         return (Phase(name, -(-self.offline_updates // per_epoch), per_epoch, False, 1, data="dataset"),)
 
-    def online(self, chunk: int, reward: tuple[float, float] = (1.0, 0.0)) -> tuple[Phase, ...]:
+    def online(self, length: int, reward: tuple[float, float] = (1.0, 0.0)) -> tuple[Phase, ...]:
         """Returns the phases that collect: a warm-up without updates, and then as many updates as `utd` says.
 
-        Sizes are rounded up to whole iterations, of one decision of `chunk` actions in every environment. `reward` is
+        Sizes are rounded up to whole iterations, of one decision of `length` actions in every environment. `reward` is
         (scale, shift) of rewards on their way into the replay.
         """
         if not self.online_steps:
             return ()
-        per_iteration = self.envs * chunk
+        per_iteration = self.envs * length
         filling = -(-self.warmup_steps // per_iteration)
         warmup = Phase("warmup", 1, filling, True, 0, reward, data="none", evaluated=False)
         iterations = max(min(self.steps_per_epoch, self.online_steps) // per_iteration, 1)
@@ -79,35 +79,41 @@ class Schedule:
         online = Phase("online", epochs, iterations, True, updates, reward, data="replay" if alone else "both")
         return (warmup, online) if self.warmup_steps else (online,)
 
-    def on_policy(self, chunk: int, unroll: int, reward: tuple[float, float] = (1.0, 0.0)) -> tuple[Phase, ...]:
+    def on_policy(self, length: int, unroll: int, reward: tuple[float, float] = (1.0, 0.0)) -> tuple[Phase, ...]:
         """Returns the phase of an agent that learns from what it has just done; nothing where there are no steps.
 
-        An iteration is an unroll of `unroll` decisions of `chunk` actions in every environment.
+        An iteration is `unroll` decisions of `length` actions in every environment, and learning from them once.
         """
         if not self.online_steps:
             return ()
-        per_iteration = self.envs * chunk * unroll
+        per_iteration = self.envs * length * unroll
         iterations = max(min(self.steps_per_epoch, self.online_steps) // per_iteration, 1)
         epochs = -(-self.online_steps // (per_iteration * iterations))
-        return (Phase("online", epochs, iterations, True, 0, reward, data="none"),)
+        return (Phase("online", epochs, iterations, True, 1, reward, data="none"),)
 
 
 def phases(
-    schedule: Schedule, agent: Agent, reward: tuple[float, float] = (1.0, 0.0), dataset: bool = False
+    schedule: Schedule,
+    agent: Agent,
+    reward: tuple[float, float] = (1.0, 0.0),
+    dataset: bool = False,
+    length: int | None = None,
 ) -> tuple[Phase, ...]:
     """Returns the phases of a run, in order: those that its agent names (`types.Scheduling`), or offline, then online.
 
-    They depend on no Scalar of the agent. `dataset` says that there is one, though no update learns from it alone.
-    Raises UserError where nothing is to be done, or what a phase learns from does not exist.
+    They depend on no Scalar of the agent. `dataset` says that there is one, though no update learns from it alone;
+    `length` is how many actions are executed per decision, by default whole chunks. Raises UserError where nothing is
+    to be done, or what a phase learns from does not exist.
     """
+    length = length or agent.chunk
     if dataset and schedule.online_data == "auto":
         schedule = dataclasses.replace(schedule, online_data="both")
     if isinstance(agent, Scheduling):
-        found = agent.phases(schedule, reward)
+        found = agent.phases(schedule, length, reward)
     elif isinstance(agent, OnPolicy):
-        found = (*schedule.offline(), *schedule.on_policy(agent.chunk, agent.unroll, reward))
+        found = (*schedule.offline(), *schedule.on_policy(length, agent.unroll, reward))
     else:
-        found = (*schedule.offline(), *schedule.online(agent.chunk, reward))
+        found = (*schedule.offline(), *schedule.online(length, reward))
     if not found:
         raise UserError(
             f"schedule.offline_updates = {schedule.offline_updates} and schedule.online_steps = "
@@ -129,8 +135,10 @@ def check(found: tuple[Phase, ...], agent: Agent) -> None:
             wrong = "needs at least one epoch of one iteration, and no negative number of updates"
         elif reads_replay(phase) and phase.updates and not collected:
             wrong = "learns from the replay, and nothing was collected before"
-        elif phase.data == "none" and phase.updates and not isinstance(agent, OnPolicy):
+        elif phase.data == "none" and phase.updates and not (phase.collects and isinstance(agent, OnPolicy)):
             wrong = "makes updates, and has no data to learn from"
+        elif requirements(agent).dataset and phase.updates and not reads_dataset(phase):
+            wrong = f"{type(agent).__name__} looks up the dataset in every update: set --schedule.online-data both"
         if wrong is not None:
             raise UserError(f"phase {phase.name!r}: {wrong}")
     if not found[-1].evaluated:
@@ -147,12 +155,12 @@ def reads_replay(phase: Phase) -> bool:
     return phase.data in ("replay", "both")
 
 
-def capacity(schedule: Schedule, found: tuple[Phase, ...], chunk: int) -> int:
+def capacity(schedule: Schedule, found: tuple[Phase, ...], length: int) -> int:
     """Returns how many transitions the replay of a run keeps; 0 where no phase learns from one."""
     if not any(reads_replay(phase) for phase in found):
         return 0
     iterations = sum(phase.epochs * phase.iterations for phase in found if phase.collects)
-    return min(schedule.replay, 2 * schedule.online_steps or iterations * schedule.envs * chunk)
+    return min(schedule.replay, 2 * schedule.online_steps or iterations * schedule.envs * length)
 
 
 @dataclasses.dataclass(frozen=True)
