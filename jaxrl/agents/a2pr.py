@@ -93,8 +93,8 @@ class A2PR:
         y = self.td3.td_target(state, state.target["critic"], batch, action)
         v = self.v(state, batch)  # is not looked up again after the value's step
         state, critic = self.td3.learn_critic(state, batch, y, batch.valid[:, 0])
-        y = jnp.minimum(self.td3.td_target(state, state.params["critic"], batch, action), y)
-        loss = lambda value: self.value_loss(value, state, batch, y)  # noqa: E731
+        lower = self.lower_target(state, batch, y, action)
+        loss = lambda value: self.value_loss(value, state, batch, lower)  # noqa: E731
         state, value = learner.step(state, "value", loss, self.value_adam.transformation())
         loss = lambda vae: self.vae_loss(vae, state, batch, v, draws)  # noqa: E731
         state, vae = learner.step(state, "vae", loss, self.vae_adam.transformation())
@@ -105,8 +105,12 @@ class A2PR:
         """Returns the states' values [B]."""
         return self.value.value(state.params["value"], state.spec.critic(batch.obs))
 
+    def lower_target(self, state: State, batch: Batch, y: jax.Array, action: jax.Array) -> jax.Array:
+        """Returns the lower of y [B], the slow critics' target at the next actions [B, A], and the critics' own."""
+        return jnp.minimum(self.td3.td_target(state, state.params["critic"], batch, action), y)
+
     def value_loss(self, value: PyTree, state: State, batch: Batch, y: jax.Array) -> tuple[jax.Array, Metrics]:
-        """Returns (V - y)^2, with y [B] the lower of the slow critics' target and of that of the updated critics."""
+        """Returns (V - y)^2, or the cross entropy of V's logit."""
         output = self.value.output(value, state.spec.critic(batch.obs))
         loss = losses.masked_mean(losses.regression(output, y, self.value.head), batch.valid[:, 0])
         return loss, {"value/loss": loss}
