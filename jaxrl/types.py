@@ -264,7 +264,7 @@ class Requirements:
     columns: tuple[str, ...] = ()  # further columns of the dataset
     unit_rewards: bool = False  # rewards in [0, 1], as values are probabilities
     kdtree: bool = False  # KD-trees of the dataset's rows, where the device is a CPU
-    batch: int = 1  # windows per update, which are divided among devices
+    batch: int | None = None  # windows per update, which are divided among devices; None: it does not say
 
 
 @runtime_checkable
@@ -319,6 +319,20 @@ class Requires(Protocol):
         ...
 
 
+def requirements(agent: Agent) -> Requirements:
+    """Returns what an agent needs of its data: what it says (`Requires`), else windows of one chunk."""
+    return agent.requires() if isinstance(agent, Requires) else Requirements(window=agent.chunk)
+
+
+@runtime_checkable
+class ChecksData(Protocol):
+    """An agent for which a dataset can be too small or too large."""
+
+    def check_data(self, transitions: int) -> None:
+        """Raises UserError where a dataset of so many transitions does not fit the agent's settings."""
+        ...
+
+
 @runtime_checkable
 class Fitting(Protocol[State]):
     """An agent whose initial state depends on the dataset, such as on the spread of its observations."""
@@ -350,8 +364,11 @@ class Staged(Protocol[State]):
 class Scheduling(Protocol):
     """An agent that names phases of its own, instead of offline and then online ones."""
 
-    def phases(self, schedule: Any, reward: tuple[float, float]) -> tuple[Phase, ...]:
-        """Returns the phases of a `training.schedule.Schedule`, in order."""
+    def phases(self, schedule: Any, length: int, reward: tuple[float, float]) -> tuple[Phase, ...]:
+        """Returns the phases of a `training.schedule.Schedule`, in order.
+
+        A decision executes `length` actions; `reward` is for the phases that collect.
+        """
         ...
 
 
@@ -375,7 +392,7 @@ class Remembering(Protocol[State]):
 
 @runtime_checkable
 class OnPolicy(Protocol[State]):
-    """An agent that learns from what it has just done."""
+    """An agent that learns from what it has just done, in phases that collect and whose data is "none"."""
 
     @property
     def unroll(self) -> int:
@@ -383,7 +400,7 @@ class OnPolicy(Protocol[State]):
         ...
 
     def learn_from(self, state: State, unroll: Any, key: jax.Array) -> tuple[State, Metrics]:
-        """Returns the state after learning from an unroll, `rollout.Unroll` [T, N], and its metrics."""
+        """Returns the state after learning from a `rollout.device.Unroll` [T, N], and its metrics."""
         ...
 
 
@@ -458,6 +475,16 @@ def on_host(env: Any) -> bool:
 
 
 @runtime_checkable
+class NamesDataset(Protocol):
+    """An environment that a published dataset belongs to."""
+
+    @property
+    def dataset(self) -> str:
+        """Name of the dataset's file, without its ending."""
+        ...
+
+
+@runtime_checkable
 class Relabels(Protocol):
     """An environment that knows the rewards of data recorded in it."""
 
@@ -499,6 +526,28 @@ class Explorable(Protocol):
 
     def explore(self) -> Env:
         """Returns that version."""
+        ...
+
+
+class Script(Protocol):
+    """A scripted behaviour that a worker process records. It can be pickled."""
+
+    @property
+    def dataset(self) -> str:
+        """The name of what it records."""
+        ...
+
+    def __call__(self, job: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Returns the columns of the episode (seed, number)."""
+        ...
+
+
+@runtime_checkable
+class Recordable(Protocol):
+    """A `HostEnv` with scripted behaviours."""
+
+    def recording(self, behaviour: str | None, steps: int) -> tuple[Script, int]:
+        """Returns a behaviour's script, and how many of its episodes have so many steps."""
         ...
 
 
