@@ -114,8 +114,11 @@ def fit(state: State, data: Rings) -> State:
     obs = ring.obs
     if ring.hindsight is not None:
         goals = obs[0] if ring.hindsight.goals is None else ring.hindsight.goals
-        obs = jnp.concatenate([obs, goals[None]], axis=-1)
-    return dataclasses.replace(state, normalizer=normalizer.of_rows(obs, ring.valid))
+        if isinstance(obs, Mapping):
+            obs = {**obs, "goal": goals[None]}
+        else:
+            obs = jnp.concatenate([obs, goals[None]], axis=-1)
+    return dataclasses.replace(state, normalizer=normalizer.of_rows(obs, ring.valid).normalizer())
 
 
 def normalized(state: State, batch: Batch) -> Batch:
