@@ -39,11 +39,6 @@ class Normalizer:
         return x if self.clip is None else jnp.clip(x, -self.clip, self.clip)
 
 
-def identity(example: Observation) -> Normalizer:
-    """Returns the normalizer that changes nothing, for observations like an example [O]."""
-    return Normalizer(jax.tree.map(jnp.zeros_like, example), jax.tree.map(jnp.ones_like, example))
-
-
 @pytree
 class Moments:
     """How many rows there were, and the mean and the population variance of each entry.
@@ -76,6 +71,11 @@ def empty(example: Observation) -> Moments:
     """Returns the moments of no rows, for observations like an example [O]. They normalize nothing."""
     zeros = jax.tree.map(lambda x: jnp.zeros(() if x.dtype == jnp.uint8 else x.shape), example)
     return Moments(jnp.zeros((), jnp.uint32), zeros, zeros)
+
+
+def identity(example: Observation) -> Normalizer:
+    """Returns the normalizer that changes nothing, for observations like an example [O]."""
+    return empty(example).normalizer()
 
 
 def of_rows(rows: Observation, mask: jax.Array) -> Moments:
