@@ -363,7 +363,7 @@ def walk(path, episodes: int = 4, steps: int = 6):
 def test_the_rows_of_an_index_are_the_transitions_of_the_dataset(tmp_path):
     dataset, env = walk(tmp_path / "data.npz"), envs.make("point")
     ring = loading.to_ring(dataset, env, searched=True)
-    replay = rings.empty(2, 5, 2, 2)
+    replay = rings.empty(2, 5, Spec(2, 2))
     data = neighbours.index_of((ring, replay), 0.0, jnp.array([2.0, 3.0]))
     assert data.forest is ring.forest is not None and replay.forest is None
     np.testing.assert_array_equal(np.flatnonzero(data.valid), np.flatnonzero(~dataset.terminals))
@@ -379,7 +379,7 @@ def test_the_rows_of_an_index_are_the_transitions_of_the_dataset(tmp_path):
 
 
 def test_a_ring_is_one_program_for_each_forest_and_has_it_through_transformations():
-    ring = rings.empty(1, 4, 1, 1)
+    ring = rings.empty(1, 4, Spec(1, 1))
     one, other = (dataclasses.replace(ring, forest=random_index(3, seed=seed).forest) for seed in (0, 1))
     assert len(jax.tree.leaves(one)) == len(jax.tree.leaves(ring))
     assert jax.tree.map(jnp.copy, one).forest is one.forest

@@ -36,7 +36,7 @@ def _quick():
 def dataset() -> rings.Ring:
     """Returns a dataset of 40 random steps of one episode."""
     random = np.random.default_rng(0)
-    ring = rings.empty(1, 41, ENV.spec.observation, ENV.spec.action)
+    ring = rings.empty(1, 41, ENV.spec)
     return dataclasses.replace(
         ring,
         obs=jnp.asarray(random.normal(size=ring.obs.shape), jnp.float32),
