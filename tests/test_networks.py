@@ -1,12 +1,14 @@
 """Facts about jaxrl.networks: the forward passes as plain numpy, the initialisation, the order of the inputs."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrl import networks
-from jaxrl.networks import MLP, Critic, Gaussian, Squashed, Value, Velocity
+from jaxrl.networks import MLP, Critic, Gaussian, Squashed, TemporalUNet, Value, Velocity, neighbours
 
 
 def normalise(x, scale, bias):
@@ -168,3 +170,36 @@ def test_observations_are_repeated_for_each_candidate():
     obs = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     repeated = networks.repeat_for(jnp.zeros((2, 3, 7)), obs)
     np.testing.assert_array_equal(repeated, [[[1, 2]] * 3, [[3, 4]] * 3])
+
+
+# The network of trajectories
+
+
+def test_neighbours_are_what_a_convolution_sees():
+    x = jnp.array([[[1.0, -1.0], [2.0, -2.0], [3.0, -3.0]]])
+    np.testing.assert_array_equal(neighbours(x, 2)[0], [[1, -1, 2, -2], [2, -2, 3, -3], [3, -3, 0, 0]])
+    np.testing.assert_array_equal(
+        neighbours(x, 3)[0], [[0, 0, 1, -1, 2, -2], [1, -1, 2, -2, 3, -3], [2, -2, 3, -3, 0, 0]]
+    )
+
+
+@pytest.mark.parametrize("length", [4, 5, 7, 32])
+def test_the_u_net_has_the_published_layers_for_any_length(length):
+    features, widths = 6, (16, 24, 32)
+    x, t = jnp.zeros((2, length, features)), jnp.zeros((2, 1))
+    net = TemporalUNet(widths)
+    params = jax.eval_shape(net.init, jax.random.key(0), x, t)
+    assert jax.eval_shape(net.apply, params, x, t).shape == x.shape
+
+    def dense(inputs, outputs):
+        return (inputs + 1) * outputs
+
+    def block(inputs, width, reach, timed):
+        return dense(reach * inputs, width) + 2 * width + timed * dense(widths[0], width)
+
+    count = dense(widths[0] // 4, widths[0]) + dense(widths[0], widths[0]) + dense(widths[0], features)
+    for inputs, width in zip((features, *widths), widths, strict=False):
+        count += block(inputs, width, 3, True) + block(width, width, 3, False)
+    for below, width in zip(widths[1:], widths, strict=False):
+        count += block(below, width, 2, True) + block(2 * width, width, 3, False) + block(width, width, 3, False)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count

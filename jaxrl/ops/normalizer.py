@@ -5,7 +5,7 @@ algorithm for computing sample variances", 1979), in whatever order sets are mer
 `updated` with each batch, and what several devices or members saw is one `merge`.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -79,25 +79,20 @@ def identity(example: Observation) -> Normalizer:
 
 
 def of_rows(rows: Observation, mask: jax.Array) -> Moments:
-    """Returns the moments of rows [..., O], each leaf of them, where the mask [...] is true; others may be anything."""
-    mask = mask.astype(bool)
+    """Returns the moments of rows [..., O], each leaf of them, where the mask [...] is true; all are to be finite."""
     leaves, tree = jax.tree.flatten(rows)
-    means, variances = zip(*(_of_leaf(x, mask) for x in leaves), strict=True)
+    nothing = jnp.zeros(()), jnp.zeros(())  # is known of an image
+    means, variances = zip(*(nothing if x.dtype == jnp.uint8 else weighted(x, mask) for x in leaves), strict=True)
     return Moments(mask.sum(dtype=jnp.uint32), tree.unflatten(means), tree.unflatten(variances))
 
 
-def _of_leaf(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    if x.dtype == jnp.uint8:
-        return jnp.zeros(()), jnp.zeros(())
-    there = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-    return weighted(jnp.where(there, x, 0), mask)
-
-
 def updated(moments: Moments, batch: Observation, mask: jax.Array) -> Moments:
-    """Returns the moments of the rows so far and of a batch [..., O], where its mask [...] is true.
+    """Returns the moments of the rows so far and of a batch [..., O], where its mask [...] is true, or 1.
 
-    The leading axes are any, such as time and environment.
+    The leading axes are any, such as time and environment. Rows that are masked out may hold anything, NaN included.
     """
+    mask = mask.astype(bool)
+    batch = jax.tree.map(lambda x: jnp.where(_beside(mask, x), x, 0), batch)
     return merge(moments, of_rows(batch, mask))
 
 
@@ -122,8 +117,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 def weighted(x: Array, weight: Array) -> tuple[Array, Array]:
     """Returns mean and variance [O] of rows x [..., O] that count `weight` [...] times each; of JAX or of NumPy."""
-    xp, axes = x.__array_namespace__(), tuple(range(weight.ndim))
-    each = weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim))
+    xp, axes, each = x.__array_namespace__(), tuple(range(weight.ndim)), _beside(weight, x)
     count = xp.maximum(weight.sum(), 1)
     mean = (x * each).sum(axis=axes) / count
     if x.dtype != np.float64:  # float32 sums of a million rows err: a second pass corrects the first
@@ -141,3 +135,8 @@ def of_columns(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         squares += ((piece - middle) ** 2).sum(axis=0) + away**2 * count * len(piece) / total
         mean, count = mean + away * len(piece) / total, total
     return mean, squares / count
+
+
+def _beside(weight: Any, x: Any) -> Any:
+    """Returns weights [...] with as many axes as arrays [..., O]."""
+    return weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim))
