@@ -120,7 +120,7 @@ def fit(state: State, data: Rings) -> State:
     if ring.hindsight is not None:
         goals = goals_of(jax.tree.map(lambda x: x[0], obs), ring.hindsight)
         obs = with_goals(obs, goals[None])
-    return dataclasses.replace(state, normalizer=normalizer.of_rows(obs, ring.valid))
+    return dataclasses.replace(state, normalizer=normalizer.of_rows(obs, ring.valid).normalizer())
 
 
 def normalized(state: State, batch: Batch) -> Batch:
