@@ -19,19 +19,9 @@ from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Transitions
 from jaxrl.ops import losses
+from jaxrl.ranges import NonNegative, Positive
 from jaxrl.replay.ring import Rings
-from jaxrl.types import (
-    Batch,
-    Metrics,
-    NonNegative,
-    Observation,
-    Positive,
-    PyTree,
-    Requirements,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
 
 _NET = Net((256, 256, 256), "relu", "none", "torch")
 
@@ -74,9 +64,7 @@ class AWAC:
         """Returns a batch of transitions."""
         return self.transitions.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of the critics, then of the actor, then of the target."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the noise of the policy at the next states, and at the states."""

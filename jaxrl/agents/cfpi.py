@@ -29,17 +29,9 @@ from jaxrl.errors import UserError
 from jaxrl.networks import repeat_for
 from jaxrl.ops import closed_form, losses
 from jaxrl.ops.closed_form import ClosedForm
+from jaxrl.ranges import NonNegative
 from jaxrl.replay.ring import Rings
-from jaxrl.types import (
-    Batch,
-    Metrics,
-    NonNegative,
-    Observation,
-    PyTree,
-    Requirements,
-    Spec,
-    pytree,
-)
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, pytree
 
 
 @pytree
@@ -81,9 +73,7 @@ class CFPI:
         """Returns a batch of transitions, with the actions that follow them."""
         return self.transitions.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of the behaviour and one of the critics."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update, which become the levels here and at the next state."""

@@ -26,23 +26,10 @@ from jaxrl.agents.parts import Adam, Critic, Net, SquashedGaussianPolicy, Transi
 from jaxrl.errors import UserError
 from jaxrl.networks import repeat_for
 from jaxrl.ops import losses
+from jaxrl.ranges import Count, Fraction, NonNegative, Positive
 from jaxrl.replay.returns import returns_to_go
 from jaxrl.replay.ring import Rings
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Metrics,
-    NonNegative,
-    Observation,
-    Positive,
-    PyTree,
-    Requirements,
-    Scalar,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, count_of, pytree
 
 RETURN = "return_to_go"  # the column that Cal-QL adds to data and replay
 _NET = Net((256, 256, 256), "relu", "none", "torch")
@@ -108,9 +95,7 @@ class CQL:
         """Returns a batch of transitions."""
         return self.transitions.sample(data, key, self.mixing)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of each network, and of the target critics."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: uniform actions, and noise of the policy's."""

@@ -28,19 +28,9 @@ from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value, Windows, check_heads
 from jaxrl.networks import repeat_for
 from jaxrl.ops import guidance, losses
+from jaxrl.ranges import Count, Fraction
 from jaxrl.replay.ring import Rings
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Metrics,
-    Observation,
-    PyTree,
-    Requirements,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
 
 Tilt = Literal["expectile", "quantile"]
 
@@ -102,9 +92,7 @@ class DQC:
         """Returns a batch of windows, their goals relabelled where the task has goals (section 4)."""
         return self.windows.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after one joint gradient step and one Polyak step."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the flow's noise and times."""

@@ -18,21 +18,9 @@ from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Transitions, Value
 from jaxrl.ops import losses
-from jaxrl.ranges import check_at_least
+from jaxrl.ranges import Fraction, NonNegative, check_at_least
 from jaxrl.replay.ring import Rings
-from jaxrl.types import (
-    Batch,
-    Fraction,
-    Metrics,
-    NonNegative,
-    Observation,
-    Phase,
-    PyTree,
-    Requirements,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.types import Batch, Metrics, Observation, Phase, PyTree, Requirements, Spec, count_of, pytree
 
 FEATURES = 6  # of the balance, as the family sees it
 
@@ -85,9 +73,7 @@ class FamO2O:
         """Returns a batch of transitions."""
         return self.transitions.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of each network in turn, and of the target critics."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: of choosing a balance, acting on it, and one to train."""

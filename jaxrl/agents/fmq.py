@@ -32,20 +32,9 @@ from jaxrl.errors import UserError
 from jaxrl.networks import repeat_for
 from jaxrl.ops import flow, guidance, losses
 from jaxrl.ops.flow import AverageVelocity
+from jaxrl.ranges import Count, NonNegative
 from jaxrl.replay.ring import Rings
-from jaxrl.types import (
-    Batch,
-    Count,
-    Metrics,
-    NonNegative,
-    Observation,
-    Phase,
-    PyTree,
-    Requirements,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.types import Batch, Metrics, Observation, Phase, PyTree, Requirements, Spec, count_of, pytree
 
 
 @pytree

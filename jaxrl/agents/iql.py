@@ -23,21 +23,9 @@ from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Value, Windows, check_heads
 from jaxrl.networks import repeat_for
 from jaxrl.ops import guidance, losses
+from jaxrl.ranges import Count, Fraction, NonNegative
 from jaxrl.replay.ring import Rings
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Metrics,
-    NonNegative,
-    Observation,
-    PyTree,
-    Requirements,
-    Scalar,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, count_of, pytree
 
 
 @pytree
@@ -85,9 +73,7 @@ class IQL:
         """Returns a batch of windows."""
         return self.windows.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after one joint gradient step and one Polyak step."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the noise of the actor's samples."""

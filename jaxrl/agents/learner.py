@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,26 @@ def create(
     target = {name: jax.tree.map(jnp.copy, params[name]) for name in slow}
     identity = normalizer.identity(spec.example()) if normalized else None
     return State(spec, params, target, opt, jnp.zeros((), jnp.int32), identity)
+
+
+class Drawing(Protocol):
+    """An agent whose update depends on random numbers that are drawn first."""
+
+    def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
+        """Returns the random numbers of one update."""
+        ...
+
+    def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
+        """Returns the state after the update with these random numbers."""
+        ...
+
+
+def update(agent: Drawing, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
+    """Returns an agent's state after one update, and its metrics: random numbers are drawn, then learned with.
+
+    It is the `update` of most agents, as `update = learner.update` in their classes.
+    """
+    return agent.learn(state, batch, agent.draw(state.spec, batch, key))
 
 
 # Gradient steps

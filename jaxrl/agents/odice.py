@@ -21,19 +21,9 @@ import optax
 from jaxrl.agents import learner
 from jaxrl.agents.learner import State
 from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Transitions
+from jaxrl.ranges import Fraction, NonNegative
 from jaxrl.replay.ring import Rings
-from jaxrl.types import (
-    Batch,
-    Fraction,
-    Metrics,
-    NonNegative,
-    Observation,
-    PyTree,
-    Requirements,
-    Scalar,
-    Spec,
-    pytree,
-)
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, pytree
 
 
 @pytree

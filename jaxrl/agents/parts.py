@@ -17,23 +17,10 @@ from jaxrl.errors import UserError
 from jaxrl.networks import TIME_FEATURES, Activation, Init, Norm, TimeFeatures, apply
 from jaxrl.ops import flow, losses
 from jaxrl.ops.closed_form import Mixture
-from jaxrl.ranges import check_at_least
+from jaxrl.ranges import Count, Fraction, Natural, NonNegative, Range, Widths, check_at_least
 from jaxrl.replay.hindsight import Goals
 from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Natural,
-    NonNegative,
-    Observation,
-    PyTree,
-    Range,
-    Requirements,
-    Scalar,
-    Widths,
-    pytree,
-)
+from jaxrl.types import Batch, Observation, PyTree, Requirements, Scalar, pytree
 
 FEWEST_FEATURES = {"fourier": 4, "sinusoidal": 2, "raw": 1}
 """The least number of time features of each kind: Fourier features range between two frequencies, and have both."""

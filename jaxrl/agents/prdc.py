@@ -23,9 +23,10 @@ from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.td3 import TD3, climb
 from jaxrl.errors import UserError
 from jaxrl.ops import losses
+from jaxrl.ranges import Count, NonNegative
 from jaxrl.replay.neighbours import BLOCK, Index, Method, check, index_of, nearest
 from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Count, Metrics, NonNegative, Observation, PyTree, Requirements, Spec, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, pytree
 
 
 @pytree

@@ -23,19 +23,9 @@ from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import AdamW, Critic, FlowPolicy, OneStepPolicy, Windows
 from jaxrl.networks import repeat_for
 from jaxrl.ops import guidance, losses
+from jaxrl.ranges import Count, NonNegative
 from jaxrl.replay.ring import Rings
-from jaxrl.types import (
-    Batch,
-    Count,
-    Metrics,
-    NonNegative,
-    Observation,
-    PyTree,
-    Requirements,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
 
 
 @pytree
@@ -80,9 +70,7 @@ class QC:
         """Returns a batch of windows."""
         return self.windows.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after one joint gradient step and one Polyak step."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def noise(self, spec: Spec, key: jax.Array, count: int) -> jax.Array:
         """Returns the noise that `choose` takes for so many observations: [B, N, D], or [B, 1, D] when distilled."""

@@ -23,19 +23,9 @@ from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, DeterministicPolicy, Net, Transitions
 from jaxrl.ops import losses
+from jaxrl.ranges import Count, NonNegative
 from jaxrl.replay.ring import Rings
-from jaxrl.types import (
-    Batch,
-    Count,
-    Metrics,
-    NonNegative,
-    Observation,
-    PyTree,
-    Requirements,
-    Scalar,
-    Spec,
-    pytree,
-)
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, pytree
 
 ActorLoss = Callable[[PyTree, State], tuple[jax.Array, Metrics]]
 """The loss of the actor's parameters in a state, and metrics."""
