@@ -53,17 +53,18 @@ class BC:
 
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
         """Returns the state after the update with these random numbers."""
-        loss, gradient = jax.value_and_grad(self.loss)(state.params, state.spec, batch, draws)
+        gradient, metrics = jax.grad(self.loss, has_aux=True)(state.params, state, batch, draws)
         updates, opt = self.adam.transformation().update(gradient, state.opt)
-        metrics = {"actor/flow_loss": loss, "actor/grad_norm": optax.tree.norm(gradient)}
         params = optax.apply_updates(state.params, updates)
+        metrics = {**metrics, "actor/grad_norm": optax.tree.norm(gradient)}
         return dataclasses.replace(state, params=params, opt=opt, step=state.step + 1), metrics
 
-    def loss(self, params: dict[str, PyTree], spec: Spec, batch: Batch, draws: Draws) -> jax.Array:
+    def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the flow-matching loss, |v(s, x_t, t) - (a - x_0)|^2."""
-        chunk = learner.flat_actions(batch)
-        error = self.flow.matching_error(params["flow"], spec.actor(batch.obs), draws["x0"], chunk, draws["t"])
-        return losses.masked_mean(error, learner.step_mask(batch))
+        seen, chunk = state.spec.actor(batch.obs), learner.flat_actions(batch)
+        error = self.flow.matching_error(params["flow"], seen, draws["x0"], chunk, draws["t"])
+        loss = losses.masked_mean(error, learner.step_mask(batch))
+        return loss, {"actor/flow_loss": loss}
 
     def choose(self, state: State, obs: Observation, noise: jax.Array) -> jax.Array:
         """Returns the flow's chunks [B, D] from this noise, clipped."""

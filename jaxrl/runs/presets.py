@@ -22,6 +22,7 @@ from jaxrl.agents import (
     FamO2O,
     ReBRAC,
 )
+from jaxrl.agents.parts import Adam, AdamW, Critic, FlowPolicy, GaussianPolicy, Net, OneStepPolicy, Value
 from jaxrl.errors import UserError, unknown
 from jaxrl.ops.closed_form import ClosedForm
 from jaxrl.ops.guidance import QGuidance
@@ -35,6 +36,25 @@ _SMALL = (128, 128, 128)
 
 
 _WIDE = (1024, 1024, 1024, 1024)
+
+
+_LR = 1e-3  # of all networks in minutes
+
+
+_FLOW = FlowPolicy(Net(_SMALL))
+
+
+_ONE_STEP = OneStepPolicy(Net(_SMALL))
+
+
+_CRITIC = Critic(Net(_SMALL, norm="after"))
+
+
+def _qgf(hidden: tuple[int, ...]) -> dict[str, Any]:
+    """Returns QGF's networks with these widths."""
+    before = Net(hidden, norm="before")
+    flow = FlowPolicy(Net(hidden, norm="before_but_last"), "sinusoidal", 16)
+    return {"flow": flow, "critic": Critic(before, agg="min"), "value": Value(before)}
 
 
 _NETS: dict[str, Any] = {"actor_hidden": _SMALL, "critic_hidden": _SMALL}
@@ -69,15 +89,32 @@ _LONG = Schedule(online_steps=0)
 
 PRESETS: dict[str, dict[str, Config]] = {
     "quick": {  # minutes on two CPU cores
-        "bc": Config(BC(hidden=_SMALL, lr=1e-3), schedule=_OFFLINE),
+        "bc": Config(BC(flow=FlowPolicy(Net(_SMALL), "fourier"), adam=Adam(_LR)), schedule=_OFFLINE),
         "fmq": Config(
             FMQ(actor_hidden=_SMALL, critic_hidden=_SMALL, lr=1e-3, target_samples=4, warmup=500, curriculum=4_000),
             schedule=_MINUTES,
         ),
-        "iql": Config(IQL(**_NETS, lr=1e-3, chunk=5, backup=5), schedule=_OFFLINE),
-        "qgf": Config(QGF(**_NETS, actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3), schedule=_OFFLINE),
-        "fql": Config(FQL(**_NETS, lr=1e-3, chunk=5, backup=5, alpha=3.0), schedule=_MINUTES),
-        "qc": Config(QC(**_NETS, lr=1e-3, num_samples=8), schedule=_MINUTES),
+        "iql": Config(
+            IQL(
+                chunk=5,
+                backup=5,
+                actor=GaussianPolicy(Net(_SMALL)),
+                critic=dataclasses.replace(_CRITIC, agg="min"),
+                value=Value(Net(_SMALL, norm="after")),
+                adam=Adam(_LR),
+            ),
+            schedule=_OFFLINE,
+        ),
+        "qgf": Config(
+            QGF(**_qgf(_SMALL), flow_adam=Adam(_LR), critic_adam=Adam(_LR), value_adam=Adam(_LR)), schedule=_OFFLINE
+        ),
+        "fql": Config(
+            FQL(chunk=5, backup=5, flow=_FLOW, policy=_ONE_STEP, critic=_CRITIC, adam=Adam(_LR), alpha=3.0),
+            schedule=_MINUTES,
+        ),
+        "qc": Config(
+            QC(flow=_FLOW, policy=_ONE_STEP, critic=_CRITIC, adam=AdamW(_LR), num_samples=8), schedule=_MINUTES
+        ),
         "dqc": Config(
             DQC(**_NETS, lr=1e-3, backup=10, batch_size=256, discount=0.99), schedule=_OFFLINE, reward_shift=1.0
         ),
@@ -98,7 +135,7 @@ PRESETS: dict[str, dict[str, Config]] = {
         "fmq": Config(FMQ(), data_steps=1_000_000),
         "iql": Config(IQL(), schedule=_LONG, data_steps=1_000_000),
         "qgf": Config(
-            QGF(actor_hidden=_WIDE, critic_hidden=_WIDE, batch_size=1024, discount=0.999),
+            QGF(**_qgf(_WIDE), batch_size=1024, discount=0.999),
             schedule=dataclasses.replace(_LONG, offline_updates=500_000),
             data_steps=1_000_000,
         ),

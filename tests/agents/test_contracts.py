@@ -46,7 +46,12 @@ def _quick():
 
 def small(name: str, **fields):
     """Returns an agent with tiny networks, few samples and short schedules, and with these fields, its parts' too."""
-    return on_device(with_fields(AGENTS[name](), **(SMALL | fields)))
+    return on_device(changed(AGENTS[name](), **(SMALL | fields)))
+
+
+def changed(agent, **fields):
+    """Returns an agent with these fields, its parts' too; those that it does not have are ignored."""
+    return with_fields(agent, **{name: value for name, value in fields.items() if values_of(agent, name)})
 
 
 def entered(agent, state, phase: Phase):
@@ -234,7 +239,7 @@ def test_windows_without_any_valid_step_teach_nothing(name, phase):
     fresh = dataclasses.replace(state, opt=jax.tree.map(jnp.zeros_like, state.opt))  # no momentum
     batch = random_batch(6)
     void = {"valid": jnp.zeros_like(batch.valid), "terminated": jnp.zeros_like(batch.terminated)}
-    agent = on_device(with_fields(agent, weight_decay=0.0))  # which needs no data
+    agent = on_device(changed(agent, weight_decay=0.0))  # which needs no data
     for _ in range(period(agent)):
         fresh, _ = compiled(name).update(agent, fresh, dataclasses.replace(batch, **void), KEY)
     assert same(fresh.params, state.params)
