@@ -58,6 +58,12 @@ class Config(Generic[A]):
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least {low} and below 2^63")
 
 
+def replaced(settings: Any, path: str, value: Any) -> Any:
+    """Returns a dataclass with the field at a dotted path changed."""
+    name, _, rest = path.partition(".")
+    return dataclasses.replace(settings, **{name: replaced(getattr(settings, name), rest, value) if rest else value})
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the configuration as JSON would hold it, the agent's name included."""
     names = {kind: name for name, kind in AGENTS.items()}
