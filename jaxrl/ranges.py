@@ -14,6 +14,7 @@ from jaxrl.types import Checks, Range, Scalar
 def check(settings: Any, name: str | None = None) -> None:
     """Raises UserError for the first number of a dataclass that is not finite or outside its field's `types.Range`.
 
+    Infinity is allowed where it is the upper bound of a range.
     Fields that are dataclasses are checked as well, and so is what classes check of themselves (`types.Checks`).
     """
     name = name or type(settings).__name__
@@ -31,8 +32,9 @@ def check(settings: Any, name: str | None = None) -> None:
 def _check_number(path: str, value: Any, hint: Any) -> None:
     """Raises UserError where a field's value, a number or several, does not fit its annotation."""
     ranges = [part for part in typing.get_args(hint) if isinstance(part, Range)]
+    endless = any(allowed.high == math.inf for allowed in ranges)
     if hint is Scalar or (typing.get_origin(hint) is Annotated and typing.get_args(hint)[0] is Scalar):
-        if not np.isfinite(np.asarray(value)).all():
+        if not endless and not np.isfinite(np.asarray(value)).all():
             raise UserError(f"{path} = {value}: must be finite")
     for allowed in ranges:
         low = -math.inf if allowed.low is None else allowed.low

@@ -132,13 +132,13 @@ class FMQ:
         if state.anchor is None:
             diagonal, off = self.distillation.losses(u, a, learner.step_mask(batch), draws, state.step)
             actor = diagonal + (state.step > self.distillation.warmup) * off
-            return critic + actor, metrics | {"actor/diagonal_loss": diagonal, "actor/distillation_loss": off}
+            return critic + actor, {**metrics, "actor/diagonal_loss": diagonal, "actor/distillation_loss": off}
         # online it regresses onto the anchor moved along grad Q
         actor, more = self.guided_loss(u, state, batch, draws)
         if self.flow_losses_online:
             diagonal, off = self.distillation.losses(u, a, learner.step_mask(batch), draws, state.step)
             actor = actor + self.diagonal_weight * diagonal + self.esd_weight * off
-        return critic + actor, metrics | more
+        return critic + actor, {**metrics, **more}
 
     def judge(self, state: State) -> Critic:
         """Returns the critic as it is combined in the state's phase."""

@@ -287,6 +287,30 @@ class MixturePolicy:
         return Mixture(jax.nn.log_softmax(logits), mean, jnp.exp(jnp.clip(log_std, -5, 2)))
 
 
+@pytree
+class Autoencoder:
+    """A variational autoencoder of actions, G(s, a), whose latents have twice as many entries as actions."""
+
+    hidden: Widths = (750, 750)  # widths of the hidden layers of its encoder, and of its decoder
+
+    def init(self, key_encoder: jax.Array, key_decoder: jax.Array, obs: Observation, action: jax.Array) -> PyTree:
+        """Returns parameters, for an example [O] and [A]."""
+        size, latent = action.shape[-1], jnp.zeros(2 * action.shape[-1])
+        return {
+            "encoder": networks.Encoder(2 * size, self.hidden).init(key_encoder, obs, action),
+            "decoder": networks.Deterministic(size, self.hidden).init(key_decoder, obs, latent),
+        }
+
+    def rebuild(
+        self, params: PyTree, obs: Observation, action: jax.Array, noise: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns G(s, a) [..., A] from noise [..., 2 A]; mean and logarithm of the deviation of q(z | s, a)."""
+        size = action.shape[-1]
+        mean, log_std = apply(networks.Encoder(2 * size, self.hidden), params["encoder"], obs, action)
+        latent = mean + jnp.exp(log_std) * noise
+        return apply(networks.Deterministic(size, self.hidden), params["decoder"], obs, latent), mean, log_std
+
+
 # Critics
 
 
@@ -328,7 +352,7 @@ class Critic:
     def first(self, params: PyTree, obs: Observation, action: jax.Array | None = None) -> jax.Array:
         """Returns the first critic's value [...], without computing the others."""
         alone = dataclasses.replace(self, heads=1)
-        return alone.values(jax.tree.map(lambda x: x[:1], params), obs, action)[0]
+        return alone.values(networks.first_of(params), obs, action)[0]
 
     def error(self, params: PyTree, obs: Observation, action: jax.Array | None, target: jax.Array) -> jax.Array:
         """Returns each critic's error [K, B] against targets [B]: squared, or the cross entropy of its logit."""

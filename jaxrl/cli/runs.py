@@ -12,6 +12,7 @@ import jax
 from jaxrl.agents import AGENTS
 from jaxrl.cli import flags as fl
 from jaxrl.errors import UserError
+from jaxrl.rollout.executors import Execution
 from jaxrl.runs import directory
 from jaxrl.runs.config import A, Config
 from jaxrl.runs.jsonlines import as_json, read_json
@@ -65,9 +66,11 @@ class EvalOptions(Generic[A]):
 
     jaxrl eval runs/NAME --episodes 500
     jaxrl eval runs/NAME --agent.test-sampler beam_search
+    jaxrl eval runs/NAME --execution.kind ensemble --execution.execute 1
     """
 
     agent: A
+    execution: Execution
     env: str
     """Environment, of the same sizes as the run's."""
     episodes: int = 100
@@ -152,7 +155,7 @@ def _train(config: Config, environment: Any, path: Path, options: TrainOptions) 
     memory.check(config, environment)
     known = {} if options.resume is None else read_json(path / "manifest.json", f"{path} is not a run directory")
     count = options.devices or known.get("devices", 1)
-    sharding.check(config, environment, count)
+    sharding.check(config.agent, environment, config.schedule.envs, count)
     drive = driver.start if options.resume is None else driver.resume
     with StopRequests() as stop, sharding.across(count):
         try:
@@ -169,10 +172,12 @@ def evaluate(args: list[str]) -> int:
     """Returns the exit code of `jaxrl eval`."""
     path, flags = fl.run_directory("eval", args)
     config = preset("quick", "fmq") if path is None else directory.read_config(path)
-    defaults = EvalOptions(config.agent, config.env, seed=config.schedule.eval_seed)
+    execution = config.execution if fl.peek(flags, "--execution.kind") is None else Execution()
+    defaults = EvalOptions(config.agent, execution, config.env, seed=config.schedule.eval_seed)
     options = fl.parse("jaxrl eval RUN", fl.of_agent(EvalOptions, type(config.agent)), defaults, flags)
     schedule = dataclasses.replace(config.schedule, eval_episodes=options.episodes, eval_seed=options.seed)
-    config = dataclasses.replace(config, agent=options.agent, env=options.env, schedule=schedule)
+    given = {"agent": options.agent, "execution": options.execution, "env": options.env}
+    config = dataclasses.replace(config, schedule=schedule, **given)
     config.check()
 
     from jaxrl.runs import evaluation

@@ -1,65 +1,117 @@
-"""Agent and environment together: chunks executed open loop, resets from a bank, evaluation without resets.
+"""Agent and environment together: chunks of actions executed, resets from a bank, evaluation without resets.
 
-`step` of an environment knows nothing of resets and nothing here hides one: an environment that ends inside a chunk
-waits, masked, for the chunk's end, and only then is replaced by a fresh one.
+`Env.step` never resets. An environment whose episode ends inside a chunk waits, masked, for the end of the chunk; only
+then does a fresh state replace it. How much of each chunk is executed, and when, is up to `jaxrl.rollout.executors`.
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl.replay.ring import Steps
 from jaxrl.sharding import spread
-from jaxrl.types import Behaviour, Env, EnvState, Metrics, PyTree, pytree
+from jaxrl.types import (
+    Agent,
+    Behaviour,
+    Env,
+    EnvState,
+    Metrics,
+    Observation,
+    PyTree,
+    Remembering,
+    Spec,
+    count_of,
+    pytree,
+)
+
+Decision: TypeAlias = tuple[PyTree, jax.Array, dict[str, jax.Array]]
+"""The new memory, the chunks [N, H, A] to execute, and the extras [N, ...] to store with their steps, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """How N environments are acted in: two functions, and the memory that passes between them."""
+    """How N environments are acted in: two functions, and the memory that passes between them.
 
-    start: Callable[[EnvState, jax.Array], PyTree]  # (states, key) -> memory, leaves [N, ...]
-    act: Callable[[PyTree, EnvState, jax.Array], tuple[PyTree, jax.Array]]  # (memory, states, key) -> chunks [N, H, A]
+    `chunk` is the number of actions H that are executed per decision. An agent may predict more of them.
+    """
+
+    start: Callable[[EnvState, jax.Array], PyTree]  # (states, key) -> memory at the start of episodes, leaves [N, ...]
+    act: Callable[[PyTree, EnvState, jax.Array], Decision]  # (memory, states, key) -> decision
     chunk: int = 1
 
 
-def policy_of(agent: Any, state: PyTree, greedy: bool = False) -> Policy:
-    """Returns the policy that asks an agent for a chunk whenever the last one has been executed."""
+def policy_of(agent: Agent, state: PyTree, greedy: bool = False) -> Policy:
+    """Returns the policy of an agent, which executes whole chunks open loop.
 
-    def act(memory: PyTree, states: EnvState, key: jax.Array) -> tuple[PyTree, jax.Array]:
-        return memory, agent.act(state, states.obs, key, greedy=greedy)
+    An agent that is `types.Remembering` acts by `start` and `decide`, any other by `act`.
+    """
+    if isinstance(agent, Remembering):
+        return Policy(
+            lambda states, key: agent.start(state, states.obs, key),
+            lambda memory, states, key: agent.decide(state, memory, states.obs, key, greedy=greedy),
+            agent.chunk,
+        )
+    return from_function(lambda obs, key: agent.act(state, obs, key, greedy=greedy), agent.chunk)
 
-    return Policy(lambda states, key: (), act, agent.chunk)
 
-
-def from_function(act: Callable[[jax.Array, jax.Array], jax.Array], chunk: int = 1) -> Policy:
-    """Returns the policy of a function that says chunks [N, chunk, A] for observations [N, O] and a key."""
-    return Policy(lambda states, key: (), lambda memory, states, key: (memory, act(states.obs, key)), chunk)
+def from_function(act: Callable[[Observation, jax.Array], jax.Array], chunk: int = 1) -> Policy:
+    """Returns the policy of a function that returns chunks [N, chunk, A] for observations [N, O] and a key."""
+    return Policy(lambda states, key: (), lambda memory, states, key: (memory, act(states.obs, key), {}), chunk)
 
 
 def scripted(behaviour: Behaviour) -> Policy:
     """Returns the policy of a scripted behaviour, which decides at every step."""
 
     def start(states: EnvState, key: jax.Array) -> PyTree:
-        return jax.vmap(behaviour.start)(states, jax.random.split(key, len(states.obs)))
+        return jax.vmap(behaviour.start)(states, jax.random.split(key, len(states.reward)))
 
-    def act(memory: PyTree, states: EnvState, key: jax.Array) -> tuple[PyTree, jax.Array]:
-        memory, action = jax.vmap(behaviour.act)(memory, states, jax.random.split(key, len(states.obs)))
-        return memory, action[:, None]
+    def act(memory: PyTree, states: EnvState, key: jax.Array) -> Decision:
+        memory, action = jax.vmap(behaviour.act)(memory, states, jax.random.split(key, len(states.reward)))
+        return memory, action[:, None], {}
 
     return Policy(start, act)
 
 
+def observed(obs: Observation) -> EnvState:
+    """Returns states of which only the observations [N, O] are known, such as those of simulators on CPU cores."""
+    count = count_of(obs)
+    no = jnp.zeros(count, bool)
+    return EnvState((), obs, jnp.zeros(count), no, no, no, jnp.zeros(count, jnp.int32))
+
+
+def extras_of(policy: Policy, spec: Spec) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shape and the dtype of each extra that a policy leaves behind at a step. Computes nothing."""
+
+    def extras(obs: Observation, key: jax.Array) -> dict[str, jax.Array]:
+        states = observed(jax.tree.map(lambda x: x[None], obs))
+        return jax.tree.map(lambda x: x[0], policy.act(policy.start(states, key), states, key)[2])
+
+    return jax.eval_shape(extras, spec.example(), jax.random.key(0))
+
+
 @pytree
 class Rollout:
-    """N environments in flight and what their unfinished episodes have earned."""
+    """N environments with their episodes under way, and the returns of these episodes so far."""
 
     states: EnvState  # leaves [N, ...]
     memory: PyTree  # the policy's
     returns: jax.Array  # [N]
+
+
+@pytree
+class Unroll:
+    """What N environments did in T decisions of H executed steps each. On-policy agents learn from it."""
+
+    steps: Steps  # leaves [T, N, H, ...]
+    last_obs: Observation  # [N, O], after the last decision and from before a reset
+    memory: PyTree  # the policy's before the first decision, leaves [N, ...]
+    sums: Metrics  # over the episodes that ended
 
 
 @pytree
@@ -70,7 +122,7 @@ class Episodes:
     returns: jax.Array  # [N], undiscounted
     lengths: jax.Array  # [N] int32
     broken: jax.Array  # [N] bool: the simulator's state became non-finite
-    track: jax.Array  # [T + 1, O], what the first environment observed; constant once its episode is over
+    track: Observation  # [T + 1, O], what the first environment observed; constant once its episode is over
 
 
 def start(env: Env, policy: Policy, key: jax.Array, count: int) -> Rollout:
@@ -91,7 +143,7 @@ def where(mask: jax.Array, a: PyTree, b: PyTree) -> PyTree:
 
 
 def execute(env: Env, states: EnvState, actions: jax.Array) -> tuple[EnvState, Steps]:
-    """Returns the environments after their chunks [N, H, A], and the steps that happened on the way.
+    """Returns the environments after their chunks [N, H, A], and the steps that happened.
 
     An environment stops at the first step that terminates, truncates or is not finite. In the last case it keeps the
     state from before that step, the step is marked invalid, and the episode counts as ended.
@@ -100,7 +152,7 @@ def execute(env: Env, states: EnvState, actions: jax.Array) -> tuple[EnvState, S
     def step(carry: tuple[EnvState, jax.Array], action: jax.Array) -> tuple[tuple[EnvState, jax.Array], dict]:
         states, ended = carry
         proposed = jax.vmap(env.step)(states, action)
-        finite = jnp.isfinite(proposed.obs).all(axis=-1) & jnp.isfinite(proposed.reward)
+        finite = finite_of((proposed.obs, proposed.reward))
         taken = ~ended
         after = where(taken & finite, proposed, states)
         over = proposed.terminated | proposed.truncated
@@ -116,9 +168,22 @@ def execute(env: Env, states: EnvState, actions: jax.Array) -> tuple[EnvState, S
 
     begin = (states, jnp.zeros(len(actions), bool))
     (after, ended), record = jax.lax.scan(step, begin, jnp.swapaxes(actions, 0, 1))
-    record = {name: jnp.swapaxes(values, 0, 1) for name, values in record.items()}
-    obs = jnp.concatenate([states.obs[:, None], record.pop("obs")], axis=1)
+    record = jax.tree.map(lambda values: jnp.swapaxes(values, 0, 1), record)
+    obs = jax.tree.map(lambda x, y: jnp.concatenate([x[:, None], y], axis=1), states.obs, record.pop("obs"))
     return after, Steps(obs=obs, actions=actions, ended=ended, **record)
+
+
+def finite_of(numbers: PyTree) -> jax.Array:
+    """Returns whether every number [N] is finite, of trees with leaves [N, ...]; integers always are."""
+    leaves = [x for x in jax.tree.leaves(numbers) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return functools.reduce(operator.and_, (jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in leaves))
+
+
+def with_extras(steps: Steps, extras: dict[str, jax.Array]) -> Steps:
+    """Returns the steps with a decision's extras [N, ...] stored at each of them, as [N, H, ...]."""
+    length = steps.actions.shape[1]
+    extra = {name: jnp.repeat(values[:, None], length, axis=1) for name, values in extras.items()}
+    return dataclasses.replace(steps, extra=extra)
 
 
 def advance(
@@ -126,11 +191,13 @@ def advance(
 ) -> tuple[Rollout, Steps, Metrics]:
     """Returns the rollout after one decision, the steps for the ring, and sums over the episodes that ended.
 
-    Ended environments go on from a state drawn from the bank of resets.
+    An environment whose episode ended is replaced by a state drawn from the bank of resets, and its memory by one for
+    the start of an episode.
     """
     key_act, key_bank, key_memory = jax.random.split(key, 3)
-    memory, actions = policy.act(rollout.memory, rollout.states, key_act)
+    memory, actions, extras = policy.act(rollout.memory, rollout.states, key_act)
     states, steps = execute(env, rollout.states, actions)
+    steps = with_extras(steps, extras)
     returns = rollout.returns + steps.rewards.sum(axis=1)
     over = steps.ended
     sums = {
@@ -140,10 +207,28 @@ def advance(
         "steps": steps.taken.sum(),
         "broken": (steps.taken & ~steps.valid).sum(),
     }
-    drawn = jax.random.randint(key_bank, over.shape, 0, len(bank.obs))
+    drawn = jax.random.randint(key_bank, over.shape, 0, len(bank.reward))
     fresh = jax.tree.map(lambda x: x[drawn], bank)
     memory = where(over, policy.start(fresh, key_memory), memory)
     return Rollout(where(over, fresh, states), memory, jnp.where(over, 0, returns)), steps, sums
+
+
+def unroll(
+    env: Env, policy: Policy, rollout: Rollout, bank: EnvState, key: jax.Array, decisions: int
+) -> tuple[Rollout, Unroll]:
+    """Returns the rollout after so many decisions, and all that happened in them."""
+
+    def decide(rollout: Rollout, key: jax.Array) -> tuple[Rollout, tuple[Steps, Metrics]]:
+        rollout, steps, sums = advance(env, policy, rollout, bank, key)
+        return rollout, (steps, sums)
+
+    after, (steps, sums) = jax.lax.scan(decide, rollout, jax.random.split(key, decisions))
+    return after, unrolled(steps, rollout.memory, jax.tree.map(lambda x: x.sum(axis=0), sums))
+
+
+def unrolled(steps: Steps, memory: PyTree, sums: Metrics) -> Unroll:
+    """Returns the unroll of steps with leaves [T, N, H, ...]."""
+    return Unroll(steps, jax.tree.map(lambda x: x[-1, :, -1], steps.obs), memory, sums)
 
 
 def evaluate(env: Env, policy: Policy, key: jax.Array, episodes: int) -> Episodes:
@@ -151,11 +236,11 @@ def evaluate(env: Env, policy: Policy, key: jax.Array, episodes: int) -> Episode
     key_start, key_act = jax.random.split(key)
     first = start(env, policy, key_start, episodes)
     no = jnp.zeros(episodes, bool)
-    fresh = Episodes(no, jnp.zeros(episodes), jnp.zeros(episodes, jnp.int32), no, first.states.obs[:1])
+    fresh = Episodes(no, jnp.zeros(episodes), jnp.zeros(episodes, jnp.int32), no, ())
 
-    def decide(carry: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
+    def decide(carry: tuple, key: jax.Array) -> tuple[tuple, Observation]:
         states, memory, over, so_far = carry
-        memory, actions = policy.act(memory, states, key)
+        memory, actions, _ = policy.act(memory, states, key)
         after, steps = execute(env, states, actions)
         happened = steps.taken & ~over[:, None]
         so_far = Episodes(
@@ -163,13 +248,13 @@ def evaluate(env: Env, policy: Policy, key: jax.Array, episodes: int) -> Episode
             returns=so_far.returns + jnp.sum(steps.rewards * happened, axis=1),
             lengths=so_far.lengths + happened.sum(axis=1),
             broken=so_far.broken | (happened & ~steps.valid).any(axis=1),
-            track=so_far.track,
+            track=(),
         )
         after = where(over, states, after)
-        seen = jnp.where(over[0], states.obs[0][None], steps.obs[0, 1:])
+        seen = jax.tree.map(lambda x, y: jnp.where(over[0], x[:1], y[0, 1:]), states.obs, steps.obs)
         return (after, memory, over | steps.ended, so_far), seen
 
     keys = jax.random.split(key_act, math.ceil(env.horizon / policy.chunk))
     (*_, result), seen = jax.lax.scan(decide, (first.states, first.memory, no, fresh), keys)
-    track = jnp.concatenate([first.states.obs[:1], seen.reshape(-1, seen.shape[-1])])
+    track = jax.tree.map(lambda x, y: jnp.concatenate([x[:1], y.reshape(-1, *y.shape[2:])]), first.states.obs, seen)
     return dataclasses.replace(result, track=track)

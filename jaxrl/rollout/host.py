@@ -1,12 +1,11 @@
 """Simulators that step on the CPU: decisions on the device, steps in worker processes, and evaluation in them.
 
-What goes on inside a simulator is not part of a run's carry: a run that is resumed begins new episodes. How a run
-trains in them is in `jaxrl.training.host_loop`.
+The state of a simulator is not part of a run's carry: a run that is resumed starts new episodes. How a run trains in
+simulators is in `jaxrl.training.host_loop`.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,26 +18,30 @@ from jaxrl.data.files import Dataset, from_columns
 from jaxrl.errors import UserError
 from jaxrl.replay.ring import Steps
 from jaxrl.rollout import device as ro
+from jaxrl.rollout.executors import OPEN_LOOP, Execution
 from jaxrl.rollout.workers import Pool
-from jaxrl.types import HostEnv, PyTree
+from jaxrl.types import Agent, EnvState, HostEnv, Observation, PyTree, Recordable, Script
 
 FRAMES = 100  # pictures of an episode
 EVALUATED = 8  # episodes that are evaluated side by side, or two per worker if that is more
+STARTING = np.uint32(2**32 - 1)  # of an episode's keys, the one that its memory starts with; no decision counts so far
 
 
 @dataclasses.dataclass
 class Flight:
-    """The environments that a run collects in: what they show, and what their unfinished episodes have earned."""
+    """The environments that a run collects in, with their episodes under way."""
 
-    obs: np.ndarray  # [N, O]
-    returns: np.ndarray  # [N]
+    obs: Observation  # [N, O], NumPy
+    returns: np.ndarray  # [N], of the unfinished episodes
+    began: np.ndarray  # [N] bool: at the start of an episode
+    memory: PyTree = None  # the policy's, on the device; None before its first decision
 
 
 class Simulators:
-    """All that a run has besides its carry: worker processes, and the episodes under way in them."""
+    """What a run holds besides its carry: worker processes, and the episodes under way in them."""
 
     def __init__(self, env: HostEnv, workers: int | None = None, picture: int = 0) -> None:
-        """Starts nothing yet; by default there is a worker for each processor core."""
+        """Starts no process yet; by default there will be one worker per processor core."""
         self.env, self.pool = env, Pool(env.builder(picture), env.horizon, workers)
         self.flight: Flight | None = None
 
@@ -46,10 +49,10 @@ class Simulators:
         """Ends the worker processes."""
         self.pool.close()
 
-    def begin(self, group: str, slots: np.ndarray, seeds: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-        """Returns the first observations [n, O] of new episodes, each of the task that a number from 0 on stands for.
+    def begin(self, group: str, slots: np.ndarray, seeds: np.ndarray, tasks: np.ndarray) -> Observation:
+        """Returns the first observations [n, O] of new episodes, of the tasks with these numbers [n].
 
-        The numbers count through the tasks again and again.
+        Numbers start from 0 and wrap around at the number of tasks.
         """
         numbers = tasks % self.env.tasks + 1 if self.env.tasks else np.zeros_like(tasks)
         return self.pool.reset(group, slots, seeds, numbers)
@@ -65,19 +68,49 @@ def generator(key: jax.Array) -> np.random.Generator:
     return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
-def act_greedily(agent: Any, state: PyTree, obs: jax.Array, key: jax.Array, turns: jax.Array) -> jax.Array:
-    """Returns chunks [N, H, A] for observations [N, O], as in evaluation; turns [N, 2] are (episode, decision).
+def start_greedily(
+    agent: Agent, execution: Execution, state: PyTree, obs: Observation, key: jax.Array, at: jax.Array
+) -> PyTree:
+    """Returns the memory [N, 1, ...] that `act_greedily` takes, at the start of N episodes."""
+    policy = execution(ro.policy_of(agent, state, greedy=True))
 
-    What is random about a decision depends on its turn, not on which episodes happen to be played side by side.
+    def one(obs: Observation, at: jax.Array) -> PyTree:
+        return policy.start(alone(obs), jax.random.fold_in(jax.random.fold_in(key, at[0]), STARTING))
+
+    return jax.vmap(one)(obs, at)
+
+
+def act_greedily(
+    agent: Agent,
+    execution: Execution,
+    state: PyTree,
+    memory: PyTree,
+    obs: Observation,
+    key: jax.Array,
+    at: jax.Array,
+) -> tuple[PyTree, jax.Array]:
+    """Returns memory and chunks [N, H, A] for observations [N, O], as in evaluation.
+
+    Rows of `at` [N, 2] are (episode, decision). They determine what is random about a decision, so results do not
+    depend on which episodes run side by side. Decision 0 starts with a new memory.
     """
+    policy = execution(ro.policy_of(agent, state, greedy=True))
+    memory = ro.where(at[:, 1] == 0, start_greedily(agent, execution, state, obs, key, at), memory)
 
-    def one(obs: jax.Array, turn: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, turn[0]), turn[1])
-        return agent.act(state, obs[None], own, greedy=True)[0]
+    def one(memory: PyTree, obs: Observation, at: jax.Array) -> tuple[PyTree, jax.Array]:
+        own = jax.random.fold_in(jax.random.fold_in(key, at[0]), at[1])
+        memory, chunks, _ = policy.act(memory, alone(obs), own)
+        return memory, chunks[0]
 
-    return jax.vmap(one)(obs, turns)
+    return jax.vmap(one)(memory, obs, at)
 
 
+def alone(obs: Observation) -> EnvState:
+    """Returns the state [1, ...] of the environment with this observation."""
+    return ro.observed(jax.tree.map(lambda x: x[None], obs))
+
+
+jitted_start_greedily = jax.jit(start_greedily)
 jitted_act_greedily = jax.jit(act_greedily)
 
 
@@ -85,11 +118,11 @@ def reset_all(simulators: Simulators, random: np.random.Generator, count: int) -
     """Returns `count` environments at the start of their episodes."""
     slots = np.arange(count)
     obs = simulators.begin("training", slots, seeds_of(random, count), random.integers(2**31, size=count))
-    return Flight(obs, np.zeros(count, np.float32))
+    return Flight(obs, np.zeros(count, np.float32), np.ones(count, bool))
 
 
 def advance(simulators: Simulators, chunks: np.ndarray, random: np.random.Generator) -> tuple[Steps, dict[str, Any]]:
-    """Returns the steps for the ring, and sums over the episodes that ended, which are followed by new ones."""
+    """Returns the steps for the ring, and sums over the episodes that ended; new ones start in their place."""
     flight, slots = simulators.flight, np.arange(len(chunks))
     assert flight is not None
     result = simulators.pool.execute("training", slots, chunks)
@@ -104,61 +137,84 @@ def advance(simulators: Simulators, chunks: np.ndarray, random: np.random.Genera
         "broken": (steps.taken & ~steps.valid).sum(),
     }
     seeds, tasks = seeds_of(random, len(over)), random.integers(2**31, size=len(over))
-    obs = np.array(steps.obs[:, -1])
+    obs = jax.tree.map(lambda x: np.array(x[:, -1]), steps.obs)
     if over.any():
-        obs[over] = simulators.begin("training", slots[over], seeds[over], tasks[over])
-    simulators.flight = Flight(obs, np.where(over, 0, returns).astype(np.float32))
+        put(obs, over, simulators.begin("training", slots[over], seeds[over], tasks[over]))
+    simulators.flight = Flight(obs, np.where(over, 0, returns).astype(np.float32), over, flight.memory)
     return steps, sums
 
 
-def evaluate(simulators: Simulators, agent: Any, state: PyTree, key: jax.Array, episodes: int) -> ro.Episodes:
+def put(obs: Observation, rows: np.ndarray, values: Observation) -> None:
+    """Writes observations into some rows of others, in place."""
+    for target, value in zip(jax.tree.leaves(obs), jax.tree.leaves(values), strict=True):
+        target[rows] = value
+
+
+def evaluate(
+    simulators: Simulators,
+    agent: Agent,
+    state: PyTree,
+    key: jax.Array,
+    episodes: int,
+    execution: Execution = OPEN_LOOP,
+) -> ro.Episodes:
     """Returns `episodes` whole episodes; the same key gives the same starts and tasks to any agent.
 
-    The tasks are gone through in turn. As many episodes as there are slots are played side by side, and a slot whose
-    episode is over goes on with the next one that nobody has begun. An episode counts as a success where the task was
-    solved at any time, as OGBench counts.
+    Episodes go through the tasks in order. As many run side by side as there are slots; a slot whose episode ends
+    starts the next one. An episode counts as a success where the task was solved at any time, as OGBench counts.
     """
     key_starts, key_act = jax.random.split(key)
     seeds, numbers = seeds_of(generator(key_starts), episodes), np.arange(episodes)
     count = side_by_side(episodes, simulators.pool.workers)
     result = _no_episodes(episodes)
-    playing, turn, following = numbers[:count].copy(), np.zeros(count, np.int64), count  # -1 plays nothing
-    obs = simulators.begin("evaluation", playing, seeds[playing], playing)
-    track = [obs[0].copy()]
-    while (playing >= 0).any():
-        turns = np.stack([playing, turn], axis=1).astype(np.int32)
-        chunks = np.asarray(jitted_act_greedily(agent, state, obs, key_act, turns))
-        slots = np.flatnonzero(playing >= 0)
-        steps = simulators.pool.execute("evaluation", slots, chunks[slots])
-        if playing[0] == 0:
-            track += list(steps["obs"][0, 1 : 1 + steps["taken"][0].sum()])
-        _record(result, playing[slots], steps)
-        obs[slots], turn[slots] = steps["obs"][:, -1], turn[slots] + 1
+    at, following = np.stack([numbers[:count], np.zeros(count)], axis=1).astype(np.int32), count  # episode -1: idle
+    obs = simulators.begin("evaluation", at[:, 0], seeds[:count], at[:, 0])
+    memory = jitted_start_greedily(agent, execution, state, obs, key_act, at)
+    track = [jax.tree.map(lambda x: x[:1].copy(), obs)]
+    while (at[:, 0] >= 0).any():
+        memory, chunks = jitted_act_greedily(agent, execution, state, memory, obs, key_act, at)
+        slots = np.flatnonzero(at[:, 0] >= 0)
+        steps = simulators.pool.execute("evaluation", slots, np.asarray(chunks)[slots])
+        if at[0, 0] == 0:
+            happened = slice(1, 1 + steps["taken"][0].sum())
+            track.append(jax.tree.map(lambda x, happened=happened: x[0, happened], steps["obs"]))
+        _record(result, at[slots, 0], steps)
+        put(obs, slots, jax.tree.map(lambda x: x[:, -1], steps["obs"]))
+        at[slots, 1] += 1
         over = slots[steps["ended"]]
         following, free = following + len(over), np.arange(following, following + len(over))
-        playing[over], turn[over] = np.where(free < episodes, free, -1), 0
+        at[over] = np.stack([np.where(free < episodes, free, -1), np.zeros(len(over))], axis=1)
         again = over[free < episodes]
         if len(again):
-            obs[again] = simulators.begin("evaluation", again, seeds[playing[again]], playing[again])
-    return dataclasses.replace(result, track=np.stack(track))
+            put(obs, again, simulators.begin("evaluation", again, seeds[at[again, 0]], at[again, 0]))
+    return dataclasses.replace(result, track=jax.tree.map(lambda *parts: np.concatenate(parts), *track))
 
 
-def film(env: HostEnv, agent: Any, state: PyTree, key: jax.Array, size: int = 320) -> list[Image.Image]:
-    """Returns pictures of the first episode that `evaluate` plays with the same key, at most FRAMES or so.
+def render(
+    env: HostEnv,
+    agent: Agent,
+    state: PyTree,
+    key: jax.Array,
+    size: int = 320,
+    execution: Execution = OPEN_LOOP,
+) -> list[Image.Image]:
+    """Returns about FRAMES pictures of the first episode that `evaluate` runs with the same key.
 
     Raises UserError where the simulator cannot be rendered.
     """
     key_starts, key_act = jax.random.split(key)
-    simulators, first, turn, ended = Simulators(env, 1, size), np.zeros(1, np.int64), 0, False
+    simulators, first, at, ended = Simulators(env, 1, size), np.zeros(1, np.int64), np.zeros((1, 2), np.int32), False
     frames: list[np.ndarray] = []
     with contextlib.closing(simulators):
-        obs = simulators.begin("film", first, seeds_of(generator(key_starts), 1), first)
+        obs = simulators.begin("rendering", first, seeds_of(generator(key_starts), 1), first)
+        memory = jitted_start_greedily(agent, execution, state, obs, key_act, at)
         while not ended:
-            turns = np.array([[0, turn]], np.int32)
-            chunks = np.asarray(jitted_act_greedily(agent, state, obs, key_act, turns))
-            steps = simulators.pool.execute("film", first, chunks, frames=max(env.horizon // FRAMES, 1))
+            memory, chunks = jitted_act_greedily(agent, execution, state, memory, obs, key_act, at)
+            every = max(env.horizon // FRAMES, 1)
+            steps = simulators.pool.execute("rendering", first, np.asarray(chunks), frames=every)
             frames += steps["frames"][0]
-            obs, turn, ended = steps["obs"][:, -1], turn + 1, bool(steps["ended"][0])
+            obs, ended = jax.tree.map(lambda x: x[:, -1], steps["obs"]), bool(steps["ended"][0])
+            at = at + np.array([[0, 1]], np.int32)
     return [Image.fromarray(frame) for frame in frames]
 
 
@@ -167,18 +223,17 @@ def side_by_side(episodes: int, workers: int) -> int:
     return min(episodes, max(EVALUATED, 2 * workers))
 
 
-def script_of(env: Any, behaviour: str | None, steps: int) -> tuple[Any, int]:
+def script_of(env: HostEnv, behaviour: str | None, steps: int) -> tuple[Script, int]:
     """Returns an environment's scripted behaviour, and how many of its episodes have so many steps.
 
-    A script names its `dataset`, and script((seed, episode)) are an episode's columns. Raises UserError where there is
-    none.
+    Raises UserError where there is none.
     """
-    if not hasattr(env, "recording"):
+    if not isinstance(env, Recordable):
         raise UserError(f"{type(env).__name__} has no scripted behaviour to record")
     return env.recording(behaviour, steps)
 
 
-def record(script: Callable[[tuple[int, int]], dict[str, np.ndarray]], episodes: int, seed: int) -> Dataset:
+def record(script: Script, episodes: int, seed: int) -> Dataset:
     """Returns episodes of a script, recorded in worker processes."""
     with Pool() as pool:
         jobs = pool.map(script, [(seed, episode) for episode in range(episodes)])
@@ -187,7 +242,7 @@ def record(script: Callable[[tuple[int, int]], dict[str, np.ndarray]], episodes:
 
 
 def _no_episodes(count: int) -> Any:
-    """Returns the record of episodes that have not begun, to be written into."""
+    """Returns the record of episodes that have not started, to be written into."""
     kinds = {"success": bool, "returns": np.float32, "lengths": np.int32, "broken": bool}
     columns: dict[str, Any] = {name: np.zeros(count, kind) for name, kind in kinds.items()}
     return ro.Episodes(**columns, track=jnp.zeros(0))

@@ -1,7 +1,6 @@
-"""Making datasets: a scripted behaviour recorded inside the program, in the compact layout of OGBench's files."""
+"""Recording of datasets: a scripted behaviour, executed on the device, in the compact layout of OGBench's files."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,19 +10,19 @@ from jaxrl.errors import UserError
 from jaxrl.replay import ring as rings
 from jaxrl.replay.ring import Ring
 from jaxrl.rollout import device as ro
-from jaxrl.types import Behaviour, Env, EnvState
+from jaxrl.types import Behaviour, Env, EnvState, Explorable, HasBehaviours
 
 LANES = 256  # environments recorded side by side
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """The behaviour that any environment has: actions uniform in [-1, 1]."""
+    """The behaviour that exists for any environment: actions uniform in [-1, 1]."""
 
     size: int
 
     def start(self, state: EnvState, key: jax.Array) -> tuple[()]:
-        """Returns nothing to remember."""
+        """Returns an empty memory."""
         return ()
 
     def act(self, memory: tuple[()], state: EnvState, key: jax.Array) -> tuple[tuple[()], jax.Array]:
@@ -31,9 +30,9 @@ class Uniform:
         return memory, jax.random.uniform(key, (self.size,), minval=-1, maxval=1)
 
 
-def behaviour_of(env: Any, level: str) -> Behaviour:
+def behaviour_of(env: Env, level: str) -> Behaviour:
     """Returns the environment's scripted behaviour; "random" exists for every environment."""
-    if hasattr(env, "behaviour"):
+    if isinstance(env, HasBehaviours):
         return env.behaviour(level)
     if level == "random":
         return Uniform(env.spec.action)
@@ -42,26 +41,25 @@ def behaviour_of(env: Any, level: str) -> Behaviour:
     )
 
 
-def record(env: Any, level: str, steps: int, seed: int) -> Dataset:
-    """Returns at least `steps` transitions of a behaviour: whole episodes of up to 256 environments side by side.
+def record(env: Env, level: str, steps: int, seed: int) -> Dataset:
+    """Returns at least `steps` transitions of a behaviour, recorded in up to 256 environments side by side.
 
-    Where the environment has `explore()`, that variant is recorded: episodes start anywhere and last for the horizon.
-    Elsewhere an episode can end early, and the last one of each environment is cut where the recording stops.
+    Of an environment that is `types.Explorable`, the version for recording is used: episodes start anywhere and last
+    for the horizon. In others an episode can end early, and the last one of each is cut where the recording stops.
     """
     return to_dataset(recording(*arguments(env, level, steps), jax.random.key(seed)))
 
 
-def arguments(env: Any, level: str, steps: int) -> tuple[Env, ro.Policy, int, int, int]:
-    """Returns what `recording` is called with, but for the key."""
-    explored = env.explore() if hasattr(env, "explore") else env
+def arguments(env: Env, level: str, steps: int) -> tuple[Env, ro.Policy, int, int, int]:
+    """Returns the arguments of `recording`, without the key."""
     each, lanes = lanes_of(steps, env.horizon)
-    # One row per step, and one per episode for its last observation; where episodes can terminate, each may be a step.
-    rows = each + (each // env.horizon if hasattr(env, "explore") else each) + 2
+    explored, episodes = (env.explore(), each // env.horizon) if isinstance(env, Explorable) else (env, each)
+    rows = each + episodes + 2  # one per step, and one per episode for its last observation
     return explored, ro.scripted(behaviour_of(explored, level)), lanes, each, rows
 
 
 def lanes_of(steps: int, horizon: int) -> tuple[int, int]:
-    """Returns (steps of each environment, environments) that record at least `steps` in whole episodes."""
+    """Returns (steps per environment, environments) that record at least `steps` in whole episodes."""
     episodes = -(-steps // horizon)
     each = -(-episodes // LANES)
     return each * horizon, -(-episodes // each)
@@ -70,7 +68,7 @@ def lanes_of(steps: int, horizon: int) -> tuple[int, int]:
 def _record(env: Env, policy: ro.Policy, lanes: int, steps: int, rows: int, key: jax.Array) -> Ring:
     key_start, key_bank, key_steps = jax.random.split(key, 3)
     rollout, bank = ro.start(env, policy, key_start, lanes), ro.resets(env, key_bank, lanes)
-    ring = rings.empty(lanes, rows, env.spec.observation, env.spec.action)
+    ring = rings.empty(lanes, rows, env.spec)
 
     def body(carry: tuple[ro.Rollout, Ring], key: jax.Array) -> tuple[tuple[ro.Rollout, Ring], None]:
         rollout, step, _ = ro.advance(env, policy, carry[0], bank, key)
@@ -84,7 +82,7 @@ recording = jax.jit(_record, static_argnames=("env", "policy", "lanes", "steps",
 
 
 def to_dataset(ring: Ring) -> Dataset:
-    """Returns the history of a ring that has not wrapped, lane after lane; what was under way ends as a time limit."""
+    """Returns the history of a ring that has not wrapped, lane by lane; unfinished episodes end as by a time limit."""
     host = jax.tree.map(np.asarray, ring)
     parts = []
     for lane, count in enumerate(host.count):
@@ -99,6 +97,6 @@ def to_dataset(ring: Ring) -> Dataset:
         "masks": 1 - host.terminated.astype(np.float32),
     }
     flat = {name: np.concatenate([column[part] for part in parts]) for name, column in columns.items()}
-    # A step that was not finite is closed like an episode; without a step of its own it is no episode.
+    # A step that was not finite is closed like an episode; a row that follows such an end at once is no episode.
     alone = flat["terminals"] & np.concatenate([[True], flat["terminals"][:-1]])
     return from_columns({name: column[~alone] for name, column in flat.items()})

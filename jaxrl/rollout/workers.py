@@ -1,12 +1,13 @@
-"""Simulators in worker processes: NumPy in, NumPy out. Nothing here, and so nothing in a worker, imports JAX.
+"""Simulators in worker processes: NumPy in, NumPy out. Neither this module nor a worker imports JAX.
 
-A worker is a fresh interpreter rather than a fork, since JAX runs threads, and rather than one of `multiprocessing`,
-which would run the user's script again. Each worker holds several simulators and executes a whole chunk in each before
-it answers, so that a decision costs one message to each worker however long the chunk is.
+A worker is a fresh interpreter: a fork is unsafe, since JAX runs threads, and `multiprocessing` would run the user's
+script again. Each worker holds several simulators and executes a whole chunk in each before it answers, so a decision
+costs one message per worker, however long the chunk is.
 
-A simulator is what Gymnasium calls an environment, though Gymnasium is not needed: `reset(seed=..., options=...)`
+A simulator has the interface of a Gymnasium environment, though Gymnasium is not needed: `reset(seed=..., options=...)`
 returns (observation, info), `step(action)` returns (observation, reward, terminated, truncated, info). A task is
-chosen by `options={"task_id": n}`; `info["success"]`, where there is one, says whether the task is solved.
+chosen by `options={"task_id": n}`; `info["success"]`, if present, says whether the task is solved. An observation is an
+array, or a dict of arrays; floats become float32, other entries of a dict keep their dtype.
 """
 
 import contextlib
@@ -17,9 +18,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -28,28 +29,29 @@ from jaxrl.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Observation: TypeAlias = Any  # an array, or a dict of arrays
 
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # one each: the workers are the parallelism
-PATIENCE = 5.0  # seconds that a worker has to leave by itself
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # one per worker, as there is one per core
+PATIENCE = 5.0  # seconds that a worker has to exit before it is killed
 
 
-class WorkerDied(UserError):  # noqa: N818  (nobody's error)
-    """A worker process is gone: killed, out of memory, or crashed in a simulator's native code."""
+class WorkerDied(UserError):  # noqa: N818
+    """A worker process ended: it was killed, ran out of memory, or crashed in a simulator's native code."""
 
 
 class SimulatorFailed(UserError):  # noqa: N818
-    """A simulator raised an exception; unless it was a UserError, the worker has printed where."""
+    """A simulator raised an exception; unless it was a UserError, the worker has printed its traceback."""
 
 
 class Pool:
     """Worker processes and the simulators in them, which `builder()` makes there when they are first reset.
 
-    A simulator is known by its group and its slot, a number; slot s lives in worker s modulo the number of workers.
-    Processes start with the first command. Any failure ends them all, and the next command starts new ones.
+    A simulator is identified by its group and its slot, a number; slot s is in worker s modulo the number of workers.
+    Processes start with the first command. Any failure ends all of them, and the next command starts new ones.
     """
 
     def __init__(self, builder: Callable[[], Any] | None = None, horizon: int = 0, workers: int | None = None) -> None:
-        """Takes what a worker builds simulators with (picklable), and the steps after which an episode is truncated."""
+        """Takes a picklable builder of simulators, and the steps after which an episode is truncated."""
         self.builder, self.horizon, self.workers = builder, horizon, workers or system.cores()
         self.processes: list[subprocess.Popen] = []
         self.connections: list[Connection] = []
@@ -61,7 +63,7 @@ class Pool:
         self.close()
 
     def start(self) -> None:
-        """Starts the processes, unless they run."""
+        """Starts the processes, unless they are running."""
         if self.processes:
             return
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
@@ -79,9 +81,9 @@ class Pool:
             self._receive(worker)
 
     def close(self, patience: float = PATIENCE) -> None:
-        """Ends the processes, by force those that have not left after so many seconds."""
+        """Ends the processes, and kills those that have not exited after so many seconds."""
         for connection in self.connections:
-            connection.close()  # what a worker takes for the end
+            connection.close()  # on which a worker exits
         deadline = time.monotonic() + patience
         for process in self.processes:
             try:
@@ -91,20 +93,20 @@ class Pool:
                 process.wait()
         self.processes, self.connections = [], []
 
-    def reset(self, group: str, slots: np.ndarray, seeds: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+    def reset(self, group: str, slots: np.ndarray, seeds: np.ndarray, tasks: np.ndarray) -> Observation:
         """Returns the first observations [n, O] of new episodes in n slots, given seeds [n] and tasks [n] (0: any)."""
         return self._each("reset", group, slots, seeds, tasks)["obs"]
 
     def execute(self, group: str, slots: np.ndarray, chunks: np.ndarray, frames: int = 0) -> dict[str, Any]:
-        """Returns what came of chunks [n, H, A], executed open loop in n slots: the fields of `ring.Steps`, as arrays.
+        """Returns the steps of chunks [n, H, A] executed in n slots: the fields of `ring.Steps`, as arrays.
 
-        Besides them, "success" [n]: solved now or earlier in the episode. With `frames`, also "frames": for each slot
-        a list of pictures [height, width, 3], one every so many steps of the episode.
+        In addition, "success" [n]: solved now or earlier in the episode. With `frames`, also "frames": for each slot a
+        list of pictures [height, width, 3], one every so many steps of the episode.
         """
         return self._each("execute", group, slots, chunks, frames=frames)
 
     def map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-        """Yields function(job) for every job, in order, each computed by the next worker that is free."""
+        """Yields function(job) for every job, in order, each computed by the next free worker."""
         self.start()
         waiting, done, at = enumerate(jobs), {}, 0
         running: dict[int, int] = {}  # worker: index of its job
@@ -124,7 +126,7 @@ class Pool:
                 at += 1
 
     def _each(self, command: str, group: str, slots: np.ndarray, *columns: np.ndarray, **options: Any) -> dict:
-        """Returns the answers about n slots, in the order of the slots, whatever workers gave them."""
+        """Returns the answers about n slots, in the order of the slots."""
         self.start()
         slots = np.asarray(slots)
         mine = {w: rows for w in range(self.workers) if len(rows := np.flatnonzero(slots % self.workers == w))}
@@ -151,11 +153,9 @@ class Pool:
         return answer
 
     def _died(self, worker: int) -> WorkerDied:
-        """Returns the error for a worker that is gone, having ended the others."""
+        """Returns the error for a worker that ended, after ending the others."""
         process = self.processes[worker]
-        with contextlib.suppress(
-            subprocess.TimeoutExpired
-        ):  # its connection is gone a moment before its exit code is there
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its connection closes before its exit code is known
             process.wait(PATIENCE)
         self.close(patience=0)
         return WorkerDied(f"worker {worker} of {self.workers} (process {process.pid}) died, {_why(process.returncode)}")
@@ -173,32 +173,54 @@ def _joined(parts: Sequence[Any], order: np.ndarray) -> Any:
     if isinstance(parts[0], list):
         together = [item for part in parts for item in part]
         return [together[i] for i in order]
+    if isinstance(parts[0], Mapping):
+        return {name: _joined([part[name] for part in parts], order) for name in parts[0]}
     return np.concatenate(parts)[order]
+
+
+def stacked(items: Sequence[Any]) -> Any:
+    """Returns arrays, or dicts of arrays, stacked along a new first axis."""
+    if isinstance(items[0], Mapping):
+        return {name: np.stack([item[name] for item in items]) for name in items[0]}
+    return np.stack(items)
+
+
+def observed(obs: Any) -> Observation:
+    """Returns a simulator's observation with its floats in float32; an array that is no dict is float32 throughout."""
+    if not isinstance(obs, Mapping):
+        return np.asarray(obs, np.float32)
+    arrays = {name: np.asarray(value) for name, value in obs.items()}
+    return {name: x.astype(np.float32) if np.issubdtype(x.dtype, np.floating) else x for name, x in arrays.items()}
+
+
+def finite(obs: Observation) -> bool:
+    """Returns whether every number of an observation is finite."""
+    return all(np.isfinite(x).all() for x in (obs.values() if isinstance(obs, Mapping) else [obs]))
 
 
 # In the worker
 
 
 class Slot:
-    """One simulator and the episode in it."""
+    """One simulator and its episode."""
 
     def __init__(self, simulator: Any, horizon: int) -> None:
         """Takes a simulator that has not been reset yet."""
         self.simulator, self.horizon = simulator, horizon
 
-    def reset(self, seed: int, task: int) -> np.ndarray:
+    def reset(self, seed: int, task: int) -> Observation:
         """Returns the first observation of a new episode."""
         np.random.seed(seed)
         options = {"task_id": int(task)} if task else None
         obs, _ = self.simulator.reset(seed=int(seed), options=options)
-        self.obs, self.steps, self.success = np.asarray(obs, np.float32), 0, False
+        self.obs, self.steps, self.success = observed(obs), 0, False
         self.random = np.random.get_state()
         return self.obs
 
     def execute(self, chunk: np.ndarray, frames: int) -> dict[str, Any]:
-        """Returns what came of a chunk [H, A]: it stops where the episode ends or a number is not finite.
+        """Returns the steps of a chunk [H, A], which stops where the episode ends or a number is not finite.
 
-        Simulators may draw from NumPy's global stream, so that of each is kept apart from the others'.
+        Simulators may draw from NumPy's global stream, so each has its own state of it.
         """
         if frames and getattr(self.simulator, "render", None) is None:
             raise UserError("the simulator has no render()")
@@ -208,56 +230,56 @@ class Slot:
         for t, action in enumerate(chunk):
             if not ended:
                 obs, rewards[t], terminated, truncated, info = self.simulator.step(action)
-                obs = np.asarray(obs, np.float32)
+                obs = observed(obs)
                 self.steps += 1
-                finite = bool(np.isfinite(obs).all() and np.isfinite(rewards[t]))
+                valid = bool(finite(obs) and np.isfinite(rewards[t]))
                 truncated = (truncated or self.steps >= self.horizon) and not terminated
-                record["taken"][t], record["valid"][t] = True, finite
-                record["terminated"][t], record["truncated"][t] = terminated and finite, truncated and finite
-                self.obs, rewards[t] = (obs, rewards[t]) if finite else (self.obs, 0)
-                self.success = self.success or (finite and bool(info.get("success", False)))
-                ended = bool(terminated or truncated or not finite)
+                record["taken"][t], record["valid"][t] = True, valid
+                record["terminated"][t], record["truncated"][t] = terminated and valid, truncated and valid
+                self.obs, rewards[t] = (obs, rewards[t]) if valid else (self.obs, 0)
+                self.success = self.success or (valid and bool(info.get("success", False)))
+                ended = bool(terminated or truncated or not valid)
                 if frames and (self.steps % frames == 0 or ended):
                     pictures.append(self.simulator.render())
             seen.append(self.obs)
         self.random = np.random.get_state()
-        result = record | {"obs": np.stack(seen), "rewards": rewards, "ended": ended, "success": self.success}
+        result = record | {"obs": stacked(seen), "rewards": rewards, "ended": ended, "success": self.success}
         return result | ({"frames": pictures} if frames else {})
 
 
 class Worker:
-    """What a worker process knows; each method is a command."""
+    """The state of a worker process; each method but the first is a command."""
 
     def __init__(self) -> None:
-        """Knows nothing yet."""
+        """Has no simulators yet."""
         self.slots: dict[tuple[str, int], Slot] = {}
 
     def build(self, builder: Callable[[], Any], horizon: int) -> None:
-        """Keeps what makes simulators."""
+        """Takes the builder of simulators and their horizon."""
         self.builder, self.horizon = builder, horizon
 
     def reset(self, group: str, slots: np.ndarray, seeds: np.ndarray, tasks: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the first observations of new episodes, having built what simulators are missing."""
+        """Returns the first observations of new episodes, in simulators that are built when first needed."""
         for slot in slots:
             if (group, slot) not in self.slots:
                 self.slots[group, slot] = Slot(self.builder(), self.horizon)
         starts = zip(slots, seeds, tasks, strict=True)
-        return {"obs": np.stack([self.slots[group, slot].reset(seed, task) for slot, seed, task in starts])}
+        return {"obs": stacked([self.slots[group, slot].reset(seed, task) for slot, seed, task in starts])}
 
     def execute(self, group: str, slots: np.ndarray, chunks: np.ndarray, frames: int) -> dict[str, Any]:
-        """Returns what came of the chunks, field by field."""
+        """Returns the steps of the chunks, field by field."""
         results = [self.slots[group, slot].execute(chunk, frames) for slot, chunk in zip(slots, chunks, strict=True)]
         columns = {name: [result[name] for result in results] for name in results[0]}
         columns["actions"] = list(chunks)
-        return {name: column if name == "frames" else np.stack(column) for name, column in columns.items()}
+        return {name: column if name == "frames" else stacked(column) for name, column in columns.items()}
 
     def call(self, function: Callable[[Any], Any], job: Any) -> Any:
-        """Returns what a function makes of a job."""
+        """Returns function(job)."""
         return function(job)
 
 
 def serve(descriptor: int) -> None:
-    """Answers commands until the other side is gone. Signals are for the process that started this one."""
+    """Answers commands until the connection closes. Signals are left to the process that started this one."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     connection, worker = Connection(descriptor), Worker()

@@ -18,6 +18,7 @@ from jaxrl.agents import (
     PRDC,
     QC,
     QGF,
+    TD3,
     TD3BC,
     FamO2O,
     ReBRAC,
@@ -25,7 +26,9 @@ from jaxrl.agents import (
 from jaxrl.agents.parts import (
     Adam,
     AdamW,
+    Autoencoder,
     Critic,
+    DeterministicPolicy,
     FlowMapPolicy,
     FlowPolicy,
     GaussianPolicy,
@@ -38,6 +41,7 @@ from jaxrl.agents.parts import (
     Value,
 )
 from jaxrl.errors import UserError, unknown
+from jaxrl.networks import Norm
 from jaxrl.ops.closed_form import ClosedForm
 from jaxrl.ops.guidance import QGuidance
 from jaxrl.runs.config import Config, replaced
@@ -74,13 +78,7 @@ def _qgf(hidden: tuple[int, ...]) -> dict[str, Any]:
     return {"flow": flow, "critic": Critic(before, agg="min"), "value": Value(before)}
 
 
-_NETS: dict[str, Any] = {"actor_hidden": _SMALL, "critic_hidden": _SMALL}
-
-
 _DRAWN = ClosedForm(bound="jensen", delta=0.2, delta_high=2.0, draws=10)
-
-
-_FAST: dict[str, Any] = {"actor_lr": 1e-3, "critic_lr": 1e-3}
 
 
 _MINUTES = Schedule(
@@ -98,11 +96,26 @@ _MINUTES = Schedule(
 _OFFLINE = dataclasses.replace(_MINUTES, online_steps=0)
 
 
+_ONLINE = dataclasses.replace(_MINUTES, offline_updates=0, warmup_steps=6_400)
+
+
 _LONG = Schedule(online_steps=0)
 
 
+def _td3(norm: Norm = "none", *, normalize: bool = True) -> TD3:
+    """Returns TD3 with small networks, LayerNorm in the critics where `norm` says, and high learning rates."""
+    return TD3(
+        DeterministicPolicy(Net(_SMALL, "relu", "none", "torch")),
+        Critic(Net(_SMALL, "relu", norm, "torch"), agg="min"),
+        Adam(_LR),
+        Adam(_LR),
+        normalize=normalize,
+    )
+
+
 PRESETS: dict[str, dict[str, Config]] = {
-    "quick": {  # minutes on two CPU cores
+    "quick": {name: Config(agent(), schedule=_MINUTES) for name, agent in AGENTS.items()}
+    | {  # minutes on two CPU cores
         "bc": Config(BC(flow=FlowPolicy(Net(_SMALL), "fourier"), adam=Adam(_LR)), schedule=_OFFLINE),
         "fmq": Config(
             FMQ(
@@ -148,10 +161,14 @@ PRESETS: dict[str, dict[str, Config]] = {
             schedule=_OFFLINE,
             reward_shift=1.0,
         ),
-        "td3bc": Config(TD3BC(**_NETS, **_FAST), schedule=_OFFLINE),
-        "rebrac": Config(ReBRAC(**_NETS, **_FAST), schedule=_OFFLINE),
-        "prdc": Config(PRDC(**_NETS, **_FAST), schedule=_OFFLINE),
-        "a2pr": Config(A2PR(**_NETS, **_FAST, vae_hidden=_SMALL, value_lr=1e-3), schedule=_OFFLINE),
+        "td3": Config(_td3(normalize=False), env="push?reward=dense", schedule=_ONLINE),
+        "td3bc": Config(TD3BC(_td3()), schedule=_OFFLINE),
+        "rebrac": Config(ReBRAC(_td3("after", normalize=False)), schedule=_OFFLINE),
+        "prdc": Config(PRDC(_td3()), schedule=_OFFLINE),
+        "a2pr": Config(
+            A2PR(_td3(), Value(Net(_SMALL, "relu", "none", "torch")), Autoencoder(_SMALL), value_adam=Adam(_LR)),
+            schedule=_OFFLINE,
+        ),
         "cql": Config(
             CQL(
                 actor=SquashedGaussianPolicy(_TORCH),
@@ -202,7 +219,8 @@ PRESETS: dict[str, dict[str, Config]] = {
             schedule=_OFFLINE,
         ),
     },
-    "paper": {  # the published sizes, for an accelerator
+    "paper": {name: Config(agent(), schedule=_LONG, data_steps=1_000_000) for name, agent in AGENTS.items()}
+    | {  # the published sizes, for an accelerator
         "bc": Config(BC(), schedule=_LONG, data_steps=1_000_000),
         "fmq": Config(FMQ(), data_steps=1_000_000),
         "iql": Config(IQL(), schedule=_LONG, data_steps=1_000_000),
@@ -214,10 +232,7 @@ PRESETS: dict[str, dict[str, Config]] = {
         "fql": Config(FQL(), data_steps=1_000_000),
         "qc": Config(QC(), data_steps=1_000_000),
         "dqc": Config(DQC(), schedule=_LONG, data_steps=1_000_000, reward_shift=1.0),
-        "td3bc": Config(TD3BC(), schedule=_LONG, data_steps=1_000_000),
-        "rebrac": Config(ReBRAC(), schedule=_LONG, data_steps=1_000_000),
-        "prdc": Config(PRDC(), schedule=_LONG, data_steps=1_000_000),
-        "a2pr": Config(A2PR(), schedule=_LONG, data_steps=1_000_000),
+        "td3": Config(TD3(), schedule=Schedule(offline_updates=0, warmup_steps=25_000)),
         "cql": Config(CQL(), schedule=_LONG, data_steps=1_000_000),
         "awac": Config(AWAC(), schedule=_LONG, data_steps=1_000_000),
         "odice": Config(ODICE(), schedule=_LONG, data_steps=1_000_000),

@@ -1,7 +1,8 @@
 """Training with simulators on CPU cores: the epoch of `jaxrl.training.loop` as a Python loop of the same iterations."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,16 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.replay.ring import Ring, Steps
+from jaxrl.rollout import device as ro
 from jaxrl.rollout import host
+from jaxrl.rollout.executors import OPEN_LOOP, Execution
 from jaxrl.rollout.host import Simulators
 from jaxrl.rollout.workers import WorkerDied
 from jaxrl.training import loop
+from jaxrl.training.compiling import Jitted
 from jaxrl.training.loop import Carry
-from jaxrl.types import HostEnv, Metrics, Phase, PyTree
+from jaxrl.training.schedule import reads_dataset
+from jaxrl.types import Agent, HostEnv, Metrics, Observation, Phase, PyTree
 
 
-class Interrupted(Exception):  # noqa: N818  (not a mistake)
-    """A worker died amid an epoch. Holds the carry after the last iteration."""
+class Interrupted(Exception):  # noqa: N818  (a run that can be resumed is no error)
+    """A worker died during an epoch. Holds the carry after the last iteration."""
 
     def __init__(self, carry: Carry) -> None:
         """Keeps the carry."""
@@ -26,14 +31,30 @@ class Interrupted(Exception):  # noqa: N818  (not a mistake)
         self.carry = carry
 
 
-def act(agent: Any, state: PyTree, obs: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns chunks [N, H, A] for observations [N, O], as while collecting."""
-    return agent.act(state, obs, key)
+def start(agent: Agent, execution: Execution, state: PyTree, obs: Observation, key: jax.Array) -> PyTree:
+    """Returns the policy's memory at the start of episodes, from their first observations [N, O]."""
+    return execution(ro.policy_of(agent, state)).start(ro.observed(obs), key)
+
+
+def act(
+    agent: Agent,
+    execution: Execution,
+    state: PyTree,
+    memory: PyTree,
+    began: jax.Array,
+    obs: Observation,
+    key: jax.Array,
+    key_start: jax.Array,
+) -> tuple[PyTree, ro.Decision]:
+    """Returns the memory before a decision, started anew where an episode `began`, and the decision on obs [N, O]."""
+    policy, states = execution(ro.policy_of(agent, state)), ro.observed(obs)
+    memory = ro.where(began, policy.start(states, key_start), memory)
+    return memory, policy.act(memory, states, key)
 
 
 def resume(carry: Carry) -> Carry:
-    """Returns the carry for environments that begin anew: an episode that was under way ends as by a time limit."""
-    if carry.world is None:
+    """Returns the carry for environments that start anew: an episode that was under way ends as by a time limit."""
+    if carry.world is None or carry.world.replay is None:
         return carry
     ring = carry.world.replay
     lanes, rows = ring.valid.shape
@@ -48,24 +69,34 @@ def resume(carry: Carry) -> Carry:
     return dataclasses.replace(carry, world=dataclasses.replace(carry.world, replay=replay))
 
 
+jitted_start = jax.jit(start)
+
+
 jitted_act = jax.jit(act)
 
 
 jitted_resume = jax.jit(resume, donate_argnames=("carry",))
 
 
-jitted_learn = jax.jit(
-    loop.learn, static_argnames=("phase",), donate_argnames=("carry",), compiler_options=loop.COMPILING
-)
+jitted_learn = Jitted(loop.learn, static_argnames=("phase",), donate_argnames=("carry",))
+
+
+jitted_learn_from = Jitted(loop.learn_from, static_argnames=("phase",), donate_argnames=("carry",))
 
 
 jitted_close = jax.jit(loop.close, donate_argnames=("carry",))
 
 
 def epoch(
-    simulators: Simulators, agent: Any, phase: Phase, carry: Carry, dataset: Ring | None
+    simulators: Simulators,
+    agent: Agent,
+    phase: Phase,
+    carry: Carry,
+    dataset: Ring | None,
+    envs: int,
+    execution: Execution = OPEN_LOOP,
 ) -> tuple[Carry, Metrics]:
-    """Returns the carry after one epoch that collects, and its metrics, as `loop.epoch` does.
+    """Returns the carry after one epoch that collects in `envs` environments, and its metrics, as `loop.epoch` does.
 
     Raises Interrupted, with the carry as it was then, where a worker dies.
     """
@@ -76,38 +107,114 @@ def epoch(
     try:
         if simulators.flight is None:
             carry = jitted_resume(carry)
-            simulators.flight = host.reset_all(simulators, random, lanes_of(carry))
+            simulators.flight = host.reset_all(simulators, random, envs)
         carry = dataclasses.replace(carry, key=key)
-        if dataset is not None:
+        if dataset is not None and reads_dataset(phase):
             (dataset,) = loop.derived(agent, (dataset,))
-        for key_iteration in jax.random.split(key_iterations, phase.iterations):
-            key_act, key_learn = jax.random.split(key_iteration)
-            chunks = np.asarray(jitted_act(agent, carry.agent, simulators.flight.obs, key_act))
-            steps, happened = host.advance(simulators, chunks, random)
-            carry, metrics = jitted_learn(agent, phase, carry, dataset, steps, key_learn)
+        pairs = (jax.random.split(key, phase.iterations) for key in (key_iterations, key_starts))
+        for keys in zip(*pairs, strict=True):
+            carry, metrics, happened = iteration(simulators, agent, phase, carry, dataset, execution, random, keys)
             history.append(metrics)
             sums.append(happened)
     except WorkerDied as error:
         simulators.flight = None
         raise Interrupted(carry) from error
     carry, word = jitted_close(carry)
-    means: Metrics = {name: np.mean([values[name] for values in jax.device_get(history)]) for name in history[0]}
-    totals = {name: jnp.asarray(np.sum([values[name] for values in sums])) for name in sums[0]}
-    return carry, {**means, **loop.episode_metrics(totals), "digest": word}
+    totals = {name: jnp.asarray(value) for name, value in total(sums).items()}
+    found: Metrics = {**means(jax.device_get(history)), **loop.episode_metrics(totals), "digest": word}
+    return carry, found
 
 
-def lanes_of(carry: Carry) -> int:
-    """Returns how many environments a run collects in: the lanes of its replay."""
-    assert carry.world is not None
-    return len(carry.world.replay.head)
+def means(history: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Returns the mean of each metric over the iterations that measured it; NaN where none did."""
+    result = {}
+    for name in history[0]:
+        values = np.stack([metrics[name] for metrics in history])
+        measured = values[~np.isnan(values)]
+        result[name] = np.mean(measured) if len(measured) else values[0]
+    return result
 
 
-def lowered(agent: Any, env: HostEnv, phase: Phase, carry: Carry, dataset: Ring, key: jax.Array) -> Iterator[Any]:
+def iteration(
+    simulators: Simulators,
+    agent: Agent,
+    phase: Phase,
+    carry: Carry,
+    dataset: Ring | None,
+    execution: Execution,
+    random: np.random.Generator,
+    keys: tuple[jax.Array, jax.Array],
+) -> tuple[Carry, Metrics, dict[str, Any]]:
+    """Returns the carry after one iteration, the updates' mean metrics and the collection's sums.
+
+    The keys are the iteration's and one for the memory of new episodes.
+    """
+    key, key_start = keys
+    key_act, key_learn = jax.random.split(key)
+    collect = functools.partial(decide, simulators, agent, execution, carry.agent, random)
+    if loop.on_policy(agent, phase):
+        pairs = [jax.random.split(key, agent.unroll) for key in (key_act, key_start)]
+        memories, steps, sums = zip(*(collect(*pair) for pair in zip(*pairs, strict=True)), strict=True)
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
+        unroll = ro.unrolled(stacked, memories[0], total(sums))
+        carry, metrics = jitted_learn_from(agent, phase, carry, unroll, key_learn)
+        return carry, metrics, dict(unroll.sums)
+    _, steps, sums = collect(key_act, key_start)
+    carry, metrics = jitted_learn(agent, phase, carry, dataset, steps, key_learn)
+    return carry, metrics, sums
+
+
+def decide(
+    simulators: Simulators,
+    agent: Agent,
+    execution: Execution,
+    state: PyTree,
+    random: np.random.Generator,
+    key: jax.Array,
+    key_start: jax.Array,
+) -> tuple[PyTree, Steps, dict[str, Any]]:
+    """Returns the policy's memory before one decision in every environment, its steps, and sums over ended episodes."""
+    flight = simulators.flight
+    assert flight is not None
+    if flight.memory is None:
+        flight.memory = jitted_start(agent, execution, state, flight.obs, key_start)
+    before, decision = jitted_act(agent, execution, state, flight.memory, flight.began, flight.obs, key, key_start)
+    flight.memory, chunks, extras = decision
+    steps, sums = host.advance(simulators, np.asarray(chunks), random)
+    return before, ro.with_extras(steps, extras), sums
+
+
+def total(sums: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the sums of sums, name by name."""
+    return {name: np.sum([values[name] for values in sums]) for name in sums[0]}
+
+
+def lowered(
+    agent: Agent,
+    env: HostEnv,
+    phase: Phase,
+    carry: Carry,
+    dataset: Ring | None,
+    key: jax.Array,
+    envs: int,
+    execution: Execution = OPEN_LOOP,
+) -> Iterator[Any]:
     """Yields the programs of an epoch that collects, ready to be compiled, from the shapes of its arguments."""
-    count, chunk, sizes = lanes_of(carry), agent.chunk, env.spec
-    flag, reward = jnp.zeros((count, chunk), bool), jnp.zeros((count, chunk))
-    obs, actions = jnp.zeros((count, chunk + 1, sizes.observation)), jnp.zeros((count, chunk, sizes.action))
-    yield jitted_act.lower(agent, carry.agent, obs[:, 0], key)
-    steps = Steps(obs, actions, reward, flag, flag, flag, flag, flag[:, 0])
-    (dataset,) = jax.eval_shape(lambda agent, *data: loop.derived(agent, data), agent, dataset)
+    count, length = envs, execution.length(agent.chunk)
+    obs = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), env.spec.example())
+    memory = jitted_start.eval_shape(agent, execution, carry.agent, obs, key)
+    began = jnp.zeros(count, bool)
+    arguments = (agent, execution, carry.agent, memory, began, obs, key, key)
+    yield jitted_act.lower(*arguments)
+    _, (_, actions, extras) = jitted_act.eval_shape(*arguments)
+    flag, reward = jnp.zeros((count, length), bool), jnp.zeros((count, length))
+    rows = jax.tree.map(lambda x: jnp.zeros((count, length + 1, *x.shape[1:]), x.dtype), obs)
+    extra = jax.tree.map(lambda x: jnp.zeros((count, length, *x.shape[1:]), x.dtype), extras)
+    steps = Steps(rows, actions, reward, flag, flag, flag, flag, began, extra)
+    if loop.on_policy(agent, phase):
+        stacked = jax.tree.map(lambda x: jnp.zeros((agent.unroll, *x.shape), x.dtype), steps)
+        yield jitted_learn_from.lower(agent, phase, carry, ro.unrolled(stacked, memory, {}), key)
+        return
+    if dataset is not None and reads_dataset(phase):
+        (dataset,) = jax.eval_shape(lambda agent, *data: loop.derived(agent, data), agent, dataset)
     yield jitted_learn.lower(agent, phase, carry, dataset, steps, key)

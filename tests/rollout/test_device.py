@@ -70,7 +70,7 @@ def side_by_side(*states: EnvState) -> EnvState:
 def repeat(action: float, chunk: int) -> ro.Policy:
     """Returns the policy that always does the same, and counts its decisions per episode in its memory."""
     start = lambda states, key: jnp.zeros(len(states.obs), jnp.int32)  # noqa: E731
-    act = lambda memory, states, key: (memory + 1, jnp.full((len(states.obs), chunk, 1), action))  # noqa: E731
+    act = lambda memory, states, key: (memory + 1, jnp.full((len(states.obs), chunk, 1), action), {})  # noqa: E731
     return ro.Policy(start, act, chunk)
 
 
@@ -138,7 +138,7 @@ def test_a_step_that_is_not_finite_is_invalid_and_undone(executed):
 
 def test_a_broken_step_ends_nothing_in_the_ring_and_leads_nowhere(executed):
     _, steps = executed
-    ring = jax.jit(rings.add)(rings.empty(6, 12, observation=2, action=1), steps)
+    ring = jax.jit(rings.add)(rings.empty(6, 12, Spec(2, 1)), steps)
     np.testing.assert_array_equal(ring.count, [4, 3, 4, 3, 2, 5])
     np.testing.assert_array_equal(ring.valid.sum(axis=1), [4, 2, 3, 1, 0, 4])
     np.testing.assert_array_equal(ring.terminated.sum(axis=1), [0, 1, 0, 0, 0, 1])
@@ -217,7 +217,7 @@ def test_replay_holds_the_dynamics_of_the_environment_and_never_a_reset():
     key_start, *keys = jax.random.split(jax.random.key(4), 41)
     rollout = ro.start(point, policy, key_start, 3)
     bank = ro.resets(point, jax.random.key(5), 3)
-    ring, add = rings.empty(3, 30, observation=2, action=2), jax.jit(rings.add)
+    ring, add = rings.empty(3, 30, Spec(2, 2)), jax.jit(rings.add)
     for key in keys:
         rollout, steps, _ = advance(point, policy, rollout, bank, key)
         ring = add(ring, steps)
@@ -254,8 +254,8 @@ def test_policy_of_asks_the_agent_with_the_state_and_the_greedy_flag():
     states = ro.resets(Point(), jax.random.key(0), 4)
     for greedy, share in ((True, 0.5), (False, 0.0)):
         policy = ro.policy_of(Planner(chunk=2), jnp.asarray(0.5), greedy)
-        memory, actions = policy.act(policy.start(states, jax.random.key(1)), states, jax.random.key(2))
-        assert (policy.chunk, memory) == (2, ())
+        memory, actions, extras = policy.act(policy.start(states, jax.random.key(1)), states, jax.random.key(2))
+        assert (policy.chunk, memory, extras) == (2, (), {})
         np.testing.assert_array_equal(actions, np.full((4, 2, 2), share))
 
 
@@ -265,8 +265,8 @@ def test_scripted_policies_keep_a_memory_and_a_noise_of_their_own():
     states = jax.tree.map(lambda x: jnp.zeros_like(x), states)  # all alike
     memory = policy.start(states, jax.random.key(1))
     assert len(np.unique(np.asarray(memory["goal"])[:, 0])) == 5
-    _, actions = policy.act({**memory, "goal": jnp.zeros((5, 2))}, states, jax.random.key(2))
-    assert actions.shape == (5, 1, 2) and policy.chunk == 1
+    _, actions, extras = policy.act({**memory, "goal": jnp.zeros((5, 2))}, states, jax.random.key(2))
+    assert actions.shape == (5, 1, 2) and policy.chunk == 1 and extras == {}
     assert len(np.unique(np.asarray(actions)[:, 0, 0])) == 5
 
 

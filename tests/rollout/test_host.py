@@ -221,13 +221,13 @@ def test_an_evaluation_depends_on_its_seed_alone():
     assert (evaluated(Random(), 0.0, seed=1).track[0] != one.track[0]).any()
 
 
-def test_a_film_shows_the_first_episode():
-    frames = host.film(WalkEnv(), Constant(), 1.0, jax.random.key(0), size=8)
+def test_pictures_show_the_first_episode():
+    frames = host.render(WalkEnv(), Constant(), 1.0, jax.random.key(0), size=8)
     assert len(frames) == 6 and frames[0].size == (8, 8)
     x = evaluated(Constant(), 1.0).track[1:, 0]
     assert [frame.getpixel((0, 0))[0] for frame in frames] == [int(255 * min(abs(v), 1)) for v in x]
     with pytest.raises(UserError, match=r"no render\(\)"):
-        host.film(WalkEnv(blind=True), Constant(), 1.0, jax.random.key(0))
+        host.render(WalkEnv(blind=True), Constant(), 1.0, jax.random.key(0))
 
 
 # Going on
@@ -247,7 +247,7 @@ def test_an_episode_that_was_cut_off_ends_as_by_the_clock():
             ended=np.array([ended, False]),
         )
 
-    replay = jax.jit(ring.add)(ring.empty(2, 12, 1, 1), steps(0, True))  # the second lane's episode is under way
+    replay = jax.jit(ring.add)(ring.empty(2, 12, Spec(1, 1)), steps(0, True))  # the second lane's episode is under way
     counters = (jnp.zeros((), jnp.int32) for _ in range(3))
     carry = training.Carry((), jax.random.key(0), training.World(None, replay), *counters)
     resumed = jitted_resume(carry).world.replay
@@ -403,7 +403,7 @@ def test_a_worker_that_dies_in_an_evaluation_stops_the_run_as_well(finished, tmp
     (tmp_path / "fuse").touch()
     walks = Constant(chunk=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "jitted_act_greedily", lambda agent, state, obs, key, turns: walks.act(1.0, obs, key))
+        patch.setattr(host, "jitted_act_greedily", lambda *given: ((), walks.act(1.0, given[4], given[5])))
         assert train(finished.parent, f"--out={tmp_path / 'run'}", env=env) == cli.runs.SAVED
     assert "worker" in capsys.readouterr().err
     assert [row["epoch"] for row in tiny.rows(tmp_path / "run")] == [1]
