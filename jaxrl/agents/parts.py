@@ -327,10 +327,14 @@ class SquashedGaussianPolicy:
         """Returns parameters, for an example [O] and [A]."""
         return self.network(action.shape[-1]).init(key, obs)
 
+    def moments(self, params: PyTree, obs: Observation) -> tuple[jax.Array, jax.Array]:
+        """Returns mean and logarithm of the standard deviation before tanh, [..., A] each."""
+        network = self.network(networks.outputs_of(params) // 2)
+        return apply(network, params, obs)  # ty: ignore[invalid-explicit-return]
+
     def sample(self, params: PyTree, obs: Observation, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns actions [..., A] in [-1, 1] and their log density [...]."""
-        size = networks.outputs_of(params) // 2
-        mean, log_std = apply(self.network(size), params, obs)
+        mean, log_std = self.moments(params, obs)
         u = mean + jnp.exp(log_std) * noise
         return jnp.tanh(u), losses.tanh_log_density(u, mean, log_std)
 

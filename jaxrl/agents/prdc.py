@@ -51,7 +51,9 @@ class PRDC:
         check(transitions, self.td3.transitions.batch, self.neighbours, self.search, self.block)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
-        """Returns the initial state."""
+        """Returns the initial state. Raises UserError where observations are dicts."""
+        if not isinstance(spec.observation, int):
+            raise UserError("PRDC: neighbors are searched among observations that are arrays, these are dicts")
         return self.td3.init(key, spec)
 
     def fit(self, state: State, data: Rings) -> State:

@@ -19,7 +19,7 @@ from jaxrl.replay import loading
 from jaxrl.replay import ring as rings
 from jaxrl.replay.loading import from_dataset
 from jaxrl.replay.neighbours import with_forest
-from jaxrl.types import ChecksData, Requirements, Spec
+from jaxrl.types import ChecksData, Leaf, Requirements, Spec
 from tests.known import KEY, NARROW, WIDE, batch_of, bias_of, one_layer_each, quick_to_compile, with_fields
 
 AGENT = with_fields(PRDC(), hidden=())
@@ -106,12 +106,17 @@ def test_an_update_without_data_to_look_things_up_in_is_refused():
         AGENT.update(known(), asked(1.0), KEY)
 
 
+def test_observations_that_are_dicts_are_refused():
+    with pytest.raises(UserError, match=re.escape("PRDC: neighbors are searched among observations that are arrays")):
+        AGENT.init(KEY, Spec((Leaf("state", (3,)),), 1))
+
+
 @pytest.mark.parametrize(
     ("search", "trees", "called"), [("auto", True, True), ("tree", True, True), ("blocks", False, False)]
 )
 def test_only_a_search_by_trees_asks_for_them_and_calls_the_host(search, trees, called):
     agent, data = dataclasses.replace(AGENT, search=search), (with_forest(THREE),)
-    assert agent.requires() == Requirements(kdtree=trees, batch=256)
+    assert agent.requires() == Requirements(dataset=True, kdtree=trees, batch=256)
     program = jax.make_jaxpr(agent.update)(known(), asked(1.0, 1.9), KEY, data)
     assert ("pure_callback" in str(program)) == called
 
