@@ -63,7 +63,7 @@ def test_rewards_of_the_environment_enter_the_replay_shifted_and_are_reported_as
     schedule = Schedule(
         offline_updates=0, online_steps=160, warmup_steps=80, envs=4, replay=400, utd=0.1, steps_per_epoch=80
     )
-    agent = BC(chunk=2, hidden=(8,), batch_size=16, flow_steps=2)
+    agent = with_fields(BC(), chunk=2, backup=2, hidden=(8,), batch=16, steps=2)
     config = Config(
         agent, tiny.ENV, schedule, str(tiny.write_data(tmp_path / "data.npz")), reward_scale=0.5, reward_shift=2.0
     )

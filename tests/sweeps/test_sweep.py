@@ -30,10 +30,10 @@ from jaxrl.training import loop
 from tests import tiny
 
 RUN = (
-    "--agent.chunk=2 --agent.batch-size=16 --agent.hidden 8 --schedule.offline-updates=40 "
+    "--agent.windows.chunk=2 --agent.windows.batch=16 --agent.flow.net.hidden 8 --schedule.offline-updates=40 "
     "--schedule.updates-per-epoch=10 --schedule.eval-every=2 --schedule.eval-episodes=4"
 ).split()
-AXES = "--agent.lr 1e-3 3e38 1e-2 --seeds 2 --checkpoint-seconds=0".split()
+AXES = "--agent.adam.lr 1e-3 3e38 1e-2 --seeds 2 --checkpoint-seconds=0".split()
 EPOCHS, MEMBERS = 4, 6
 
 
@@ -96,7 +96,7 @@ def state(member: Path):
 def test_members_are_the_runs_alone_bit_for_bit(whole, data, tmp_path):
     """Those of a program that has them one after the other, on the CPU."""
     code, *_ = run(
-        ["train", "bc", tiny.ENV, f"--data={data}", *RUN, "--agent.lr=1e-2", "--seed=1", f"--out={tmp_path / 'x'}"]
+        ["train", "bc", tiny.ENV, f"--data={data}", *RUN, "--agent.adam.lr=1e-2", "--seed=1", f"--out={tmp_path / 'x'}"]
     )
     assert code == 0
     assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == metrics(whole)[5]
@@ -106,7 +106,9 @@ def test_members_are_the_runs_alone_bit_for_bit(whole, data, tmp_path):
 
 def test_what_became_of_each_member_is_written(whole):
     found = results(whole)
-    assert [(r["values"]["agent.lr"], r["seed"]) for r in found] == [(v, s) for v in (1e-3, 3e38, 1e-2) for s in (0, 1)]
+    assert [(r["values"]["agent.adam.lr"], r["seed"]) for r in found] == [
+        (v, s) for v in (1e-3, 3e38, 1e-2) for s in (0, 1)
+    ]
     assert [r["status"] for r in found] == ["finished"] * 2 + ["diverged"] * 2 + ["finished"] * 2
     assert [r["updates"] for r in found] == [40, 40, 0, 0, 40, 40]
     for i in (0, 1, 4, 5):
@@ -115,13 +117,13 @@ def test_what_became_of_each_member_is_written(whole):
         assert found[i]["success"] == rows[-1]["eval/success"]
         assert found[i]["judged"]["seed"] == 12346 and found[i]["judged"]["episodes"] == 4
     assert found[2]["judged"] is None
-    assert "member 002 diverged in epoch 1: {'agent.lr': 3e+38}" in (whole.parent / "error").read_text()
+    assert "member 002 diverged in epoch 1: {'agent.adam.lr': 3e+38}" in (whole.parent / "error").read_text()
 
 
 def test_it_ends_in_a_report_and_a_line_for_scripts(whole):
     last = json.loads((whole.parent / "out").read_text().splitlines()[-1].removeprefix("result: "))
     assert (last["sweep"], last["members"], last["finished"], last["diverged"]) == (str(whole), 6, 4, 2)
-    assert last["best"]["values"]["agent.lr"] in (1e-3, 1e-2) and last["best"]["seeds"] == 2
+    assert last["best"]["values"]["agent.adam.lr"] in (1e-3, 1e-2) and last["best"]["seeds"] == 2
     assert (whole / "report" / "report.html").stat().st_size > 10_000
     assert not (whole / "cohorts" / "0" / "checkpoints").exists()
 
@@ -201,7 +203,7 @@ def test_the_folder_of_another_sweep_is_refused(data, whole, tmp_path):
     code, _, error = run([word.replace("1e-2", "1e-4") for word in flags(data, whole)])
     assert code == 2
     assert error == (
-        f"jaxrl: {whole} belongs to another sweep: grid.agent.lr is [0.001, 3e+38, 0.01] there and "
+        f"jaxrl: {whole} belongs to another sweep: grid.agent.adam.lr is [0.001, 3e+38, 0.01] there and "
         "[0.001, 3e+38, 0.0001] here; name another --out\n"
     )
     code, _, error = run(flags(data, data.parent))
@@ -251,15 +253,18 @@ def test_data_that_have_changed_are_refused(data, tmp_path, monkeypatch):
     [
         (
             "--agent.learning-rate 1 2",
-            "--agent.learning-rate 1 2: no field that can be swept: did you mean --agent.lr?",
+            "--agent.learning-rate 1 2: no field that can be swept: did you mean --agent.adam.lr?",
         ),
-        ("--agent.lrr 1", "unknown flag --agent.lrr: did you mean --agent.lr? --help lists all"),
-        ("--agent.lr log:1e-5 --draws 3", "agent.lr = log:1e-5: a distribution is one word, log:LOW:HIGH with two"),
-        ("--agent.lr 1 x", "Error parsing --agent.lr: could not convert string to float: 'x'"),
-        ("--agent.lr 1 2 --agent.lr 3 4", "--agent.lr: is given twice"),
+        ("--agent.lrr 1", "unknown flag --agent.lrr: did you mean --agent.adam.lr? --help lists all"),
+        (
+            "--agent.adam.lr log:1e-5 --draws 3",
+            "agent.adam.lr = log:1e-5: a distribution is one word, log:LOW:HIGH with two",
+        ),
+        ("--agent.adam.lr 1 x", "Error parsing --agent.adam.lr: could not convert string to float: 'x'"),
+        ("--agent.adam.lr 1 2 --agent.adam.lr 3 4", "--agent.adam.lr: is given twice"),
         ("--rungs 0.5 x", "Error parsing --rungs"),
         ("--devices 64", "devices = 64: there are"),
-        ("--resume here --agent.lr 1 2", "--resume: a sweep goes on as it began, bc does not apply"),
+        ("--resume here --agent.adam.lr 1 2", "--resume: a sweep goes on as it began, bc does not apply"),
         ("--seed 1 2", "seed: cannot be swept"),
     ],
 )
@@ -274,16 +279,16 @@ def test_a_mistake_is_one_line_and_writes_nothing(words, message, tmp_path, monk
 def test_words_become_values_as_train_reads_them(data, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(command, "_sweep", lambda space, options, path: seen.append(space) or 0)
-    line = "sweep cql --agent.actor-hidden 8,8 16, --agent.lagrange true False --agent.gap -1 2.5 --env point push"
-    assert cli.main([*line.split(), "--agent.critic-hidden", "4", "4", "--paired", "agent.gap", "env"]) == 0
+    line = "sweep cql --agent.actor.net.hidden 8,8 16, --agent.lagrange true False --agent.gap -1 2.5 --env point push"
+    assert cli.main([*line.split(), "--agent.critic.net.hidden", "4", "4", "--paired", "agent.gap", "env"]) == 0
     (space,) = seen
     assert space.grid == {
-        "agent.actor_hidden": ((8, 8), (16,)),
+        "agent.actor.net.hidden": ((8, 8), (16,)),
         "agent.lagrange": (True, False),
         "agent.gap": (-1.0, 2.5),
         "env": ("point", "push"),
     }
-    assert space.base.agent.critic_hidden == (4, 4)
+    assert space.base.agent.critic.net.hidden == (4, 4)
     assert space.paired == ("agent.gap", "env")
 
 

@@ -646,7 +646,7 @@ def test_the_digest_sees_half_precision(dtype):
 
 
 def test_fmq_goes_online_with_its_actor_as_the_anchor(dataset):
-    agent = FMQ(chunk=2, actor_hidden=(8,), critic_hidden=(8,), batch_size=8, num_samples=2, target_samples=2)
+    agent = with_fields(FMQ(), chunk=2, backup=2, hidden=(8,), batch=8, num_samples=2, target_samples=2)
     agent = loop.on_device(agent)
     before = begin(agent)
     assert before.agent.anchor is None
