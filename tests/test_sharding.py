@@ -16,7 +16,7 @@ from jaxrl.errors import UserError
 from jaxrl.runs import driver
 from jaxrl.training import loop
 from jaxrl.training.schedule import Schedule, phases
-from tests.known import quick_to_compile
+from tests.known import quick_to_compile, with_fields
 from tests.sweeps.test_population import AGENT, dataset
 
 ENV = envs.make("point")

@@ -20,6 +20,7 @@ from jaxrl.runs.datasets import load_data
 from jaxrl.training.schedule import Schedule
 from jaxrl.types import Leaf, Requirements, Spec, requirements
 from tests import tiny
+from tests.known import with_fields
 
 
 def data(*lengths: int, entries: int = 2, rewards: np.ndarray | None = None, **extra: np.ndarray) -> Dataset:

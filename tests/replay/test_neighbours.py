@@ -24,6 +24,7 @@ from jaxrl.replay.neighbours import Index
 from jaxrl.runs import memory
 from jaxrl.runs.config import Config
 from jaxrl.runs.datasets import in_memory, load_data
+from jaxrl.types import Spec
 from tests.known import quick_to_compile
 
 EXACT = ("blocks", "tree")

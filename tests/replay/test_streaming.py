@@ -14,6 +14,7 @@ import pytest
 
 from jaxrl import cli
 from jaxrl.agents import BC
+from jaxrl.agents.parts import Windows
 from jaxrl.data import files
 from jaxrl.errors import UserError
 from jaxrl.replay import loading as task
@@ -25,6 +26,7 @@ from jaxrl.runs.jsonlines import read_json
 from jaxrl.runs.signals import StopRequested
 from jaxrl.training.schedule import Schedule
 from tests import tiny
+from tests.known import with_fields
 
 EPISODES = (6, 9, 4)  # of the files
 STEPS = 20

@@ -19,6 +19,7 @@ from jaxrl.training import loop
 from jaxrl.training.schedule import Schedule, Timeline, phases
 from jaxrl.types import Phase, PyTree, Scalar, Spec, pytree
 from tests import tiny
+from tests.known import with_fields
 
 KEY = jax.random.key(0)
 ELSEWHERE = 50.0  # the data's observations, where no environment ever is
