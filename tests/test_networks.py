@@ -1,6 +1,7 @@
 """Facts about jaxrl.networks: the forward passes as plain numpy, the initialisation, the order of the inputs."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ from jaxrl.networks import (
     ImageEncoder,
     QuantileCritic,
     Squashed,
+    TemporalUNet,
     Value,
     Velocity,
+    neighbours,
 )
 
 
@@ -304,3 +307,36 @@ def test_the_first_of_an_ensemble_keeps_the_encoder_that_all_share():
     np.testing.assert_allclose(alone[0], jax.jit(network.apply)(params, obs, action)[0], rtol=1e-5)
     of_array = jax.jit(Critic(3, (4,)).init)(jax.random.key(0), obs["angle"], action)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[:1]), networks.first_of(of_array), of_array)
+
+
+# The network of trajectories
+
+
+def test_neighbours_are_what_a_convolution_sees():
+    x = jnp.array([[[1.0, -1.0], [2.0, -2.0], [3.0, -3.0]]])
+    np.testing.assert_array_equal(neighbours(x, 2)[0], [[1, -1, 2, -2], [2, -2, 3, -3], [3, -3, 0, 0]])
+    np.testing.assert_array_equal(
+        neighbours(x, 3)[0], [[0, 0, 1, -1, 2, -2], [1, -1, 2, -2, 3, -3], [2, -2, 3, -3, 0, 0]]
+    )
+
+
+@pytest.mark.parametrize("length", [4, 5, 7, 32])
+def test_the_u_net_has_the_published_layers_for_any_length(length):
+    features, widths = 6, (16, 24, 32)
+    x, t = jnp.zeros((2, length, features)), jnp.zeros((2, 1))
+    net = TemporalUNet(widths)
+    params = jax.eval_shape(net.init, jax.random.key(0), x, t)
+    assert jax.eval_shape(net.apply, params, x, t).shape == x.shape
+
+    def dense(inputs, outputs):
+        return (inputs + 1) * outputs
+
+    def block(inputs, width, reach, timed):
+        return dense(reach * inputs, width) + 2 * width + timed * dense(widths[0], width)
+
+    count = dense(widths[0] // 4, widths[0]) + dense(widths[0], widths[0]) + dense(widths[0], features)
+    for inputs, width in zip((features, *widths), widths, strict=False):
+        count += block(inputs, width, 3, True) + block(width, width, 3, False)
+    for below, width in zip(widths[1:], widths, strict=False):
+        count += block(below, width, 2, True) + block(2 * width, width, 3, False) + block(width, width, 3, False)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count

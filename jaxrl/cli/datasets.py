@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import jax
 
+from jaxrl import ranges
 from jaxrl.cli import flags as fl
 from jaxrl.errors import UserError, unknown
 from jaxrl.ops.diffusion import Sampler
@@ -271,8 +272,8 @@ def synthesize(args: list[str]) -> int:
     for name, low in (("trajectories", 1), ("seed", 0)):
         if not low <= getattr(options, name) < 2**63:
             raise UserError(f"{name} = {getattr(options, name)}: must be at least {low} and below 2^63")
-    options.generator.check()
-    options.sampler.check()
+    ranges.check(options.generator)
+    ranges.check(options.sampler)
     dataset = _judged(names[0], options.env)
     if dataset.rewards is None:
         raise UserError(f"dataset {dataset.path}: has no rewards: name the environment that gives them with --env")
