@@ -18,7 +18,7 @@ from jaxrl.runs import driver
 from jaxrl.runs.config import Config
 from jaxrl.runs.datasets import load_data
 from jaxrl.training.schedule import Schedule
-from jaxrl.types import Leaf, Requirements, Spec, requirements
+from jaxrl.types import Leaf, Spec
 from tests import tiny
 from tests.known import with_fields
 
@@ -112,21 +112,6 @@ def test_windows_longer_than_every_episode_are_refused(goal):
         driver.prepare(Config(BC(chunk=chunk)), env, dataset)
     with pytest.raises(UserError, match="its longest episode has 5 steps, the agent's windows have 6: lower agent"):
         driver.prepare(Config(BC(chunk=6)), env, dataset)
-
-
-def test_the_windows_of_an_agent_are_what_it_requires_else_its_chunk():
-    @dataclasses.dataclass
-    class Plain:
-        chunk: int
-
-    @dataclasses.dataclass
-    class Backing(Plain):
-        backup: int
-
-        def requires(self) -> Requirements:
-            return Requirements(window=self.backup)
-
-    assert (requirements(Plain(3)).window, requirements(Backing(5, 25)).window) == (3, 25)
 
 
 # Goals
