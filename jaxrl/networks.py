@@ -1,21 +1,25 @@
 """The networks. flax.linen lives in this file and nowhere else: agents see `network.init(key, *example)`,
 which returns parameters, and `apply(network, params, *inputs)`.
 
+An observation is an array [..., O] or a dict of arrays: vectors [..., n] and images [..., H, W, C] of dtype uint8. What
+networks make of it is in `joined`, and nowhere else.
+
 Initialisation, the places of LayerNorm and the time features are those of the official code of FMQ, FQL, QC, DQC, QGF
 and of the offline regularizers, so that recorded values can be replayed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxrl.types import PyTree
+from jaxrl.types import Observation, PyTree
 
 TIME_FEATURES = 64
+ENCODER = "encoder_"  # begins the name of the parameters of an image's encoder, which the name of the image ends
 
 Activation: TypeAlias = Literal["gelu", "mish", "relu"]
 Norm: TypeAlias = Literal["none", "after", "before", "before_but_last"]
@@ -63,6 +67,43 @@ def _dense(width: int, inputs: int, initial: Init, scale: float = 1.0) -> nn.Den
     return nn.Dense(width, kernel_init=uniform, bias_init=uniform)
 
 
+class ImageEncoder(nn.Module):
+    """Features of images by a small residual network: OGBench's "impala_small" (IMPALA, arXiv 1802.01561, figure 3)."""
+
+    stacks: Sequence[int] = (16, 32, 32)  # channels; each stack halves height and width
+    blocks: int = 1  # residual blocks per stack
+    features: int = 512
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns [..., features] for images [..., H, W, C] of dtype uint8, whose values are scaled to [0, 1]."""
+        glorot = nn.initializers.xavier_uniform()
+        x = images.reshape(-1, *images.shape[-3:]).astype(jnp.float32) / 255
+        for channels in self.stacks:
+            x = nn.Conv(channels, (3, 3), kernel_init=glorot)(x)
+            x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+            for _ in range(self.blocks):
+                change = nn.Conv(channels, (3, 3), kernel_init=glorot)(nn.relu(x))
+                x = x + nn.Conv(channels, (3, 3), kernel_init=glorot)(nn.relu(change))
+        x = nn.relu(x).reshape(*images.shape[:-3], -1)
+        return nn.gelu(_dense(self.features, x.shape[-1], "glorot")(x))
+
+
+def joined(obs: Observation, *others: jax.Array) -> jax.Array:
+    """Returns observations and other inputs [..., n] side by side, as one vector per observation: [..., sum of n].
+
+    Arrays stay as they are. Of a dict vectors are joined in the order of their names, and images as the features of an
+    encoder each, which belongs to the module that calls this. Features are repeated where other inputs have more
+    entries along an axis, see `repeat_for`.
+    """
+    if not isinstance(obs, Mapping):
+        return jnp.concatenate([obs, *others], axis=-1) if others else obs
+    parts = [ImageEncoder(name=f"{ENCODER}{name}")(x) if x.dtype == jnp.uint8 else x for name, x in sorted(obs.items())]
+    parts += others
+    lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in parts))
+    return jnp.concatenate([jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in parts], axis=-1)
+
+
 def time_features(t: jax.Array, kind: TimeFeatures = "fourier", size: int = TIME_FEATURES) -> jax.Array:
     """Returns features [..., size] of times [..., 1], or the times themselves: [cos(f_i t), sin(f_i t)].
 
@@ -91,11 +132,11 @@ class Velocity(nn.Module):
     time_size: int = TIME_FEATURES
 
     @nn.compact
-    def __call__(self, obs: jax.Array, x: jax.Array, *times: jax.Array) -> jax.Array:
+    def __call__(self, obs: Observation, x: jax.Array, *times: jax.Array) -> jax.Array:
         """Returns [..., size] for observations [..., O], noisy chunks [..., size] and times [..., 1] each."""
         features = [time_features(t, self.time, self.time_size) for t in times]
         layers = MLP((*self.hidden, self.size), self.norm, self.activation)
-        return layers(jnp.concatenate([obs, x, *features], axis=-1))
+        return layers(joined(obs, x, *features))
 
 
 class Critic(nn.Module):
@@ -109,7 +150,7 @@ class Critic(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, obs: jax.Array, *action: jax.Array) -> jax.Array:
+    def __call__(self, obs: Observation, *action: jax.Array) -> jax.Array:
         """Returns [heads, ...] for observations [..., O] and flat chunks [..., D]; without these, of states alone."""
         ensemble = nn.vmap(
             MLP,
@@ -120,7 +161,7 @@ class Critic(nn.Module):
             axis_size=self.heads,
         )
         layers = ensemble((*self.hidden, 1), self.norm, self.activation, 1.0, self.initial, self.epsilon)
-        return layers(jnp.concatenate([obs, *action], axis=-1))[..., 0]
+        return layers(joined(obs, *action))[..., 0]
 
 
 class QuantileCritic(nn.Module):
@@ -131,7 +172,7 @@ class QuantileCritic(nn.Module):
     initial: Init = "torch"
 
     @nn.compact
-    def __call__(self, obs: jax.Array, action: jax.Array, level: jax.Array) -> jax.Array:
+    def __call__(self, obs: Observation, action: jax.Array, level: jax.Array) -> jax.Array:
         """Returns [heads, ..., N] for observations [..., O], flat chunks [..., D] and levels [..., N] in [0, 1]."""
         ensemble = nn.vmap(
             _Quantiles,
@@ -141,7 +182,7 @@ class QuantileCritic(nn.Module):
             out_axes=0,
             axis_size=self.heads,
         )
-        return ensemble(self.hidden, self.initial)(jnp.concatenate([obs, action], axis=-1), level)
+        return ensemble(self.hidden, self.initial)(joined(obs, action), level)
 
 
 class _Quantiles(nn.Module):
@@ -174,9 +215,9 @@ class Value(nn.Module):
     initial: Init = "glorot"
 
     @nn.compact
-    def __call__(self, obs: jax.Array) -> jax.Array:
+    def __call__(self, obs: Observation) -> jax.Array:
         """Returns [...] for observations [..., O]."""
-        return MLP((*self.hidden, 1), self.norm, self.activation, 1.0, self.initial)(obs)[..., 0]
+        return MLP((*self.hidden, 1), self.norm, self.activation, 1.0, self.initial)(joined(obs))[..., 0]
 
 
 class Deterministic(nn.Module):
@@ -190,10 +231,10 @@ class Deterministic(nn.Module):
     initial: Init = "torch"
 
     @nn.compact
-    def __call__(self, *inputs: jax.Array) -> jax.Array:
+    def __call__(self, obs: Observation, *others: jax.Array) -> jax.Array:
         """Returns [..., size] in [-1, 1] for observations [..., O], and what else it depends on."""
         layers = MLP((*self.hidden, self.size), self.norm, self.activation, self.last_scale, self.initial)
-        return jnp.tanh(layers(jnp.concatenate(inputs, axis=-1)))
+        return jnp.tanh(layers(joined(obs, *others)))
 
 
 class Encoder(nn.Module):
@@ -203,10 +244,10 @@ class Encoder(nn.Module):
     hidden: Sequence[int]
 
     @nn.compact
-    def __call__(self, obs: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, obs: Observation, action: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns mean and logarithm of the standard deviation, [..., size] each, the latter within [-4, 15]."""
-        x = jnp.concatenate([obs, action], axis=-1)
-        mean_and_log_std = MLP((*self.hidden, 2 * self.size), "none", "relu", 1.0, "torch")(x)
+        layers = MLP((*self.hidden, 2 * self.size), "none", "relu", 1.0, "torch")
+        mean_and_log_std = layers(joined(obs, action))
         mean, log_std = jnp.split(mean_and_log_std, 2, axis=-1)
         return mean, jnp.clip(log_std, -4, 15)
 
@@ -222,9 +263,9 @@ class Gaussian(nn.Module):
     initial: Init = "glorot"
 
     @nn.compact
-    def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, obs: Observation) -> tuple[jax.Array, jax.Array]:
         """Returns mean and logarithm of the standard deviation, [..., size] each, for observations [..., O]."""
-        mean = MLP((*self.hidden, self.size), self.norm, self.activation, 1e-2, self.initial)(obs)
+        mean = MLP((*self.hidden, self.size), self.norm, self.activation, 1e-2, self.initial)(joined(obs))
         if self.unit_width:
             return mean, jnp.zeros_like(mean)
         log_std = jnp.clip(self.param("log_std", nn.initializers.zeros, (self.size,)), -5, 2)
@@ -287,13 +328,13 @@ class Squashed(nn.Module):
     activation: Activation = "relu"
 
     @nn.compact
-    def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, obs: Observation) -> tuple[jax.Array, jax.Array]:
         """Returns mean and logarithm of the standard deviation before tanh, [..., size] each, the latter in [-20, 2].
 
         At first that deviation is near exp(-1), so that actions do not crowd at the box's sides.
         """
         mean, log_std = jnp.split(
-            MLP((*self.hidden, 2 * self.size), "none", self.activation, 1.0, "torch")(obs), 2, axis=-1
+            MLP((*self.hidden, 2 * self.size), "none", self.activation, 1.0, "torch")(joined(obs)), 2, axis=-1
         )
         return mean, jnp.clip(log_std - 1, -20, 2)
 
@@ -312,6 +353,25 @@ def outputs_of(params: PyTree) -> int:
     return layers[f"Dense_{last}"]["bias"].shape[-1]
 
 
-def repeat_for(candidates: jax.Array, obs: jax.Array) -> jax.Array:
-    """Returns observations [B, N, O]: each of `obs` [B, O] once per candidate of [B, N, ...]."""
-    return jnp.repeat(obs[:, None], candidates.shape[1], axis=1)
+def first_of(params: PyTree) -> PyTree:
+    """Returns the parameters of the first of an ensemble's networks, as those of an ensemble of one.
+
+    Encoders of images are shared by all.
+    """
+
+    def own(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x if f"'{ENCODER}" in jax.tree_util.keystr(path) else x[:1]
+
+    return jax.tree_util.tree_map_with_path(own, params)
+
+
+def repeat_for(candidates: jax.Array, obs: Observation) -> Observation:
+    """Returns observations [B, N, ...]: each of `obs` [B, ...] once per candidate of [B, N, ...].
+
+    Images become [B, 1, H, W, C], so that each is encoded once: networks repeat its features.
+    """
+
+    def repeated(x: jax.Array) -> jax.Array:
+        return x[:, None] if x.dtype == jnp.uint8 else jnp.repeat(x[:, None], candidates.shape[1], axis=1)
+
+    return jax.tree.map(repeated, obs)

@@ -74,12 +74,12 @@ class Spec:
     """Keys of a dict that critics and values see; empty: all of them."""
 
     def actor(self, obs: Observation) -> Observation:
-        """Returns what policies see of observations."""
-        return _chosen(obs, self.actor_keys)
+        """Returns what policies see of observations [..., O], the arrays of a dict as vectors [..., n] or images."""
+        return self._seen(obs, self.actor_keys)
 
     def critic(self, obs: Observation) -> Observation:
-        """Returns what critics and values see of observations."""
-        return _chosen(obs, self.critic_keys)
+        """Returns what critics and values see of observations [..., O], in the same form."""
+        return self._seen(obs, self.critic_keys)
 
     def behaviour(self, obs: Observation) -> Observation:
         """Returns what a model of the data's behaviour sees: what policies see, but for the goal."""
@@ -90,15 +90,31 @@ class Spec:
             return {name: leaf for name, leaf in obs.items() if name != "goal"}
         return obs[..., : obs.shape[-1] - self.goal]
 
+    def without_goal(self) -> "Spec":
+        """Returns the sizes of the same observations without the goal, as datasets hold them."""
+        if isinstance(self.observation, int):
+            return dataclasses.replace(self, observation=self.observation - self.goal, goal=0)
+        keys = (tuple(name for name in chosen if name != "goal") for chosen in (self.actor_keys, self.critic_keys))
+        leaves = tuple(leaf for leaf in self.observation if leaf.name != "goal")
+        return Spec(leaves, self.action, 0, *keys)
+
     def example(self) -> Observation:
         """Returns one observation of zeros, to initialise networks with."""
         if isinstance(self.observation, int):
             return jnp.zeros(self.observation)
         return {leaf.name: jnp.zeros(leaf.shape, leaf.dtype) for leaf in self.observation}
 
+    def _seen(self, obs: Observation, keys: tuple[str, ...]) -> Observation:
+        if isinstance(self.observation, int):
+            return obs
+        return {leaf.name: _flat(obs[leaf.name], leaf) for leaf in self.observation if not keys or leaf.name in keys}
 
-def _chosen(obs: Observation, keys: tuple[str, ...]) -> Observation:
-    return {name: obs[name] for name in keys} if keys and isinstance(obs, Mapping) else obs
+
+def _flat(x: jax.Array, leaf: Leaf) -> jax.Array:
+    """Returns one array of an observation as vectors [..., n]; an image stays [..., H, W, C]."""
+    if leaf.dtype == "uint8" or len(leaf.shape) == 1:
+        return x
+    return x.reshape(*x.shape[: x.ndim - len(leaf.shape)], -1)
 
 
 def count_of(tree: PyTree) -> int:
@@ -247,8 +263,9 @@ class Requirements:
     history: int = 0  # steps before a window
     columns: tuple[str, ...] = ()  # further columns of the dataset
     unit_rewards: bool = False  # rewards in [0, 1], as values are probabilities
+    dataset: bool = False  # a dataset beside or instead of the replay, as every update looks something up in it
     kdtree: bool = False  # KD-trees of the dataset's rows, where the device is a CPU
-    batch: int = 1  # windows per update, which are divided among devices
+    batch: int | None = None  # windows per update, which are divided among devices; None: it does not say
 
 
 @runtime_checkable
@@ -303,6 +320,20 @@ class Requires(Protocol):
         ...
 
 
+def requirements(agent: Agent) -> Requirements:
+    """Returns what an agent needs of its data: what it says (`Requires`), else windows of one chunk."""
+    return agent.requires() if isinstance(agent, Requires) else Requirements(window=agent.chunk)
+
+
+@runtime_checkable
+class ChecksData(Protocol):
+    """An agent for which a dataset can be too small or too large."""
+
+    def check_data(self, transitions: int) -> None:
+        """Raises UserError where a dataset of so many transitions does not fit the agent's settings."""
+        ...
+
+
 @runtime_checkable
 class Fitting(Protocol[State]):
     """An agent whose initial state depends on the dataset, such as on the spread of its observations."""
@@ -334,8 +365,11 @@ class Staged(Protocol[State]):
 class Scheduling(Protocol):
     """An agent that names phases of its own, instead of offline and then online ones."""
 
-    def phases(self, schedule: Any, reward: tuple[float, float]) -> tuple[Phase, ...]:
-        """Returns the phases of a `training.schedule.Schedule`, in order."""
+    def phases(self, schedule: Any, length: int, reward: tuple[float, float]) -> tuple[Phase, ...]:
+        """Returns the phases of a `training.schedule.Schedule`, in order.
+
+        A decision executes `length` actions; `reward` is for the phases that collect.
+        """
         ...
 
 
@@ -439,6 +473,16 @@ class HostEnv(Protocol):
 def on_host(env: Any) -> bool:
     """Returns whether an environment is a `HostEnv` rather than an `Env`."""
     return isinstance(env, HostEnv)
+
+
+@runtime_checkable
+class NamesDataset(Protocol):
+    """An environment that a published dataset belongs to."""
+
+    @property
+    def dataset(self) -> str:
+        """Name of the dataset's file, without its ending."""
+        ...
 
 
 @runtime_checkable

@@ -1,6 +1,7 @@
 """Settings of every test: JAX on the CPU, nothing cached on disk, implicit rank promotion an error, shapes checked."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A program found on disk is not compiled, so a test that counts compilations would count too few.
@@ -10,7 +11,11 @@ import jax
 import jaxtyping
 import pytest
 
-jaxtyping.install_import_hook(["jaxrl.ops.flow", "jaxrl.ops.guidance", "jaxrl.ops.losses"], "beartype.beartype")
+ROOT = Path(__file__).parents[1]
+SHAPED = [path for path in sorted((ROOT / "jaxrl").rglob("*.py")) if "from jaxtyping import" in path.read_text()]
+jaxtyping.install_import_hook(
+    [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SHAPED], "beartype.beartype"
+)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,29 +1,61 @@
 """What tests of agents are written with: networks that are formulas, and small batches of which every number is known.
 
-An agent's networks come from methods of its own (`critic`, `value`, ...), so a subclass that returns a `Formula` there
-has losses that are known by hand.
+An agent is built from parts, so one with `formula` parts has losses that are known by hand.
 """
 
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl.agents.common import Normalizer, State
+from jaxrl.agents import learner
+from jaxrl.agents.learner import State
 from jaxrl.data.files import Dataset
+from jaxrl.ops import normalizer
 from jaxrl.replay.loading import from_dataset
 from jaxrl.replay.ring import Ring
-from jaxrl.types import Batch, PyTree, Spec
+from jaxrl.types import Batch, PyTree, Spec, pytree
 
 KEY = jax.random.key(0)
 NARROW = Spec(observation=1, action=1)
 WIDE = Spec(observation=3, action=2)
+
+T = TypeVar("T")
+
+
+def with_fields(settings: T, **values: Any) -> T:
+    """Returns settings in which every field of these names has that value, in the parts as well.
+
+    Names that occur nowhere are ignored.
+    """
+    assert dataclasses.is_dataclass(settings)
+    changed = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in values:
+            changed[field.name] = values[field.name]
+        elif dataclasses.is_dataclass(value):
+            changed[field.name] = with_fields(value, **values)
+    return dataclasses.replace(settings, **changed)
+
+
+def values_of(settings: Any, name: str) -> list[Any]:
+    """Returns the values of all fields of this name, in settings and their parts."""
+    found = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name == name:
+            found.append(value)
+        elif dataclasses.is_dataclass(value):
+            found += values_of(value, name)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +67,25 @@ class Formula:
     def apply(self, params: PyTree, *inputs: jax.Array) -> Any:
         """Returns the output."""
         return self.of(params, *inputs)
+
+
+def formula(part: T, of: Callable[..., Any], method: str = "network") -> T:
+    """Returns a part of an agent whose network is a function of its parameters and its inputs.
+
+    Or one of its methods is that function, such as `moments` or `action` of policies that read the size of an action
+    off their parameters. Call it once per formula: each result is a class of its own, and compiles separately.
+    """
+
+    def network(_: T, *size: int) -> Formula:
+        return Formula(of)
+
+    def outputs(_: T, *inputs: Any) -> Any:
+        return of(*inputs)
+
+    replacement: Any = network if method == "network" else outputs
+    if isinstance(inspect.getattr_static(part, method), property):
+        replacement = property(replacement)
+    return pytree(type(type(part).__name__, (type(part),), {method: replacement}))(**vars(part))
 
 
 def linear_heads(bias: jax.Array, slope: jax.Array, x: jax.Array) -> jax.Array:
@@ -77,7 +128,6 @@ def random_batch(seed: int, count: int = 16, length: int = 3, spec: Spec = WIDE,
     following = {
         "next_action": jnp.asarray(rng.uniform(-1, 1, (count, spec.action)), jnp.float32),
         "followed": 1.0 - terminated,
-        "rings": (some_data(spec),),
     }
     return Batch(**columns, **following, terminated=terminated, steps=jnp.asarray(steps, jnp.int32))
 
@@ -92,12 +142,16 @@ def some_data(spec: Spec) -> Ring:
     return from_dataset(data, np.zeros(22), np.zeros(22, bool))
 
 
-def state_of(params: dict[str, PyTree], target: PyTree = None, optimizer=None, spec: Spec = NARROW) -> State:
-    """Returns the state with these parameters; the target is a copy of the critic unless given."""
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    target = params["critic"] if target is None else jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), target)
-    opt = (optax.adam(0.0) if optimizer is None else optimizer).init(params)
-    return State(spec, params, target, opt, jnp.zeros((), jnp.int32))
+def state_of(
+    params: dict[str, PyTree], target: dict[str, PyTree] | None = None, optimizer=None, spec: Spec = NARROW
+) -> State:
+    """Returns the state with these parameters; the target is a copy of the critic, if there is one, unless given.
+
+    `optimizer` is one for all networks, or those of each network by its name.
+    """
+    params, target = (jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree) for tree in (params, target))
+    state = learner.create(spec, params, optimizer or optax.adam(0.0), *{"critic"} & params.keys())
+    return state if target is None else dataclasses.replace(state, target=target)
 
 
 def one_layer_each(agent: Any, spec: Spec = NARROW, target: dict | None = None, **layers) -> State:
@@ -115,7 +169,7 @@ def one_layer_each(agent: Any, spec: Spec = NARROW, target: dict | None = None, 
 
     shapes = jax.eval_shape(lambda: agent.init(KEY, spec))
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    unchanged = Normalizer(jnp.zeros(spec.observation), jnp.ones(spec.observation))
+    unchanged = normalizer.identity(spec.example())
     params, slow = filled(zero.params, layers), filled(zero.target, layers | (target or {}))
     return dataclasses.replace(zero, params=params, target=slow, normalizer=unchanged)
 

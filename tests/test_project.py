@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +76,41 @@ def test_environments_import_no_experiment_and_nothing_of_brax_training():
     assert {file: names for file, names in found.items() if names} == {}
 
 
+ORDER = (
+    ("errors", "types"),
+    ("ranges", "system", "stats"),
+    ("ops", "networks", "sharding"),
+    ("data",),
+    ("replay",),
+    ("agents",),
+    ("rollout",),
+    ("training",),
+    ("runs",),
+    ("report", "synthesis"),
+    ("sweeps",),
+    ("cli",),
+)
+"""The packages and modules of jaxrl from the bottom up: each imports only from its own row and from those above it."""
+
+
+def test_no_import_runs_upwards():
+    row_of = {name: row for row, names in enumerate(ORDER) for name in names}
+    upwards = []
+    for file, names in imports_of("jaxrl").items():
+        own = Path(file).with_suffix("").parts[1]
+        for name in names:
+            root, _, rest = name.partition(".")
+            other = rest.partition(".")[0]
+            if root == "jaxrl" and own != "__init__" and other in row_of and row_of[other] > row_of[own]:
+                upwards.append(f"{file} imports {name}")
+    assert upwards == []
+
+
+def test_every_package_has_its_place_in_the_order():
+    found = {path.stem if path.is_file() else path.name for path in (ROOT / "jaxrl").iterdir()}
+    assert found - {"__init__", "__pycache__", "py"} == {name for names in ORDER for name in names}
+
+
 def test_everything_public_has_a_docstring():
     public = [(path, node) for path, tree in TREES.items() for node in definitions(tree)]
     missing = [
@@ -119,3 +156,12 @@ def test_constraints_are_names_and_versions_within_the_declared_bounds(path):
     needed = [need for need in map(Requirement, declared) if need.name != "jaxrl"]
     outside = [str(need) for need in needed if pinned.get(canonicalize_name(need.name), "") not in need.specifier]
     assert outside == []
+
+
+def test_the_public_surface_is_there_and_is_imported_when_it_is_used():
+    assert all(getattr(jaxrl, name) is not None for name in jaxrl.__all__)
+    assert set(jaxrl.__all__) <= set(dir(jaxrl))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'; it has Batch, Config"):
+        jaxrl.nothing  # noqa: B018
+    light = "import sys, jaxrl; print(sorted({'jax', 'flax', 'tyro', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", light], capture_output=True, text=True).stdout == "[]\n"

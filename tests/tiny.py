@@ -15,9 +15,9 @@ import envs
 from jaxrl import cli
 from jaxrl.data import files
 from jaxrl.runs import checkpoint, directory, driver
+from jaxrl.runs.config import timeline_of
 from jaxrl.runs.logging import Log
 from jaxrl.training import loop
-from jaxrl.training.schedule import phases
 
 ENV = "point?horizon=20"
 AGENT = (
@@ -75,22 +75,34 @@ def write_data(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def compiled():
+    """A context that gives the names of the programs compiled in it, in order, as a list that grows."""
+    names: list[str] = []
+    seen = logging.Handler()
+    seen.emit = lambda record: names.append(record.getMessage().split()[1])
+    seen.addFilter(lambda record: record.getMessage().startswith("Compiling"))
+    logging.getLogger("jax").addHandler(seen)
+    try:
+        with jax.log_compiles():
+            yield names
+    finally:
+        logging.getLogger("jax").removeHandler(seen)
+
+
+@contextlib.contextmanager
 def compilations():
     """A context that gives the names of the programs compiled in it: before each row of metrics, and after the last."""
-    compiled: list[list[str]] = [[]]
-    seen = logging.Handler()
-    seen.emit = lambda record: compiled[-1].append(record.getMessage().split()[1])
-    seen.addFilter(lambda record: record.getMessage().startswith("Compiling"))
+    parts: list[list[str]] = [[]]
     row = Log.row
 
     def counted(log: Log, new: dict) -> None:
-        compiled.append([])
+        parts[-1] += names[sum(map(len, parts)) :]
+        parts.append([])
         row(log, new)
 
-    logging.getLogger("jax").addHandler(seen)
-    with jax.log_compiles(), mock.patch.object(Log, "row", counted):
-        yield compiled
-    logging.getLogger("jax").removeHandler(seen)
+    with compiled() as names, mock.patch.object(Log, "row", counted):
+        yield parts
+    parts[-1] += names[sum(map(len, parts)) :]
 
 
 @functools.cache
@@ -101,9 +113,9 @@ def finished(temporary: Path) -> Path:
     """
     folder = temporary / "tiny"
     folder.mkdir()
-    with quick(), compilations() as compiled:
+    with quick(), compilations() as programs:
         assert cli.main([*flags(write_data(folder / "data.npz")), f"--out={folder / 'whole'}"]) == 0
-    (folder / "compiled.json").write_text(json.dumps(compiled))
+    (folder / "compiled.json").write_text(json.dumps(programs))
     return folder / "whole"
 
 
@@ -111,8 +123,7 @@ def carry(path: Path, epoch: int = EPOCHS) -> dict[str, np.ndarray]:
     """Returns every leaf of a run's checkpoint by its path, random keys as numbers."""
     config = directory.read_config(path)
     agent = loop.on_device(config.agent)
-    timeline = driver.Timeline(phases(config.schedule, config.execution.length(agent.chunk)))
-    given = (agent, make(config.env), config.schedule, timeline)
+    given = (agent, make(config.env), config.schedule, timeline_of(config))
     loaded = checkpoint.load(path / "checkpoints", lambda done: driver.abstract_carry(*given, done, config.execution))
     assert loaded is not None and loaded[0] == epoch
     numbers = jax.tree.map(

@@ -1,5 +1,6 @@
-"""The methods, one file each, and the one table that names them."""
+"""The methods, one file each, and the table that names them. README.md is their catalogue."""
 
+# ruff: noqa: F401
 from jaxrl.agents.a2pr import A2PR
 from jaxrl.agents.awac import AWAC
 from jaxrl.agents.bc import BC
@@ -15,24 +16,8 @@ from jaxrl.agents.prdc import PRDC
 from jaxrl.agents.qc import QC
 from jaxrl.agents.qgf import QGF
 from jaxrl.agents.rebrac import ReBRAC
+from jaxrl.agents.td3 import TD3
 from jaxrl.agents.td3bc import TD3BC
 
-AGENTS: dict[str, type] = {
-    "bc": BC,
-    "fmq": FMQ,
-    "iql": IQL,
-    "qgf": QGF,
-    "fql": FQL,
-    "qc": QC,
-    "dqc": DQC,
-    "td3bc": TD3BC,
-    "rebrac": ReBRAC,
-    "prdc": PRDC,
-    "a2pr": A2PR,
-    "cql": CQL,
-    "awac": AWAC,
-    "odice": ODICE,
-    "famo2o": FamO2O,
-    "cfpi": CFPI,
-}
-"""Every agent by the name that the command line knows it by."""
+AGENTS: dict[str, type] = {kind.__name__.lower(): kind for kind in list(globals().values()) if isinstance(kind, type)}
+"""Every class imported above by the name that the command line knows it by: its own, in lowercase."""

@@ -10,6 +10,7 @@ import optax
 
 from jaxrl.ops import losses, normalizer
 from jaxrl.ops.normalizer import Normalizer
+from jaxrl.replay.hindsight import goals_of, with_goals
 from jaxrl.replay.ring import Rings
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
@@ -113,8 +114,8 @@ def fit(state: State, data: Rings) -> State:
     ring = data[0]
     obs = ring.obs
     if ring.hindsight is not None:
-        goals = obs[0] if ring.hindsight.goals is None else ring.hindsight.goals
-        obs = jnp.concatenate([obs, goals[None]], axis=-1)
+        goals = goals_of(jax.tree.map(lambda x: x[0], obs), ring.hindsight)
+        obs = with_goals(obs, goals[None])
     return dataclasses.replace(state, normalizer=normalizer.of_rows(obs, ring.valid))
 
 

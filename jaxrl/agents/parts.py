@@ -13,9 +13,14 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl import networks
+from jaxrl.errors import UserError
 from jaxrl.networks import TIME_FEATURES, Activation, Init, Norm, TimeFeatures, apply
 from jaxrl.ops import flow, losses
+from jaxrl.ranges import check_at_least
 from jaxrl.types import Count, NonNegative, Observation, PyTree, Widths, pytree
+
+FEWEST_FEATURES = {"fourier": 4, "sinusoidal": 2, "raw": 1}
+"""The least number of time features of each kind: Fourier features range between two frequencies, and have both."""
 
 
 @pytree
@@ -63,6 +68,10 @@ class FlowPolicy:
     time_size: Count = TIME_FEATURES  # number of time features, unless raw
     steps: Count = 10  # Euler steps from noise to action
 
+    def check(self) -> None:
+        """Raises UserError for fewer time features than their kind takes."""
+        check_at_least(self, time_size=FEWEST_FEATURES[self.time])
+
     def network(self, size: int) -> networks.Velocity:
         """Returns the network of chunks of `size` numbers."""
         return networks.Velocity(size, *_layers(self.net), self.time, self.time_size)
@@ -91,6 +100,10 @@ class FlowMapPolicy:
     net: Net = Net()
     time: TimeFeatures = "fourier"  # how the network sees the times; "sinusoidal" is too steep to differentiate
     time_size: Count = TIME_FEATURES  # number of features of each time, unless raw
+
+    def check(self) -> None:
+        """Raises UserError for fewer time features than their kind takes."""
+        check_at_least(self, time_size=FEWEST_FEATURES[self.time])
 
     def network(self, size: int) -> networks.Velocity:
         """Returns the network of chunks of `size` numbers."""
@@ -198,6 +211,30 @@ class SquashedGaussianPolicy:
         return jnp.tanh(u), losses.tanh_log_density(u, mean, log_std)
 
 
+@pytree
+class Autoencoder:
+    """A variational autoencoder of actions, G(s, a), whose latents have twice as many entries as actions."""
+
+    hidden: Widths = (750, 750)  # widths of the hidden layers of its encoder, and of its decoder
+
+    def init(self, key_encoder: jax.Array, key_decoder: jax.Array, obs: Observation, action: jax.Array) -> PyTree:
+        """Returns parameters, for an example [O] and [A]."""
+        size, latent = action.shape[-1], jnp.zeros(2 * action.shape[-1])
+        return {
+            "encoder": networks.Encoder(2 * size, self.hidden).init(key_encoder, obs, action),
+            "decoder": networks.Deterministic(size, self.hidden).init(key_decoder, obs, latent),
+        }
+
+    def rebuild(
+        self, params: PyTree, obs: Observation, action: jax.Array, noise: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns G(s, a) [..., A] from noise [..., 2 A]; mean and logarithm of the deviation of q(z | s, a)."""
+        size = action.shape[-1]
+        mean, log_std = apply(networks.Encoder(2 * size, self.hidden), params["encoder"], obs, action)
+        latent = mean + jnp.exp(log_std) * noise
+        return apply(networks.Deterministic(size, self.hidden), params["decoder"], obs, latent), mean, log_std
+
+
 # Critics
 
 
@@ -231,10 +268,14 @@ class Critic:
         """Returns the combined value [...] of actions [..., D]."""
         return losses.aggregate(self.values(params, obs, action), self.agg)
 
+    def score(self, params: PyTree, obs: Observation, action: jax.Array) -> jax.Array:
+        """Returns the combined output [...] of actions [..., D], to rank and to climb: of values or of logits."""
+        return losses.aggregate(self.outputs(params, obs, action), self.agg)
+
     def first(self, params: PyTree, obs: Observation, action: jax.Array) -> jax.Array:
         """Returns the first critic's value [...], without computing the others."""
         alone = dataclasses.replace(self, heads=1)
-        return alone.values(jax.tree.map(lambda x: x[:1], params), obs, action)[0]
+        return alone.values(networks.first_of(params), obs, action)[0]
 
     def error(self, params: PyTree, obs: Observation, action: jax.Array, target: jax.Array) -> jax.Array:
         """Returns each critic's error [K, B] against targets [B]: squared, or the cross entropy of its logit."""
@@ -264,6 +305,12 @@ class Value:
     def value(self, params: PyTree, obs: Observation) -> jax.Array:
         """Returns values [...]."""
         return losses.value_of(self.output(params, obs), self.head)
+
+
+def check_heads(agent: str, critic: Critic, value: Value) -> None:
+    """Raises UserError where an agent's critic and value do not both learn values, or both probabilities."""
+    if critic.head != value.head:
+        raise UserError(f"{agent}.value.head = {value.head!r}: must be that of the critic, {critic.head!r}")
 
 
 def _layers(net: Net) -> tuple[tuple[int, ...], Norm, Activation]:

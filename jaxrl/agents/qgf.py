@@ -1,4 +1,4 @@
-"""QGF: a behaviour flow and an IQL critic that never meet in training; the critic steers the flow while it denoises.
+"""QGF: a behaviour flow and an IQL critic, trained apart from each other; at test time the critic guides the flow.
 
 Paper: "Q-Guided Flow", arXiv 2606.11087. The flow learns the data's chunks, the critic learns with IQL (Kostrikov et
 al., arXiv 2110.06169), both from the same batch. All improvement happens in `act`: see `guidance.QGuidance`, whose
@@ -8,7 +8,7 @@ Deliberate differences from the official code:
 - The flow does not learn the actions after an episode's end (`mask_actor`); the official code does.
 - Windows that termination cuts short train the critic ("keep"), with the return and the discount of the steps that
   they have; the official code drops them ("drop").
-- The Jacobian is pulled back by one reverse pass, where the official code builds the matrix. Equal, and cheaper.
+- The Jacobian enters as one vector-Jacobian product, where the official code builds the matrix. Equal, and cheaper.
 - In goal-conditioned tasks the flow does not see the goal: it is a behaviour, and the critic gives it direction.
 """
 
@@ -16,91 +16,64 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import common
-from jaxrl.agents.common import CutWindows, Draws, State
-from jaxrl.networks import Activation, Critic, Norm, TimeFeatures, Value, Velocity, apply, repeat_for
-from jaxrl.ops import flow, guidance, losses
+from jaxrl.agents import learner
+from jaxrl.agents.learner import CutWindows, Draws, State
+from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value, check_heads
+from jaxrl.networks import repeat_for
+from jaxrl.ops import guidance, losses
+from jaxrl.ranges import check_at_least
 from jaxrl.replay.hindsight import Goals
 from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
+from jaxrl.types import Batch, Count, Fraction, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
 
 
 @pytree
 class QGF:
     """Q-guided flow: behaviour cloning and IQL, joined at test time."""
 
-    chunk: int = 5  # H: actions per decision, executed open loop
-    backup: int = 5  # steps of the return in the TD target, at least `chunk`
-    actor_hidden: tuple[int, ...] = (512, 512, 512, 512)  # widths of the flow
-    critic_hidden: tuple[int, ...] = (512, 512, 512, 512)  # widths of each critic head and of the value
-    activation: Activation = "gelu"  # of all networks
-    actor_norm: Norm = "before_but_last"  # layer norm in the flow
-    critic_norm: Norm = "before"  # layer norm in critic and value
-    time: TimeFeatures = "sinusoidal"  # how the flow sees the time
-    time_size: int = 16  # number of time features
-    critics: int = 2  # number of critic heads
-    head: losses.Head = "mse"  # whether critic and value say values, or logits of probabilities
-    agg: losses.Aggregate = "min"  # how the heads are combined
-    batch_size: int = 256  # windows per update
-    actor_lr: Scalar = 3e-4  # learning rate of the flow
-    critic_lr: Scalar = 3e-4  # learning rate of the critic
-    value_lr: Scalar = 3e-4  # learning rate of the value
-    discount: Scalar = 0.99  # gamma, per environment step
-    tau: Scalar = 0.005  # polyak rate of the target critic
-    expectile: Scalar = 0.9  # level of the value's expectile
-    flow_steps: int = 10  # T: euler steps from noise to action
-    guide: guidance.QGuidance = guidance.QGuidance()  # how the critic steers them
-    num_samples: int = 1  # N: guided samples of which the best is acted on (QGF+BFN)
+    chunk: Count = 5  # H: actions per decision, executed open loop
+    backup: Count = 5  # steps of the return in the TD target, at least `chunk`
+    flow: FlowPolicy = FlowPolicy(Net(norm="before_but_last"), "sinusoidal", 16)  # the behaviour, v(s, a_t, t)
+    critic: Critic = Critic(Net(norm="before"), agg="min")  # Q_j(s, chunk)
+    value: Value = Value(Net(norm="before"))  # V(s)
+    flow_adam: Adam = Adam()
+    critic_adam: Adam = Adam()
+    value_adam: Adam = Adam()
+    batch_size: Count = 256  # windows per update
+    discount: Fraction = 0.99  # gamma, per environment step
+    tau: Fraction = 0.005  # Polyak rate of the target critic
+    expectile: Fraction = 0.9  # level of the value's expectile
+    guide: guidance.QGuidance = guidance.QGuidance()  # how the critic guides the flow's Euler steps
+    num_samples: Count = 1  # N: guided samples of which the best is acted on (QGF+BFN)
     cut_windows: CutWindows = "keep"  # whether windows that termination cuts short train the critic
     mask_actor: bool = True  # whether the flow ignores what follows an episode's end
     goals: Goals = Goals()  # how goals are drawn where the task has some
 
     def check(self) -> None:
-        """Raises UserError where a value is out of range."""
-        counts = ("chunk", "actor_hidden", "critic_hidden", "critics", "batch_size", "flow_steps", "num_samples")
-        common.check_range(self, **dict.fromkeys(counts, (1, None)), backup=(self.chunk, None), time_size=(2, None))
-        common.check_range(self, actor_lr=(0, None), critic_lr=(0, None), value_lr=(0, None))
-        common.check_range(self, discount=(0, 1), tau=(0, 1), expectile=(0, 1))
-        common.check_range(self.guide, weight=(0, None), ascent_steps=(0, None), ascent_size=(0, None))
-        common.check_goals(self)
+        """Raises UserError for settings that do not fit each other."""
+        check_at_least(self, backup=self.chunk)
+        check_heads("QGF", self.critic, self.value)
+        self.goals.check_head(self.critic.head)
 
-    def actor(self, spec: Spec) -> Velocity:
-        """Returns the behaviour flow's velocity v(s, a_t, t)."""
-        size = self.chunk * spec.action
-        return Velocity(size, self.actor_hidden, self.actor_norm, self.activation, self.time, self.time_size)
-
-    def critic(self) -> Critic:
-        """Returns the heads Q_j(s, chunk)."""
-        return Critic(self.critics, self.critic_hidden, self.critic_norm, self.activation)
-
-    def value(self) -> Value:
-        """Returns V(s)."""
-        return Value(self.critic_hidden, self.critic_norm, self.activation)
+    def requires(self) -> Requirements:
+        """Returns what its data must have."""
+        return Requirements(window=self.backup, unit_rewards=self.critic.head == "bce", batch=self.batch_size)
 
     def optimizer(self) -> optax.GradientTransformation:
         """Returns one Adam per network."""
-        rates = {"actor": self.actor_lr, "critic": self.critic_lr, "value": self.value_lr}
-        return optax.partition({name: optax.adam(rate) for name, rate in rates.items()}, {name: name for name in rates})
-
-    def velocity(self, spec: Spec, params: PyTree, obs: jax.Array) -> flow.AverageVelocity:
-        """Returns the flow as a function v(x, r, t) of flat chunks, at time t; its observations are closed over."""
-        states = common.without_goal(obs, spec)
-        return lambda x, r, t: apply(self.actor(spec), params, states, x, t)
-
-    def heads(self, params: PyTree, obs: jax.Array) -> guidance.Heads:
-        """Returns the critic's outputs as a function of flat chunks, its observations closed over."""
-        return lambda action: apply(self.critic(), params, obs, action)
+        adams = {"flow": self.flow_adam, "critic": self.critic_adam, "value": self.value_adam}
+        return optax.partition({name: adam.transformation() for name, adam in adams.items()}, {x: x for x in adams})
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
-        key_actor, key_critic, key_value = jax.random.split(key, 3)
-        obs, chunk = jnp.zeros(spec.observation), jnp.zeros(self.chunk * spec.action)
+        key_flow, key_critic, key_value = jax.random.split(key, 3)
+        obs, chunk = spec.example(), jnp.zeros(self.chunk * spec.action)
         params = {
-            "actor": self.actor(spec).init(key_actor, common.without_goal(obs, spec), chunk, jnp.zeros(1)),
-            "critic": self.critic().init(key_critic, obs, chunk),
-            "value": self.value().init(key_value, obs),
+            "flow": self.flow.init(key_flow, spec.behaviour(obs), chunk),
+            "critic": self.critic.init(key_critic, spec.critic(obs), chunk),
+            "value": self.value.init(key_value, spec.critic(obs)),
         }
-        return common.start(spec, params, self.optimizer())
+        return learner.create(spec, params, self.optimizer(), "critic")
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of windows."""
@@ -113,59 +86,54 @@ class QGF:
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the flow's noise, and its times on the grid {0, 1/T, ..., 1}."""
         key_noise, key_time = jax.random.split(key)
-        noise = jax.random.normal(key_noise, (len(batch.obs), self.chunk * spec.action))
-        times = jax.random.randint(key_time, (len(noise), 1), 0, self.flow_steps + 1) / self.flow_steps
+        noise = jax.random.normal(key_noise, (len(batch.actions), self.chunk * spec.action))
+        times = jax.random.randint(key_time, (len(noise), 1), 0, self.flow.steps + 1) / self.flow.steps
         return {"x0": noise, "t": times}
 
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
         """Returns the state after the update with these random numbers."""
-        return common.descend(state, lambda p: self.loss(p, state, batch, draws), self.optimizer(), self.tau)
-
-    def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the sum of the three losses, which share no parameter, and what each of them is."""
-        actor = self.cloning_loss(params["actor"], state.spec, batch, draws)
-        critic = self.critic_loss(params["critic"], state, batch)
-        value = self.value_loss(params["value"], state, batch)
-        return actor + critic + value, {"actor/flow_loss": actor, "critic/loss": critic, "value/loss": value}
-
-    def cloning_loss(self, actor: PyTree, spec: Spec, batch: Batch, draws: Draws) -> jax.Array:
-        """Returns the flow-matching loss of the behaviour."""
-        x1 = common.flat_actions(batch, self.chunk)
-        error = flow.matching_error(self.velocity(spec, actor, batch.obs), draws["x0"], x1, draws["t"])
-        mask = common.step_mask(batch, self.chunk)
-        return losses.masked_mean(error, mask if self.mask_actor else jnp.ones_like(mask))
+        loss = lambda params: self.loss(params, state, batch, draws)  # noqa: E731
+        return learner.descend(state, loss, self.optimizer(), self.tau, "critic")
 
     def td_target(self, state: State, batch: Batch) -> jax.Array:
         """Returns y [B], the return of the window and the online value after it."""
-        next_value = losses.value_of(apply(self.value(), state.params["value"], batch.next_obs), self.head)
+        next_value = self.value.value(state.params["value"], state.spec.critic(batch.next_obs))
         y = losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
-        return losses.bounded(y, self.head)
+        return losses.bounded(y, self.critic.head)
 
-    def critic_loss(self, critic: PyTree, state: State, batch: Batch) -> jax.Array:
-        """Returns the TD loss, averaged over the heads."""
-        output = self.heads(critic, batch.obs)(common.flat_actions(batch, self.chunk))
-        error = losses.regression(output, self.td_target(state, batch)[None], self.head)
-        return losses.masked_mean(error.mean(axis=0), common.critic_weight(batch, self.chunk, self.cut_windows))
+    def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
+        """Returns the sum of the three losses, which share no parameter, and what each of them is."""
+        spec, a, seen = state.spec, learner.flat_actions(batch, self.chunk), state.spec.critic(batch.obs)
+        whole = learner.critic_weight(batch, self.chunk, self.cut_windows)
 
-    def value_loss(self, value: PyTree, state: State, batch: Batch) -> jax.Array:
-        """Returns the expectile loss of V against the target critic from before this update."""
-        heads = self.heads(state.target, batch.obs)(common.flat_actions(batch, self.chunk))
-        q = losses.aggregate(losses.value_of(heads, self.head), self.agg)
-        error = losses.tilted(apply(self.value(), value, batch.obs), q, self.expectile, self.head)
-        return losses.masked_mean(error, common.critic_weight(batch, self.chunk, self.cut_windows))
+        # the flow clones the behaviour: |v(s, a_t, t) - (a - z)|^2
+        matching = self.flow.matching_error(params["flow"], spec.behaviour(batch.obs), draws["x0"], a, draws["t"])
+        mask = learner.step_mask(batch, self.chunk)
+        cloning = losses.masked_mean(matching, mask if self.mask_actor else jnp.ones_like(mask))
 
-    def score(self, state: State, obs: jax.Array) -> guidance.Value:
-        """Returns the slow critic's aggregate (of logits, if it says those) by chunk: what guides, and what chooses."""
-        return lambda action: losses.aggregate(self.heads(state.target, obs)(action), self.agg)
+        # the critic: (Q(s, a) - y)^2, averaged over the heads
+        error = self.critic.error(params["critic"], seen, a, self.td_target(state, batch))
+        critic = losses.masked_mean(error.mean(axis=0), whole)
 
-    def choose(self, state: State, obs: jax.Array, noise: jax.Array) -> jax.Array:
-        """Returns the best [B, D] of the N guided samples that the noise [B, N, D] gives (Algorithm 1)."""
+        # the value is an expectile of the target critic at the data's chunks
+        q = self.critic.value(state.target["critic"], seen, a)
+        tilted = losses.tilted(self.value.output(params["value"], seen), q, self.expectile, self.value.head)
+        value = losses.masked_mean(tilted, whole)
+
+        return cloning + critic + value, {"actor/flow_loss": cloning, "critic/loss": critic, "value/loss": value}
+
+    def score(self, state: State, obs: Observation) -> guidance.Value:
+        """Returns the target critic's score as a function of flat chunks: what guides, and what chooses."""
+        return lambda chunk: self.critic.score(state.target["critic"], state.spec.critic(obs), chunk)
+
+    def choose(self, state: State, obs: Observation, noise: jax.Array) -> jax.Array:
+        """Returns the best [B, D] of the N guided samples from this noise [B, N, D] (Algorithm 1)."""
         obs = repeat_for(noise, obs)
-        velocity = self.velocity(state.spec, state.params["actor"], obs)
-        candidates = self.guide.sample(velocity, self.score(state, obs), noise, self.flow_steps)
+        velocity = self.flow.velocity(state.params["flow"], state.spec.behaviour(obs))
+        candidates = self.guide.sample(velocity, self.score(state, obs), noise, self.flow.steps)
         return guidance.best_of(candidates, self.score(state, obs)(candidates))
 
-    def act(self, state: State, obs: jax.Array, key: jax.Array, *, greedy: bool = False) -> jax.Array:
+    def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
         """Returns chunks [B, H, A] of the guided flow; `greedy` changes nothing."""
-        noise = jax.random.normal(key, (len(obs), self.num_samples, self.chunk * state.spec.action))
-        return common.unflatten(self.choose(state, obs, noise), state.spec.action)
+        noise = jax.random.normal(key, (count_of(obs), self.num_samples, self.chunk * state.spec.action))
+        return learner.unflatten(self.choose(state, obs, noise), state.spec.action)

@@ -3,15 +3,15 @@
 Paper: Tarasov, Kurenkov, Nikulin, Kolesnikov, "Revisiting the Minimalist Approach to Offline Reinforcement Learning",
 arXiv 2305.09836.
 
-The target is lowered by how far the slow actor's next action lies from the one that the data took next (Eq. 3), and
-the actor by how far its own lies from the data's (Eq. 4); both distances are sums over the action's entries. The actor
-climbs the lower of the two critics. Observations are not normalised.
+The target is lowered by how far the slow actor's next action lies from the one that the data took next (equation 3),
+and the actor is held by how far its own lies from the data's (equation 4); both distances are sums over the action's
+entries. The actor climbs the lower of the two critics. Observations are not normalized.
 
-A transition after which the data took no action, for the clock ran out, trains the actor but not the critics. Layers
-begin as all of this family's do; the authors' hidden biases of 0.1 and small last layers are not copied.
-
-`joint` is the order of FQL's authors: one optimiser for both networks, which also moves the actor on its momentum in
-updates that do not train it; errors averaged over the two critics; targets that follow the parameters from before.
+Deliberate differences from the official code:
+- A transition after which the data took no action, for the clock ran out, trains the actor but not the critics.
+- Layers begin as in TD3; the authors' hidden biases of 0.1 and small last layers are not copied.
+- `joint` is the order of FQL's authors: one optimizer for both networks, which also moves the actor on its momentum in
+  updates that do not train it; errors averaged over the two critics; targets that follow the parameters from before.
 """
 
 import dataclasses
@@ -19,15 +19,14 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from jaxrl.agents import common, td3
-from jaxrl.agents.common import Draws, State
-from jaxrl.networks import Activation, Init, Norm, apply
+from jaxrl.agents import learner
+from jaxrl.agents.learner import Draws, State
+from jaxrl.agents.parts import Critic, DeterministicPolicy, Net
+from jaxrl.agents.td3 import TD3, climb
 from jaxrl.ops import losses
-from jaxrl.replay.hindsight import Goals
 from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
+from jaxrl.types import Batch, Metrics, NonNegative, Observation, PyTree, Requirements, Spec, pytree
 
 
 @pytree
@@ -36,108 +35,94 @@ class ReBRAC:
 
     chunk: ClassVar[int] = 1
 
-    actor_hidden: tuple[int, ...] = (256, 256, 256)  # widths of the actor
-    critic_hidden: tuple[int, ...] = (256, 256, 256)  # widths of each critic
-    activation: Activation = "relu"  # of all networks
-    initial: Init = "torch"  # how layers begin
-    actor_norm: Norm = "none"  # layer norm in the actor
-    critic_norm: Norm = "after"  # layer norm in the critics
-    batch_size: int = 256  # transitions per update
-    actor_lr: Scalar = 3e-4  # learning rate of Adam
-    critic_lr: Scalar = 3e-4  # learning rate of Adam
-    discount: Scalar = 0.99  # gamma, per environment step
-    tau: Scalar = 0.005  # polyak rate of the targets
-    delay: int = 2  # critic updates per actor update
-    target_noise: Scalar = 0.2  # standard deviation of the noise on target actions
-    noise_clip: Scalar = 0.5  # bound of that noise, and of exploration's
-    beta_actor: Scalar = 0.01  # penalty in the actor's loss; to be tuned per task
-    beta_critic: Scalar = 0.01  # penalty in the critics' target; to be tuned per task
-    joint: bool = False  # whether one optimiser, at the actor's rate, serves both networks; see above
-    exploration: Scalar = 0.1  # standard deviation of the noise on actions, but in evaluation
-    normalize: bool = False  # whether observations are normalised by the data's mean and spread
-    goals: Goals = Goals()  # how goals are drawn where the task has some
+    td3: TD3 = TD3(
+        DeterministicPolicy(Net((256, 256, 256), "relu", "none", "torch")),
+        Critic(Net((256, 256, 256), "relu", "after", "torch"), agg="min"),
+    )
+    beta_actor: NonNegative = 0.01  # penalty in the actor's loss; to be tuned per task
+    beta_critic: NonNegative = 0.01  # penalty in the critics' target; to be tuned per task
+    joint: bool = False  # whether one optimizer, at the actor's rate, serves both networks; see above
 
-    def check(self) -> None:
-        """Raises UserError where a value is out of range."""
-        td3.check(self)
-        common.check_range(self, beta_actor=(0, None), beta_critic=(0, None))
+    def requires(self) -> Requirements:
+        """Returns what its data must have."""
+        return self.td3.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
-        state = td3.init(self, key, spec)
-        return dataclasses.replace(state, opt=optax.adam(self.actor_lr).init(state.params)) if self.joint else state
+        state = self.td3.init(key, spec)
+        if not self.joint:
+            return state
+        return dataclasses.replace(state, opt=self.td3.actor_adam.transformation().init(state.params))
 
     def fit(self, state: State, data: Rings) -> State:
-        """Returns the initial state with the data's normaliser."""
-        return td3.fit(self, state, data)
+        """Returns the initial state with the data's normalizer, where observations are to be normalized."""
+        return self.td3.fit(state, data)
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of transitions."""
-        return td3.sample(self, data, key)
+        return self.td3.sample(data, key)
 
     def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of the critic and, every `delay`-th time, of the actor and the targets."""
-        return self.learn(state, batch, td3.draw(state.spec, batch, key))
+        """Returns the state after a step of the critics and, every `delay`-th time, of the actor and the targets."""
+        return self.learn(state, batch, self.td3.draw(state.spec, batch, key))
 
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
         """Returns the state after the update with these random numbers."""
-        batch = common.normalized(state, batch)
+        batch = learner.normalized(state, batch)
+        y = self.td_target(state, batch, draws)
         if self.joint:
-            return self.learn_jointly(state, batch, draws)
-        loss = lambda critic: self.critic_loss(critic, state, batch, draws)  # noqa: E731
-        state, metrics = common.step(state, "critic", loss, optax.adam(self.critic_lr))
+            return self.learn_jointly(state, batch, y)
+        state, metrics = self.td3.learn_critic(state, batch, y, continued(batch))
 
         def improve(state: State) -> tuple[State, Metrics]:
+            state = learner.follow(state, self.td3.tau, "actor", "critic")  # the actor's target lags by one step
             loss = lambda actor: self.actor_loss(actor, state, batch)  # noqa: E731
-            state = common.follow(state, self.tau, "actor", "critic")  # the actor's target lags by one step
-            return common.step(state, "actor", loss, optax.adam(self.actor_lr))
+            return learner.step(state, "actor", loss, self.td3.actor_adam.transformation())
 
-        state, more = common.every(self.delay, state, improve)
-        return common.counted(state), {**metrics, **more}
+        state, more = learner.every(self.td3.delay, state, improve)
+        return learner.counted(state), {**metrics, **more}
 
-    def learn_jointly(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
-        """Returns the state after one step of one optimiser on both losses, the actor's every `delay`-th time."""
-        whole = (state.step + 1) % self.delay == 0
+    def learn_jointly(self, state: State, batch: Batch, y: jax.Array) -> tuple[State, Metrics]:
+        """Returns the state after one step of one optimizer on both losses, the actor's every `delay`-th time."""
+        whole = (state.step + 1) % self.td3.delay == 0
 
         def loss(params: dict[str, PyTree]) -> tuple[jax.Array, Metrics]:
-            critic, metrics = self.critic_loss(params["critic"], state, batch, draws)
-            actor, more = self.actor_loss(params["actor"], state, batch)
-            return critic + jnp.where(whole, actor, 0.0), {**metrics, **more}
+            critic = self.td3.critic_loss(params["critic"], state, batch, y, continued(batch)) / 2
+            actor, metrics = self.actor_loss(params["actor"], state, batch)
+            return critic + jnp.where(whole, actor, 0.0), {"critic/loss": critic, **metrics}
 
-        gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
-        updates, opt = optax.adam(self.actor_lr).update(gradient, state.opt, state.params)
-        moved = common.follow(state, jnp.where(whole, self.tau, 0.0), "actor", "critic")
-        params = optax.apply_updates(state.params, updates)
-        return common.counted(dataclasses.replace(moved, params=params, opt=opt)), metrics
+        tau = jnp.where(whole, self.td3.tau, 0.0)
+        return learner.descend(state, loss, self.td3.actor_adam.transformation(), tau, "actor", "critic")
+
+    def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
+        """Returns y [B], in which the next action's value is lowered by beta_critic |a' - a'_data|^2 (eq. 3)."""
+        action = self.td3.target_action(state, batch, draws)
+        return self.td3.td_target(state, state.target["critic"], batch, action, self.penalty(batch, action))
 
     def penalty(self, batch: Batch, action: jax.Array) -> jax.Array:
-        """Returns beta_critic |a' - a'_data|^2, [B]."""
+        """Returns beta_critic |a' - a'_data|^2 [B] of next actions [B, A]."""
         assert batch.next_action is not None
         return self.beta_critic * jnp.square(action - batch.next_action).sum(axis=-1)
 
-    def critic_loss(self, critic: PyTree, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the TD loss of both critics (Eq. 3)."""
-        assert batch.followed is not None
-        action = td3.target_action(self, state, batch, draws)
-        y = td3.td_target(self, state.target["critic"], batch, action, self.penalty(batch, action))
-        known = batch.valid[:, 0] * jnp.maximum(batch.followed, batch.terminated)
-        loss = td3.critic_loss(self, critic, batch, y, known)
-        loss = loss / 2 if self.joint else loss
-        return loss, {"critic/loss": loss}
-
     def actor_loss(self, actor: PyTree, state: State, batch: Batch) -> tuple[jax.Array, Metrics]:
-        """Returns beta_actor |pi(s) - a|^2 - lambda min Q(s, pi(s)), with lambda = 1 / mean |min Q| (Eq. 4)."""
-        action = apply(td3.policy(self, state.spec), actor, batch.obs)
-        q = apply(td3.critics(self), state.params["critic"], batch.obs, action).min(axis=0)
-        climb, weight = td3.climb(q, 1.0, batch)
+        """Returns beta_actor |pi(s) - a|^2 - lambda min Q(s, pi(s)), with lambda = 1 / mean |min Q| (eq. 4)."""
+        action = self.td3.actor.action(actor, state.spec.actor(batch.obs))
+        q = self.td3.critic.value(state.params["critic"], state.spec.critic(batch.obs), action)
+        climbing, weight = climb(q, 1.0, batch)
         imitation = losses.masked_mean(jnp.square(action - batch.actions[:, 0]).sum(axis=-1), batch.valid[:, 0])
-        metrics = {"actor/q_loss": climb, "actor/bc_loss": self.beta_actor * imitation, "actor/lambda": weight}
-        return climb + self.beta_actor * imitation, metrics
+        imitation = self.beta_actor * imitation
+        return climbing + imitation, {
+            "actor/q_loss": climbing,
+            "actor/bc_loss": imitation,
+            "actor/lambda": weight,
+        }
 
-    def choose(self, state: State, obs: jax.Array) -> jax.Array:
-        """Returns the actor's actions [B, A]."""
-        return td3.choose(self, state, obs)
-
-    def act(self, state: State, obs: jax.Array, key: jax.Array, *, greedy: bool = False) -> jax.Array:
+    def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
         """Returns chunks [B, 1, A], with the noise of exploration unless `greedy`."""
-        return td3.act(self, state, obs, key, greedy)
+        return self.td3.act(state, obs, key, greedy=greedy)
+
+
+def continued(batch: Batch) -> jax.Array:
+    """Returns 1 for the transitions after which the data took an action or the task was over, else 0, as [B]."""
+    assert batch.followed is not None
+    return batch.valid[:, 0] * jnp.maximum(batch.followed, batch.terminated)

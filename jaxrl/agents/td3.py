@@ -3,10 +3,13 @@
 Paper: Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods", arXiv 1802.09477.
 
 The critics learn from the lower of two targets at a smoothed target action (sections 4.2 and 5.3); the actor and the
-targets move every `delay`-th time (section 5.2). TD3+BC, ReBRAC, PRDC and A2PR differ in what holds the actor near the
-data: each has a TD3 as a field, and a file of its own.
+targets move in every `delay`-th update (section 5.2). TD3+BC, ReBRAC, PRDC and A2PR differ in what holds the actor near
+the data: each has a TD3 as a field, and a file of its own.
 
-Deliberate differences from the official code: a transition cut off by the clock keeps its true next state.
+Deliberate differences from the official code:
+- A transition cut off by the clock bootstraps from its true next state.
+- The noise of exploration is clipped as that of target actions is.
+- `critic.head="bce"` learns probabilities of success instead of values.
 """
 
 from collections.abc import Callable
@@ -57,28 +60,33 @@ class TD3:
     target_noise: NonNegative = 0.2  # standard deviation of the noise on target actions
     noise_clip: NonNegative = 0.5  # bound of that noise, and of exploration's
     exploration: NonNegative = 0.1  # standard deviation of the noise on actions, but in evaluation
-    normalize: bool = False  # whether observations are normalised by the data's mean and spread
+    normalize: bool = False  # whether observations are normalized by the data's mean and spread
     goals: Goals = Goals()  # how goals are drawn where the task has some
+
+    def check(self) -> None:
+        """Raises UserError for settings that do not fit each other."""
+        self.goals.check_head(self.critic.head)
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return Requirements(batch=self.batch_size)
+        return Requirements(unit_rewards=self.critic.head == "bce", batch=self.batch_size)
 
     def init(self, key: jax.Array, spec: Spec, **more: tuple[PyTree, optax.GradientTransformation]) -> State:
-        """Returns the initial state; `more` are further networks by name, parameters and optimiser of each."""
+        """Returns the initial state; `more` are further networks by name, parameters and optimizer of each."""
         key_actor, key_critic = jax.random.split(key)
         obs, action = spec.example(), jnp.zeros(spec.action)
-        params = {
-            "actor": self.actor.init(key_actor, spec.actor(obs), action),
-            "critic": self.critic.init(key_critic, spec.critic(obs), action),
+        actor = self.actor.init(key_actor, spec.actor(obs), action)
+        critic = self.critic.init(key_critic, spec.critic(obs), action)
+        nets = {
+            "actor": (actor, self.actor_adam.transformation()),
+            "critic": (critic, self.critic_adam.transformation()),
+            **more,
         }
-        optimizers = {"actor": self.actor_adam.transformation(), "critic": self.critic_adam.transformation()}
-        params |= {name: net for name, (net, _) in more.items()}
-        optimizers |= {name: optimizer for name, (_, optimizer) in more.items()}
+        params, optimizers = ({name: pair[i] for name, pair in nets.items()} for i in (0, 1))
         return learner.create(spec, params, optimizers, "actor", "critic", normalized=True)
 
     def fit(self, state: State, data: Rings) -> State:
-        """Returns the initial state with the data's normaliser, where observations are to be normalised."""
+        """Returns the initial state with the data's normalizer, where observations are to be normalized."""
         return learner.fit(state, data) if self.normalize else state
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
@@ -86,7 +94,7 @@ class TD3:
         return windows(data, key, self.batch_size, 1, self.goals)
 
     def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of the critic and, every `delay`-th time, of the actor and the targets."""
+        """Returns the state after a step of the critics and, every `delay`-th time, of the actor and the targets."""
         batch, draws = learner.normalized(state, batch), self.draw(state.spec, batch, key)
         return self.learn(state, batch, draws, lambda actor, state: self.actor_loss(actor, state, batch))
 
@@ -95,17 +103,10 @@ class TD3:
         return {"target_noise": jax.random.normal(key, (len(batch.actions), spec.action))}
 
     def learn(self, state: State, batch: Batch, draws: Draws, actor_loss: ActorLoss) -> tuple[State, Metrics]:
-        """Returns the state after the update with these random numbers, on normalised observations."""
-
-        def improve(state: State) -> tuple[State, Metrics]:
-            state, metrics = learner.step(
-                state, "actor", lambda actor: actor_loss(actor, state), self.actor_adam.transformation()
-            )
-            return learner.follow(state, self.tau, "actor", "critic"), metrics
-
+        """Returns the state after the update with these random numbers, on normalized observations."""
         y = self.td_target(state, state.target["critic"], batch, self.target_action(state, batch, draws))
-        state, metrics = self.learn_critic(state, batch, y)
-        state, more = learner.every(self.delay, state, improve)
+        state, metrics = self.learn_critic(state, batch, y, batch.valid[:, 0])
+        state, more = self.learn_actor(state, actor_loss)
         return learner.counted(state), {**metrics, **more}
 
     # The critics
@@ -124,23 +125,35 @@ class TD3:
     ) -> jax.Array:
         """Returns y [B]: the reward and the lower of two critics' values of the next action, less a penalty."""
         next_value = self.critic.value(critic, state.spec.critic(batch.next_obs), action) - penalty
-        return losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        y = losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        return losses.bounded(y, self.critic.head)
 
     def critic_loss(self, critic: PyTree, state: State, batch: Batch, y: jax.Array, weight: jax.Array) -> jax.Array:
         """Returns the weighted mean squared error of both critics against y [B], summed over the two (section 4.2)."""
         error = self.critic.error(critic, state.spec.critic(batch.obs), batch.actions[:, 0], y)
         return losses.masked_mean(error.sum(axis=0), weight)
 
-    def learn_critic(self, state: State, batch: Batch, y: jax.Array) -> tuple[State, Metrics]:
-        """Returns the state after a step of the critics towards y [B]."""
+    def learn_critic(self, state: State, batch: Batch, y: jax.Array, weight: jax.Array) -> tuple[State, Metrics]:
+        """Returns the state after a step of the critics towards y [B], in which transitions have these weights [B]."""
 
         def loss(critic: PyTree) -> tuple[jax.Array, Metrics]:
-            value = self.critic_loss(critic, state, batch, y, batch.valid[:, 0])
+            value = self.critic_loss(critic, state, batch, y, weight)
             return value, {"critic/loss": value}
 
         return learner.step(state, "critic", loss, self.critic_adam.transformation())
 
     # The actor
+
+    def learn_actor(self, state: State, loss: ActorLoss) -> tuple[State, Metrics]:
+        """Returns the state after a step of the actor and then of the targets, in every `delay`-th update."""
+
+        def improve(state: State) -> tuple[State, Metrics]:
+            state, metrics = learner.step(
+                state, "actor", lambda actor: loss(actor, state), self.actor_adam.transformation()
+            )
+            return learner.follow(state, self.tau, "actor", "critic"), metrics
+
+        return learner.every(self.delay, state, improve)
 
     def first_q(self, state: State, batch: Batch, action: jax.Array) -> jax.Array:
         """Returns Q_1(s, a) [B] of actions [B, A]."""
@@ -168,7 +181,7 @@ class TD3:
 def climb(q: jax.Array, alpha: Scalar, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Returns the loss -lambda mean Q of values [B], and lambda = alpha / mean |Q|, which carries no gradient.
 
-    So normalised, the weight between climbing and staying does not depend on the rewards' scale (Fujimoto and Gu,
+    So normalized, the weight between climbing and staying does not depend on the rewards' scale (Fujimoto and Gu,
     arXiv 2106.06860, equation 5).
     """
     weight = jax.lax.stop_gradient(alpha / jnp.abs(q).mean())

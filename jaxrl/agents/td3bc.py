@@ -3,8 +3,10 @@
 Paper: Fujimoto, Gu, "A Minimalist Approach to Offline Reinforcement Learning", arXiv 2106.06860.
 
 The critic learns as in TD3. The actor climbs the critic, whose scale is divided out, and stays near the action that
-the data took (Eq. 3 and 5). Observations are normalised. As published, but that a transition cut off by the clock
-keeps its true next state where the official data drop it.
+the data took (equations 3 and 5). Observations are normalized.
+
+Deliberate difference from the official code: a transition cut off by the clock keeps its true next state, where the
+official data drop it.
 """
 
 from typing import ClassVar
@@ -38,7 +40,7 @@ class TD3BC:
         return self.td3.init(key, spec)
 
     def fit(self, state: State, data: Rings) -> State:
-        """Returns the initial state with the data's normaliser."""
+        """Returns the initial state with the data's normalizer."""
         return self.td3.fit(state, data)
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
@@ -46,7 +48,7 @@ class TD3BC:
         return self.td3.sample(data, key)
 
     def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of the critic and, every `delay`-th time, of the actor and the targets."""
+        """Returns the state after a step of the critics and, every `delay`-th time, of the actor and the targets."""
         return self.learn(state, batch, self.td3.draw(state.spec, batch, key))
 
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
@@ -55,7 +57,7 @@ class TD3BC:
         return self.td3.learn(state, batch, draws, lambda actor, state: self.actor_loss(actor, state, batch))
 
     def actor_loss(self, actor: PyTree, state: State, batch: Batch) -> tuple[jax.Array, Metrics]:
-        """Returns -lambda Q_1(s, pi(s)) + (pi(s) - a)^2, the mean over batch and entries of the action (Eq. 3)."""
+        """Returns -lambda Q_1(s, pi(s)) + (pi(s) - a)^2, the mean over batch and entries of the action (eq. 3)."""
         action = self.td3.actor.action(actor, state.spec.actor(batch.obs))
         climbing, weight = climb(self.td3.first_q(state, batch, action), self.alpha, batch)
         imitation = losses.masked_mean(jnp.square(action - batch.actions[:, 0]).mean(axis=-1), batch.valid[:, 0])

@@ -1,4 +1,4 @@
-"""Offline datasets on disk, in OGBench's npz layout: read and checked, written, described. Host side, numpy only.
+"""Offline datasets on disk, in OGBench's npz layout: read and checked, written, described. Host side, NumPy only.
 
 HDF5 files of other projects are read too: see `jaxrl.data.hdf5`.
 
@@ -7,13 +7,18 @@ episodes one after the other. Row t is an observation, the action taken there, a
 t + 1 brought (reward, mask). The last row of an episode, where `terminals` is true, holds the final observation; its
 action leads nowhere, and its reward and mask mean nothing.
 
+Observations are one column `observations`, or one column `observations/NAME` for each array of a dict. Images are
+uint8, [rows, height, width, channels], and stay so; all other observations are read as float32.
+
 `terminals` says where episodes end, not why: `masks` is 0 at a step that ended the task (no bootstrap after it) and 1
 elsewhere. A file without masks has time limits only.
 
-A file with a `next_observations` column is in the full layout, one row per step, and becomes compact when it is read:
-an episode ends where `terminals` is true, where `next_observations` differs from the following row's observation, and
-at the end of the file; there it gets one more row, with that next observation, a zero action, reward 0, and every
-other column repeated.
+A file with a `next_observations` column (or `next_observations/NAME` columns) is in the full layout, one row per step,
+and becomes compact when it is read: an episode ends where `terminals` is true, where `next_observations` differs from
+the following row's observation, and at the end of the file; there it gets one more row, with that next observation, a
+zero action, reward 0, and every other column repeated.
+
+Actions are vectors of continuous numbers in [-1, 1]. Columns of discrete actions are refused.
 """
 
 import dataclasses
@@ -24,26 +29,32 @@ import hashlib
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from jaxrl.data import hdf5
-from jaxrl.errors import UserError
+from jaxrl.errors import UserError, unknown
 
 REQUIRED = ("observations", "actions", "terminals")
 RANKS = {"observations": 2, "next_observations": 2, "actions": 2, "terminals": 1, "rewards": 1, "masks": 1}
+OBSERVED = ("observations", "next_observations")
+IMAGE = 4  # axes of a column of images
 SUFFIXES = (".npz", *hdf5.SUFFIXES)
 ACTION_TOLERANCE = 1e-5  # rounding that is clipped away; also how near to a bound counts as at the bound
+CONTINUOUS = "discrete actions are not supported, an action is a vector of continuous numbers in [-1, 1]"
+
+Observations: TypeAlias = Any
+"""An array [N, O] float32, images [N, H, W, C] uint8, or a dict of arrays by name: uint8 images, all else float32."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """Whole episodes in the compact layout, checked by `from_columns` and `load`. Do not write into its arrays."""
 
-    observations: np.ndarray  # [N, O] float32
+    observations: Observations
     actions: np.ndarray  # [N, A] float32, in [-1, 1]
     terminals: np.ndarray  # [N] bool, true on the last row of each episode
     rewards: np.ndarray | None = None  # [N] float32, of the step from row t to row t + 1
@@ -62,14 +73,15 @@ class Dataset:
         return sha.hexdigest()
 
 
-Relabel: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[Any, Any]]
-"""An environment's own (rewards, terminated) [n] of steps (observations [n, O], actions [n, A], next [n, O])."""
+Relabel: TypeAlias = Callable[[Observations, np.ndarray, Observations], tuple[Any, Any]]
+"""An environment's own (rewards, terminated) [n] of steps (observations [n, ...], actions [n, A], next [n, ...])."""
 
 
 def load(path: str | os.PathLike[str], keys: Sequence[str] = ()) -> Dataset:
     """Returns the dataset in an .npz file (compact or full layout) or an HDF5 file (`jaxrl.data.hdf5`), checked.
 
-    `keys` chooses among the named arrays of which observations consist in some HDF5 files, and orders them.
+    `keys` chooses among the named arrays of which observations consist in some files, and orders them where they are
+    put side by side.
 
     Raises:
         UserError: no such file (the nearest one is named), one that may not be read, is of another format or is
@@ -85,9 +97,7 @@ def load(path: str | os.PathLike[str], keys: Sequence[str] = ()) -> Dataset:
         if path.suffix.lower() in hdf5.SUFFIXES:
             columns, parts = hdf5.read(path, keys)
             return from_columns(columns, str(path), parts)
-        if keys:
-            raise UserError("an .npz file has no observation keys to choose from")
-        return from_columns(_read(path), str(path))
+        return from_columns(_chosen(_read(path), keys), str(path))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
@@ -130,12 +140,11 @@ def from_columns(columns: Mapping[str, np.ndarray], path: str = "", parts: str =
 
     Raises:
         UserError: a missing column; a column that is not numeric, of the wrong rank or length, or not finite in
-            float32; an action outside [-1, 1]; a flag other than 0 and 1; no rows; no episode end, a last row that
-            ends no episode, an episode of one row; in the full layout, rows that are not in time order.
+            float32; an action outside [-1, 1], or discrete actions; a flag other than 0 and 1; no rows; no episode
+            end, a last row that ends no episode, an episode of one row; in the full layout, rows that are not in time
+            order.
     """
-    missing = [name for name in REQUIRED if name not in columns]
-    if missing:
-        raise UserError(f"missing column {missing[0]!r}: found {', '.join(sorted(columns)) or 'no columns'}")
+    check_names(columns)
     arrays = {name: _column(name, column) for name, column in columns.items()}
     _check_lengths(arrays)
     arrays["actions"] = _clipped(arrays["actions"])
@@ -148,11 +157,14 @@ def from_columns(columns: Mapping[str, np.ndarray], path: str = "", parts: str =
             f"no episode ends: column 'terminals' is false in all {len(arrays['terminals'])} rows, "
             "it must be true in the last row of each episode"
         )
-    if "next_observations" in arrays:
+    if _named("next_observations", arrays):
         arrays = _compact(arrays)
     _check_episodes(arrays["terminals"])
+    _check_continuous(arrays["actions"][~arrays["terminals"]])
+    names = _named("observations", arrays)
+    parted = {name.partition("/")[2]: arrays.pop(name) for name in names}
     return Dataset(
-        observations=arrays.pop("observations"),
+        observations=parted.get("", parted),
         actions=arrays.pop("actions"),
         terminals=arrays.pop("terminals"),
         rewards=arrays.pop("rewards", None),
@@ -169,20 +181,89 @@ def to_columns(dataset: Dataset) -> dict[str, np.ndarray]:
     Raises:
         UserError: an extra column that has the name of one of the others.
     """
-    clash = sorted(RANKS.keys() & dataset.extra.keys())
+    clash = sorted(name for name in dataset.extra if kind_of(name) in RANKS)
     if clash:
         raise UserError(f"extra column {clash[0]!r} has a reserved name: {', '.join(sorted(RANKS))}")
-    named = {field.name: getattr(dataset, field.name) for field in dataclasses.fields(dataset) if field.name in RANKS}
+    others = {name: getattr(dataset, name) for name in ("actions", "terminals", "rewards", "masks")}
+    named = observation_columns(dataset.observations) | others
     return {name: column for name, column in named.items() if column is not None} | dict(dataset.extra)
+
+
+def observation_columns(observations: Observations) -> dict[str, np.ndarray]:
+    """Returns the columns of observations by name, as a file holds them."""
+    if isinstance(observations, Mapping):
+        return {f"observations/{name}": column for name, column in observations.items()}
+    return {"observations": observations}
+
+
+def mapped(function: Callable[..., Any], *observations: Observations) -> Observations:
+    """Returns what a function makes of each array of observations, or of the arrays with the same name of several."""
+    if isinstance(observations[0], Mapping):
+        return {name: function(*(each[name] for each in observations)) for name in observations[0]}
+    return function(*observations)
+
+
+def vectors(observations: Observations) -> np.ndarray:
+    """Returns observations as vectors [N, O]: the arrays of a dict side by side in the order of their names.
+
+    Images are left out.
+    """
+    columns = [column for _, column in sorted(observation_columns(observations).items())]
+    flat = [column.reshape(len(column), -1) for column in columns if column.dtype != np.uint8]
+    if len(columns) == len(flat) == 1:
+        return flat[0]
+    return np.concatenate([np.zeros((len(columns[0]), 0), np.float32), *flat], axis=1)
+
+
+def kind_of(name: str) -> str:
+    """Returns what a column is by its name: that of `RANKS` which stands before a slash, or the name itself."""
+    kind = name.partition("/")[0]
+    return kind if kind in OBSERVED else name
+
+
+def stored_dtype(name: str, dtype: np.dtype, rank: int) -> np.dtype:
+    """Returns the dtype in which a column is kept: extra ones their own, images uint8, all others float32."""
+    image = kind_of(name) in OBSERVED and dtype == np.uint8 and rank == IMAGE
+    return dtype if image or kind_of(name) not in RANKS else np.dtype(np.float32)
+
+
+def check_names(columns: Mapping[str, Any]) -> None:
+    """Raises UserError where a required column is missing, or observations are both one array and several."""
+    found = {kind_of(name) for name in columns}
+    if missing := [name for name in REQUIRED if name not in found]:
+        raise UserError(f"missing column {missing[0]!r}: found {', '.join(sorted(columns)) or 'no columns'}")
+    names = [_named(kind, columns) for kind in OBSERVED]
+    for kind, group in zip(OBSERVED, names, strict=True):
+        if kind in group and len(group) > 1:
+            raise UserError(
+                f"column {kind!r} stands beside {group[1]!r}: observations are one array or several by name"
+            )
+    for name in names[1]:
+        if (without := name.removeprefix("next_")) not in names[0]:
+            raise UserError(f"column {name!r} has no column {without!r} to follow")
+    if names[1] and len(names[1]) < len(names[0]):
+        lacking = next(name for name in names[0] if f"next_{name}" not in names[1])
+        raise UserError(f"missing column 'next_{lacking}': there is {names[1][0]!r}")
+
+
+def check_layout(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Raises UserError where a column has not the axes that its name asks for, or holds discrete actions."""
+    if name == "actions" and dtype.kind in "biu":
+        raise UserError(f"column 'actions' has the dtype {dtype}: {CONTINUOUS}")
+    rank, large = len(shape), name in OBSERVED and len(shape) > 2
+    fits = rank == RANKS.get(name, max(1, rank)) or (large and rank == IMAGE and dtype == np.uint8)
+    if not fits or 0 in shape[1:]:
+        layout = {1: "[rows]", 2: "[rows, entries]"}.get(RANKS.get(name, 0), "[rows, ...]")
+        or_else = ", or images of dtype uint8, [rows, height, width, channels]" if large else ""
+        raise UserError(f"column {name!r} must be {layout}{or_else}: its shape is {shape}")
 
 
 def relabelled(dataset: Dataset, relabel: Relabel) -> Dataset:
     """Returns the dataset with an environment's own rewards and masks for its steps, in place of the file's if any."""
     before = np.flatnonzero(~dataset.terminals)
     rewards, masks = np.zeros(len(dataset.terminals), np.float32), np.ones(len(dataset.terminals), np.float32)
-    reward, terminated = relabel(
-        dataset.observations[before], dataset.actions[before], dataset.observations[before + 1]
-    )
+    now, then = (mapped(lambda x, rows=rows: x[rows], dataset.observations) for rows in (before, before + 1))
+    reward, terminated = relabel(now, dataset.actions[before], then)
     rewards[before] = np.asarray(reward)
     masks[before] = 1 - np.asarray(terminated, np.float32)
     return from_columns(to_columns(dataset) | {"rewards": rewards, "masks": masks}, dataset.path, dataset.parts)
@@ -226,7 +307,7 @@ def describe(dataset: Dataset, relabel: Relabel | None = None) -> dict[str, Any]
         "ends": _ends(judged),
         "rewards": source,
         "returns": _returns(judged),
-        "observations": _ranges(dataset.observations) | ({"parts": dataset.parts} if dataset.parts else {}),
+        "observations": _observation_ranges(dataset.observations) | ({"parts": dataset.parts} if dataset.parts else {}),
         "actions": _ranges(actions) | {"at_bound": at_bound.mean(axis=0).tolist()},
         "extra": {name: f"{column.dtype} {list(column.shape)}" for name, column in dataset.extra.items()},
     }
@@ -280,39 +361,72 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     return columns
 
 
+def _chosen(columns: dict[str, np.ndarray], keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns the columns of an .npz file, of its observations those with these keys; all of them without keys."""
+    if not keys:
+        return columns
+    names = [name.partition("/")[2] for name in _named("observations", columns)]
+    if not any(names):
+        raise UserError("an .npz file has no observation keys to choose from, unless it has columns 'observations/KEY'")
+    for key in keys:
+        if key not in names:
+            raise unknown("observation key", key, names)
+    kept = {f"{kind}/{key}" for kind in OBSERVED for key in keys}
+    return {name: column for name, column in columns.items() if kind_of(name) == name or name in kept}
+
+
+def _named(kind: str, columns: Iterable[str]) -> list[str]:
+    """Returns the names of the columns of one kind, sorted: of observations there may be several."""
+    return sorted(name for name in columns if kind_of(name) == kind)
+
+
 def _column(name: str, column: np.ndarray) -> np.ndarray:
-    """Returns a finite numeric column of the right rank: the known ones as float32, others in their own dtype."""
+    """Returns a finite numeric column of the right rank, in the dtype in which it is kept."""
     column = np.asarray(column)
     if column.dtype.kind not in "biuf":
         raise UserError(f"column {name!r} must be numeric: its dtype is {column.dtype}")
-    layout = {1: "[rows]", 2: "[rows, entries]"}.get(RANKS.get(name, 0), "[rows, ...]")
-    if column.ndim != RANKS.get(name, max(1, column.ndim)) or 0 in column.shape[1:]:
-        raise UserError(f"column {name!r} must be {layout}: its shape is {column.shape}")
+    check_layout(name, column.shape, column.dtype)
     with np.errstate(over="ignore"):
-        numbers = column.astype(np.float32, copy=False) if name in RANKS else column
-    if not np.isfinite(numbers).all():
+        numbers = column.astype(stored_dtype(name, column.dtype, column.ndim), copy=False)
+    if numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
         where = tuple(np.argwhere(~np.isfinite(numbers))[0])
         raise UserError(f"column {name!r} must be finite in {numbers.dtype}: row {where[0]} holds {column[where]}")
     return numbers
 
 
 def _check_lengths(arrays: Mapping[str, np.ndarray]) -> None:
-    rows, entries = arrays["observations"].shape
+    first = _named("observations", arrays)[0]
+    rows = len(arrays[first])
     for name, column in arrays.items():
         if len(column) != rows:
-            raise UserError(f"column {name!r} has {len(column)} rows, 'observations' has {rows}")
+            raise UserError(f"column {name!r} has {len(column)} rows, {first!r} has {rows}")
     if rows == 0:
         raise UserError("the columns hold no rows")
-    if "next_observations" in arrays and (found := arrays["next_observations"].shape[1]) != entries:
-        raise UserError(f"column 'next_observations' has {found} entries, 'observations' has {entries}")
+    for name in _named("next_observations", arrays):
+        found, wanted = (arrays[each].shape[1:] for each in (name, name.removeprefix("next_")))
+        if found != wanted:
+            found, wanted = (shape[0] if len(shape) == 1 else shape for shape in (found, wanted))
+            raise UserError(f"column {name!r} has {found} entries, {name.removeprefix('next_')!r} has {wanted}")
 
 
 def _clipped(actions: np.ndarray) -> np.ndarray:
     outside = np.abs(actions) > 1 + ACTION_TOLERANCE
     if outside.any():
         row, entry = np.argwhere(outside)[0]
-        raise UserError(f"column 'actions' must lie in [-1, 1]: row {row}, entry {entry} is {actions[row, entry]:g}")
+        where = f"row {row}, entry {entry} is {actions[row, entry]:g}"
+        if actions.shape[1] == 1 and actions.min() >= 0 and (actions == np.round(actions)).all():
+            raise UserError(f"column 'actions' holds whole numbers only, {where}: {CONTINUOUS}")
+        raise UserError(f"column 'actions' must lie in [-1, 1]: {where}")
     return np.clip(actions, -1, 1)
+
+
+def _check_continuous(actions: np.ndarray) -> None:
+    """Raises UserError where the actions [n, A] of steps look like numbers of choices: one column of 0 and 1."""
+    if actions.shape[1] == 1 and np.array_equal(np.unique(actions), [0, 1]):
+        raise UserError(
+            f"column 'actions' holds 0 and 1 only, as discrete actions do: {CONTINUOUS}; if these are continuous, "
+            "scale them so that their least is -1"
+        )
 
 
 def _check_episodes(terminals: np.ndarray) -> None:
@@ -329,7 +443,11 @@ def _check_episodes(terminals: np.ndarray) -> None:
 def _compact(full: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the compact layout of full columns: one more row where an episode ends (see the module's docstring)."""
     rows = len(full["terminals"])
-    joined = (full["next_observations"][:-1] == full["observations"][1:]).all(axis=1)
+    following = _named("next_observations", full)
+    joined = np.ones(rows - 1, bool)
+    for name in following:
+        same = full[name][:-1] == full[name.removeprefix("next_")][1:]
+        joined &= same.reshape(rows - 1, -1).all(axis=1)
     inside = ~full["terminals"][:-1]
     if 2 * np.sum(joined & inside) < np.sum(inside):
         raise UserError(
@@ -341,8 +459,9 @@ def _compact(full: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     source = np.repeat(np.arange(rows), copies)
     added = np.zeros(len(source), bool)
     added[np.cumsum(copies)[ends] - 1] = True
-    compact = {name: column[source] for name, column in full.items() if name != "next_observations"}
-    compact["observations"][added] = full["next_observations"][ends]
+    compact = {name: column[source] for name, column in full.items() if name not in following}
+    for name in following:
+        compact[name.removeprefix("next_")][added] = full[name][ends]
     compact["terminals"] = added
     for name in ("actions", "rewards"):
         if name in compact:
@@ -376,20 +495,34 @@ def _ranges(values: np.ndarray) -> dict[str, Any]:
     }
 
 
+def _observation_ranges(observations: Observations) -> dict[str, Any]:
+    """Returns the ranges of vectors; of a dict those of each array by name; of images those of all pixels together."""
+    if isinstance(observations, Mapping):
+        return {"arrays": {name: _observation_ranges(column) for name, column in observations.items()}}
+    if observations.dtype != np.uint8:
+        return _ranges(observations.reshape(len(observations), -1))
+    return _ranges(observations.reshape(-1, 1)) | {"image": list(observations.shape[1:])}
+
+
 def _range_table(observations: Mapping[str, Any], actions: Mapping[str, Any]) -> str:
-    """Returns one row for all observation entries, one for all action entries and one for each of these."""
-
-    def row(label: str, ranges: Mapping[str, Any], last: str) -> str:
-        low, mean, high = min(ranges["min"]), float(np.mean(ranges["mean"])), max(ranges["max"])
-        return f"{label:<18}{low:>10.4g}{mean:>10.3f}{high:>10.4g}  {last}"
-
-    constant = sum(low == high for low, high in zip(observations["min"], observations["max"], strict=True))
-    rows = [
-        f"{'range':<18}{'min':>10}{'mean':>10}{'max':>10}",
-        row(f"observations [{observations['size']}]", observations, f"{constant} constant" if constant else ""),
-        row(f"actions [{actions['size']}]", actions, f"{100 * np.mean(actions['at_bound']):.1f} % at a bound"),
-    ]
+    """Returns one row for each array of observations, one for all action entries and one for each of these."""
+    arrays = {f"observations/{name}": ranges for name, ranges in observations.get("arrays", {}).items()}
+    lines = [(*_titled(name, ranges), ranges) for name, ranges in (arrays or {"observations": observations}).items()]
+    lines.append((f"actions [{actions['size']}]", f"{100 * np.mean(actions['at_bound']):.1f} % at a bound", actions))
     for i, share in enumerate(actions["at_bound"]):
         entry = {name: [actions[name][i]] for name in ("min", "mean", "max")}
-        rows.append(row(f"  action {i}", entry, f"{100 * share:.1f} % at a bound"))
+        lines.append((f"  action {i}", f"{100 * share:.1f} % at a bound", entry))
+    width = max(18, 1 + max(len(title) for title, _, _ in lines))
+    rows = [f"{'range':<{width}}{'min':>10}{'mean':>10}{'max':>10}"]
+    for title, remark, ranges in lines:
+        low, mean, high = min(ranges["min"]), float(np.mean(ranges["mean"])), max(ranges["max"])
+        rows.append(f"{title:<{width}}{low:>10.4g}{mean:>10.3f}{high:>10.4g}  {remark}")
     return "\n".join(line.rstrip() for line in rows)
+
+
+def _titled(name: str, ranges: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the title of a row about observations, and a remark."""
+    if "image" in ranges:
+        return f"{name} {ranges['image']}", "pixels"
+    constant = sum(low == high for low, high in zip(ranges["min"], ranges["max"], strict=True))
+    return f"{name} [{ranges['size']}]", f"{constant} constant" if constant else ""

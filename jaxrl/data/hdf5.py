@@ -27,8 +27,10 @@ robomimic low_dim, one group per demonstration:
 
 `dones` end the task, as they do for robomimic's own agents. The subsets of `mask` are not read: all demonstrations are.
 
-Observations that are a group of named arrays (a dictionary or a tuple in Minari, always in robomimic) are laid side by
-side in the order of their names, or those that `keys` names in its order. Actions are treated in the same way.
+Observations may be a group of named arrays (in some D4RL-like files, a dictionary or a tuple in Minari, always in
+robomimic), of which `keys` chooses some. Vectors alone are put side by side in the order of their names, or in that of
+`keys`, except in D4RL's layout. Where images are among them, uint8 [T, height, width, channels], each array is a column
+of its own, `observations/NAME`. Actions are vectors, and put side by side too.
 """
 
 import re
@@ -55,7 +57,8 @@ def read(path: Path, keys: Sequence[str] = ()) -> tuple[Columns, str]:
 
     Raises:
         UserError: h5py is not installed; no HDF5 file, or a damaged one; a layout that is none of the three, with the
-            keys found; arrays that are missing, are no vectors or do not fit each other; a key that does not exist.
+            keys found; arrays that are missing, are neither vectors nor images or do not fit each other; a key that
+            does not exist.
     """
     try:
         import h5py
@@ -70,26 +73,25 @@ def read(path: Path, keys: Sequence[str] = ()) -> tuple[Columns, str]:
             if episodes := _numbered(file, "episode"):
                 return _joined((_episode(file[name], keys) for name in episodes), "observations")
             if {"observations", "actions", "rewards", "terminals"} <= file.keys():
-                if keys:
-                    raise UserError("a D4RL file has no observation keys to choose from")
-                return _d4rl(file), ""
+                return _d4rl(file, keys), ""
             raise UserError(f"unknown HDF5 layout: found {_listed(file)}; known are {LAYOUTS}")
     except (OSError, RuntimeError, KeyError) as error:  # h5py's, of a damaged file
         raise UserError(f"the file cannot be read: {error}") from None
 
 
-def _d4rl(file: Any) -> Columns:
+def _d4rl(file: Any, keys: Sequence[str]) -> Columns:
     """Returns the columns of a D4RL file: in the full layout where it has next observations, else in the compact."""
-    columns = {
-        name: _array(file, name)
-        for name in ("observations", "actions", "next_observations", "rewards", "terminals", "timeouts")
-        if name in file
-    }
+    columns = _observed(file, "observations", keys)
+    rows = _rows(columns)
+    columns |= {name: _array(file, name) for name in ("actions", "rewards", "terminals", "timeouts") if name in file}
     for name in ("rewards", "terminals", "timeouts"):
         if name in columns:
-            columns[name] = _scalars(name, columns[name], len(columns["observations"]))
-    _check_steps("", columns, len(columns["observations"]))
-    if "timeouts" not in columns and "next_observations" not in columns:
+            columns[name] = _scalars(name, columns[name], rows)
+    full = "next_observations" in file
+    if full:
+        columns |= _observed(file, "next_observations", keys)
+    _check_steps("", columns, rows)
+    if "timeouts" not in columns and not full:
         raise UserError(
             "a D4RL file with neither 'timeouts' nor 'next_observations' does not tell where time limits ended "
             f"episodes: found {_listed(file)}"
@@ -100,7 +102,16 @@ def _d4rl(file: Any) -> Columns:
         columns["unfinished"] = np.arange(len(ends)) > np.max(np.flatnonzero(ends), initial=-1)
         ends[-1] = True
     columns |= {"terminals": ends, "masks": 1 - columns["terminals"].astype(np.float32)}
-    return columns if "next_observations" in columns else _without_successors(columns, terminals)
+    return columns if full else _without_successors(columns, terminals)
+
+
+def _observed(file: Any, name: str, keys: Sequence[str]) -> Columns:
+    """Returns the observations of a D4RL file by the names of their columns: one array, or one for each in a group."""
+    arrays = _leaves(file[name]) if hasattr(file[name], "keys") else {"": _array(file, name)}
+    if keys and "" in arrays:
+        raise UserError("a D4RL file has no observation keys to choose from, unless its observations are a group")
+    chosen = {key: arrays[key] for wanted in keys for key in _below(wanted, arrays)} or arrays
+    return {f"{name}/{key}".rstrip("/"): array for key, array in chosen.items()}
 
 
 def _without_successors(columns: Columns, terminals: np.ndarray) -> Columns:
@@ -124,41 +135,42 @@ def _without_successors(columns: Columns, terminals: np.ndarray) -> Columns:
 
 def _episode(group: Any, keys: Sequence[str]) -> tuple[Columns, str]:
     """Returns the columns of one Minari episode, and what its observations are made of."""
-    observations, parts = _vectors(group, "observations", keys)
-    actions, _ = _vectors(group, "actions")
+    observations, parts = _arrays(group, "observations", keys)
+    actions = _actions(group)
     rewards, ended = (_scalars(name, _array(group, name), len(actions)) for name in ("rewards", "terminations"))
-    if len(observations) != len(actions) + 1:
+    if (found := _rows(observations)) != len(actions) + 1:
         raise UserError(
-            f"{group.name[1:]}: {len(observations)} observations for {len(actions)} actions, one more is needed: of "
-            "the state after the last"
+            f"{group.name[1:]}: {found} observations for {len(actions)} actions, one more is needed: of the state "
+            "after the last"
         )
     return _compact(observations, actions, rewards, ended), parts
 
 
 def _demo(group: Any, keys: Sequence[str]) -> tuple[Columns, str]:
     """Returns the columns of one robomimic demonstration, and what its observations are made of."""
-    observations, parts = _vectors(group, "obs", keys)
-    actions, _ = _vectors(group, "actions")
+    observations, parts = _arrays(group, "obs", keys)
+    actions = _actions(group)
     rewards, ended = (_scalars(name, _array(group, name), len(actions)) for name in ("rewards", "dones"))
-    _check_steps(f"{group.name[1:]}: ", {"actions": actions}, len(observations))
+    _check_steps(f"{group.name[1:]}: ", {"actions": actions}, _rows(observations))
     if "next_obs" in group:
-        following, _ = _vectors(group, "next_obs", keys)
-        if following.shape != observations.shape:
-            raise UserError(f"{group.name[1:]}: obs is {observations.shape} in all, next_obs {following.shape}")
-        observations = np.concatenate([observations, following[-1:]])
+        following, _ = _arrays(group, "next_obs", keys)
+        shapes = [{name: column.shape for name, column in each.items()} for each in (observations, following)]
+        if shapes[0] != shapes[1]:
+            one, other = (each.get("observations", each) for each in shapes)
+            raise UserError(f"{group.name[1:]}: obs is {one} in all, next_obs {other}")
+        observations = {name: np.concatenate([column, following[name][-1:]]) for name, column in observations.items()}
     return _compact(observations, actions, rewards, ended), parts
 
 
-def _compact(observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray, ended: np.ndarray) -> Columns:
+def _compact(observations: Columns, actions: np.ndarray, rewards: np.ndarray, ended: np.ndarray) -> Columns:
     """Returns the compact columns of an episode of T steps, whose observations are T + 1, or T and the last unknown."""
-    if len(observations) == len(actions):
+    if _rows(observations) == len(actions):
         if len(ended) and ended[-1]:
-            observations = np.concatenate([observations, observations[-1:]])
+            observations = {name: np.concatenate([column, column[-1:]]) for name, column in observations.items()}
         else:
             actions, rewards, ended = actions[:-1], rewards[:-1], ended[:-1]
     rows = len(actions) + 1 if len(actions) else 0
-    return {
-        "observations": observations[:rows],
+    return {name: column[:rows] for name, column in observations.items()} | {
         "actions": np.concatenate([actions, np.zeros_like(actions[:1])]),
         "rewards": np.concatenate([rewards, np.zeros_like(rewards[:1])]),
         "masks": np.concatenate([1 - ended.astype(np.float32), np.ones_like(ended[:1], np.float32)]),
@@ -170,34 +182,61 @@ def _joined(episodes: Iterable[tuple[Columns, str]], name: str) -> tuple[Columns
     """Returns the columns of episodes one after the other. Raises UserError where their widths differ."""
     columns, parts = zip(*episodes, strict=True)
     for other, made_of in zip(columns, parts, strict=True):
-        for column in ("observations", "actions"):
+        if other.keys() != columns[0].keys():
+            raise UserError(f"episodes differ: {name} is {made_of} in one, {parts[0]} in the first")
+        for column in columns[0]:
             if (found := other[column].shape[1:]) != (first := columns[0][column].shape[1:]):
-                raise UserError(f"episodes differ: {column} have {found[0]} entries in one, {first[0]} in the first")
+                found, first = (shape[0] if len(shape) == 1 else shape for shape in (found, first))
+                raise UserError(f"episodes differ: {column} have {found} entries in one, {first} in the first")
         if made_of != parts[0]:
             raise UserError(f"episodes differ: {name} is {made_of} in one, {parts[0]} in the first")
     return {column: np.concatenate([each[column] for each in columns]) for column in columns[0]}, parts[0]
 
 
-def _vectors(group: Any, name: str, keys: Sequence[str] = ()) -> tuple[np.ndarray, str]:
-    """Returns an array [T, n], of all arrays below a name or of those with these keys, and what it is made of."""
-    if name not in group:
-        raise UserError(f"{group.name[1:]}: missing {name!r}: found {_listed(group)}")
-    arrays = _leaves(group[name])
-    if "" in arrays:
-        if keys:
-            raise UserError(f"{group.name[1:]}/{name} is one array: there are no keys to choose from")
-        return arrays[""], ""
-    chosen = {key: arrays[key] for wanted in keys for key in _below(wanted, arrays)} or arrays
+def _arrays(group: Any, name: str, keys: Sequence[str] = ()) -> tuple[Columns, str]:
+    """Returns the columns of observations below a name, of all arrays or of those with these keys, and their parts.
+
+    Vectors are one column side by side, whose parts are named; where there are images each array is a column.
+    """
+    chosen = _below_name(group, name, keys)
+    if "" in chosen:
+        return {"observations": chosen[""]}, ""
+    images = [key for key, array in chosen.items() if array.ndim == 4 and array.dtype == np.uint8]
     for key, array in chosen.items():
-        if array.ndim != 2:
+        if array.ndim != 2 and key not in images:
             raise UserError(
-                f"{group.name[1:]}/{name}/{key} has the shape {array.shape}, only vectors are read: choose others "
-                "with `jaxrl data convert FILE OUT.npz --keys ...`"
+                f"{group.name[1:]}/{name}/{key} has the shape {array.shape} and the dtype {array.dtype}, only vectors "
+                "and uint8 images are read: choose others with `jaxrl data convert FILE OUT.npz --keys ...`"
             )
     if len(rows := {len(array) for array in chosen.values()}) != 1:
         raise UserError(f"{group.name[1:]}/{name}: arrays of {', '.join(map(str, sorted(rows))) or 'no'} rows")
-    parts = ", ".join(f"{key} [{array.shape[1]}]" for key, array in chosen.items())
-    return np.concatenate(list(chosen.values()), axis=1), parts
+    parts = ", ".join(f"{key} {list(array.shape[1:])}" for key, array in chosen.items())
+    if images:
+        return {f"observations/{key}": array for key, array in chosen.items()}, parts
+    return {"observations": np.concatenate(list(chosen.values()), axis=1)}, parts
+
+
+def _actions(group: Any) -> np.ndarray:
+    """Returns the actions [T, A] of an episode, of all arrays below their name."""
+    columns, _ = _arrays(group, "actions")
+    if "observations" not in columns:
+        raise UserError(f"{group.name[1:]}/actions are images: an action is a vector of numbers in [-1, 1]")
+    return columns["observations"]
+
+
+def _below_name(group: Any, name: str, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns all arrays below a name or those with these keys, by their path there; of a single array, that by ''."""
+    if name not in group:
+        raise UserError(f"{group.name[1:]}: missing {name!r}: found {_listed(group)}")
+    arrays = _leaves(group[name])
+    if "" in arrays and keys:
+        raise UserError(f"{group.name[1:]}/{name} is one array: there are no keys to choose from")
+    return {key: arrays[key] for wanted in keys for key in _below(wanted, arrays)} or arrays
+
+
+def _rows(columns: Columns) -> int:
+    """Returns the number of rows that columns have."""
+    return len(next(iter(columns.values())))
 
 
 def _leaves(node: Any) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxrl.ops.flow import AverageVelocity, euler, euler_from, interpolate
-from jaxrl.types import Scalar, pytree
+from jaxrl.types import Natural, NonNegative, Scalar, pytree
 
 Heads: TypeAlias = Callable[[jax.Array], jax.Array]
 Value: TypeAlias = Callable[[jax.Array], jax.Array]
@@ -58,18 +58,18 @@ class QGuidance:
 
     Nothing is trained for it ("Q-Guided Flow", arXiv 2606.11087, Algorithm 1). What the gradient g is:
 
-    one_step  at the clean action that one Euler jump foresees, clip(x + (1 - t) v), where the critic knows its way;
-              its Jacobian in x is left out (QGF)
-    jacobian  the same, pulled back through that jump, clip included (QGF-Jacobian)
-    noisy     at x itself, which the critic never saw (QFQL)
-    bptt      pulled back through all Euler steps still ahead (BPTT)
-    after     none on the way: the finished action takes `ascent_steps` clipped steps of `ascent_size` (GradStep)
+    one_step  at the one-step denoised action, clip(x + (1 - t) v), which is in-distribution for the critic; its
+              Jacobian in x is left out (QGF)
+    jacobian  the same, with its Jacobian, clip included (QGF-Jacobian)
+    noisy     at x itself, which is out of distribution for the critic (QFQL)
+    bptt      through all Euler steps still ahead (BPTT)
+    after     none during denoising: the final action takes `ascent_steps` clipped steps of `ascent_size` (GradStep)
     """
 
-    weight: Scalar = 1.0  # w = 1 / beta; the gradient is not normalised
+    weight: NonNegative = 1.0  # w = 1 / beta; the gradient is not normalised
     gradient: Literal["one_step", "jacobian", "noisy", "bptt", "after"] = "one_step"  # where it is taken, and how
-    ascent_steps: int = 3  # of "after"
-    ascent_size: Scalar = 0.01  # of "after"
+    ascent_steps: Natural = 3  # of "after"
+    ascent_size: NonNegative = 0.01  # of "after"
 
     def sample(self, v: AverageVelocity, value: Value, noise: Float[Array, "*n d"], steps: int) -> Float[Array, "*n d"]:
         """Returns actions from noise in `steps` Euler steps, clipped. With weight 0 they are the behaviour flow's."""

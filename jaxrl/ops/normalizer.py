@@ -30,17 +30,25 @@ def identity(example: Observation) -> Normalizer:
     return Normalizer(jax.tree.map(jnp.zeros_like, example), jax.tree.map(jnp.ones_like, example))
 
 
-def of_rows(obs: jax.Array, valid: jax.Array, epsilon: float = 1e-3) -> Normalizer:
+def of_rows(obs: Observation, valid: jax.Array, epsilon: float = 1e-3) -> Normalizer:
     """Returns the normaliser of the valid rows [L, T] of observations [L, T, O]; epsilon is added to the deviations.
 
     A column that never changes is left in its own units: divided by epsilon, the least deviation from it would drown
     all others.
     """
-    counts = valid[..., None]
+    leaves, tree = jax.tree.flatten(obs)
+    mean, std = zip(*(_moments(leaf, valid, epsilon) for leaf in leaves), strict=True)
+    return Normalizer(jax.tree.unflatten(tree, mean), jax.tree.unflatten(tree, std))
+
+
+def _moments(obs: jax.Array, valid: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    if obs.dtype == jnp.uint8:
+        return jnp.zeros_like(obs[0, 0]), jnp.ones_like(obs[0, 0])
+    counts = valid.reshape(*valid.shape, *(1,) * (obs.ndim - 2))
     rows = jnp.maximum(valid.sum(), 1)
     mean = jnp.sum(obs * counts, axis=(0, 1)) / rows
     spread = (obs - mean[None, None]) * counts
     mean = mean + spread.sum(axis=(0, 1)) / rows  # float32 sums of a million rows err: a second pass mends the first
     std = jnp.sqrt(jnp.sum(jnp.square(obs - mean[None, None]) * counts, axis=(0, 1)) / rows)
     constant = std <= 1e-6 * jnp.maximum(1, jnp.abs(mean))
-    return Normalizer(mean, jnp.where(constant, 1.0, std + epsilon))
+    return mean, jnp.where(constant, 1.0, std + epsilon)

@@ -9,6 +9,8 @@ that of OGBench (Park et al., arXiv 2410.20092). Rows are indices into one lane 
 `jaxrl.replay.ring`.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.errors import UserError
-from jaxrl.types import Batch, Fraction, pytree
+from jaxrl.types import Batch, Fraction, History, Observation, pytree
 
 
 @pytree
@@ -52,17 +54,9 @@ DEFAULT = Goals()
 class Hindsight:
     """What goal sampling knows of T rows that hold E whole episodes. Episodes of no steps are never drawn."""
 
-    goals: jax.Array | None  # [T, G], what stands for each row as a goal; None: its observation, not stored twice
+    goals: jax.Array | None  # [T, ...], each row as a goal; None: its observation, which is one array, not stored twice
     first: jax.Array  # [E] int32, the row of each episode's first state
     steps: jax.Array  # [E] int32, its transitions: its last state is in row first + steps
-
-
-def goal_windows(
-    obs: jax.Array, actions: jax.Array, hindsight: Hindsight, key: jax.Array, batch: int, length: int, law: Goals
-) -> Batch:
-    """Returns `batch` windows of `length` steps towards goals that the law draws."""
-    start, goal = draw(hindsight, key, batch, length, law)
-    return window_at(obs, actions, hindsight, start, goal, length, law)
 
 
 def draw(hindsight: Hindsight, key: jax.Array, batch: int, length: int, law: Goals) -> tuple[jax.Array, jax.Array]:
@@ -98,7 +92,7 @@ def ahead(key: jax.Array, left: jax.Array, law: Goals) -> jax.Array:
 
 
 def window_at(
-    obs: jax.Array,
+    obs: Observation,
     actions: jax.Array,
     hindsight: Hindsight,
     start: jax.Array,
@@ -106,26 +100,57 @@ def window_at(
     length: int,
     law: Goals,
 ) -> Batch:
-    """Returns the windows from rows `start` [B] towards the rows `goal` [B], in lanes `obs` [T, O], `actions` [T, A].
+    """Returns the windows from rows `start` [B] towards the rows `goal` [B], in lanes `obs` [T, ...], `actions` [T, A].
 
-    Observations end with the goal. Every action of a window happened, also those after it met its goal.
+    Observations have the goal, see `with_goals`. Every action of a window happened, also those after it met its goal.
     """
     distance = goal - start
     reached = (distance >= 0) & (distance < length)
     k = jnp.where(reached, distance, length)
     step = jnp.arange(length)[None]
-    goals = (obs if hindsight.goals is None else hindsight.goals)[goal]
+    goals = goals_of(obs, hindsight)[goal]
     rewards = jnp.where(step < k[:, None], -1, 0) if law.negative else reached[:, None] & (step == k[:, None])
     ends = jax.lax.cummax(hindsight.first + hindsight.steps)  # the closing rows; episodes without steps come last
     closes = ends[jnp.searchsorted(ends, start + k)] == start + k
     return Batch(
-        obs=jnp.concatenate([obs[start], goals], axis=-1),
+        obs=with_goals(jax.tree.map(lambda x: x[start], obs), goals),
         actions=actions[start[:, None] + step],
-        rewards=rewards.astype(obs.dtype),
-        valid=jnp.ones((len(start), length), obs.dtype),
+        rewards=rewards.astype(actions.dtype),
+        valid=jnp.ones((len(start), length), actions.dtype),
         terminated=reached,
-        next_obs=jnp.concatenate([obs[start + k], goals], axis=-1),
+        next_obs=with_goals(jax.tree.map(lambda x: x[start + k], obs), goals),
         steps=k,
         next_action=actions[start + k],
-        followed=(~closes).astype(obs.dtype),
+        followed=(~closes).astype(actions.dtype),
     )
+
+
+def history_towards(
+    history: History, obs: Observation, hindsight: Hindsight, start: jax.Array, goal: jax.Array, law: Goals
+) -> History:
+    """Returns the steps before rows `start` [B] with the rows `goal` [B] as their goals, and the rewards for those."""
+    count = history.valid.shape[1]
+    met = start[:, None] + jnp.arange(-count, 0)[None] == goal[:, None]
+    rewards = jnp.where(met, 0, -1) if law.negative else met
+    goals = jnp.repeat(goals_of(obs, hindsight)[goal][:, None], count, axis=1)
+    there = history.valid.reshape(*history.valid.shape, *(1,) * (goals.ndim - 2))
+    return dataclasses.replace(
+        history,
+        obs=with_goals(history.obs, jnp.where(there > 0, goals, jnp.zeros((), goals.dtype))),
+        rewards=rewards * history.valid,
+    )
+
+
+def goals_of(obs: Observation, hindsight: Hindsight) -> jax.Array:
+    """Returns what stands for each row of `obs` [T, ...] as a goal: what is stored, or the observation itself."""
+    if hindsight.goals is not None:
+        return hindsight.goals
+    (whole,) = jax.tree.leaves(obs)
+    return whole
+
+
+def with_goals(obs: Observation, goals: jax.Array) -> Observation:
+    """Returns observations with their goals: the last entries of an array, the key "goal" of a dict."""
+    if isinstance(obs, Mapping):
+        return {**obs, "goal": goals}
+    return jnp.concatenate([obs, goals], axis=-1)

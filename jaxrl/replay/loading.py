@@ -1,21 +1,24 @@
 """A dataset as a task needs it: sizes held against the environment's, rewards and goals added, laid out as a ring."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.data import files
-from jaxrl.data.files import Dataset
-from jaxrl.errors import UserError
+from jaxrl.data.files import Dataset, Observations
+from jaxrl.errors import UserError, unknown
 from jaxrl.replay.hindsight import Hindsight
 from jaxrl.replay.kdtree import bare
 from jaxrl.replay.neighbours import with_forest
 from jaxrl.replay.ring import Ring, empty
 from jaxrl.replay.weighting import UNIFORM, Weighting, Weights, trajectory_weights, weights_of
+from jaxrl.types import Env, HostEnv, Leaf, NamesGoals, Relabels, Spec
+
+AnyEnv: TypeAlias = Env | HostEnv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,53 +30,116 @@ class Sizes:
     rows: int
     episodes: int
     longest: int  # steps of the longest episode
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of columns; of those not named, float32
+
+    def row(self, name: str) -> jax.ShapeDtypeStruct:
+        """Returns the shape and dtype of one row of a column in device memory, where no number has 64 bits."""
+        dtype = np.dtype(self.dtypes.get(name, "float32"))
+        wide = {"f": np.float32, "i": np.int32, "u": np.uint32}
+        return jax.ShapeDtypeStruct(self.entries[name], wide[dtype.kind] if dtype.itemsize == 8 else dtype)
 
 
 def sizes_of(dataset: Dataset) -> Sizes:
     """Returns the sizes of a dataset in memory."""
     first, last = files.episodes(dataset)
-    entries = {name: column.shape[1:] for name, column in files.to_columns(dataset).items()}
-    return Sizes(dataset.path, entries, len(dataset.terminals), len(last), int((last - first).max()))
+    columns = files.to_columns(dataset)
+    entries = {name: column.shape[1:] for name, column in columns.items()}
+    dtypes = {name: column.dtype.name for name, column in columns.items()}
+    return Sizes(dataset.path, entries, len(dataset.terminals), len(last), int((last - first).max()), dtypes)
 
 
-def check_fits(sizes: Sizes, env: Any) -> None:
+def check_fits(sizes: Sizes, env: AnyEnv) -> None:
     """Raises UserError where a dataset's sizes are not the environment's, or it lacks what nothing supplies."""
-    spec, where = env.spec, f"dataset {sizes.path}"
-    (entries,), (actions,) = sizes.entries["observations"], sizes.entries["actions"]
-    states = spec.observation - spec.goal
-    if entries not in (spec.observation, states):
-        without = f", {states} without the goal" if spec.goal else ""
-        raise UserError(
-            f"{where}: observations have {entries} entries, the environment has {spec.observation}{without}"
-        )
+    spec, where, (actions,) = env.spec, f"dataset {sizes.path}", sizes.entries["actions"]
+    if isinstance(spec.observation, int):
+        _check_vectors(sizes, spec.observation, spec.goal)
+    else:
+        _check_leaves(sizes, spec.without_goal())
     if actions != spec.action:
         raise UserError(f"{where}: actions have {actions} entries, the environment has {spec.action}")
     if spec.goal:
         goal_source(sizes, env)
-    elif "rewards" not in sizes.entries and not hasattr(env, "relabel"):
+    elif "rewards" not in sizes.entries and not isinstance(env, Relabels):
         raise UserError(f"{where}: has no rewards, and the environment cannot relabel it")
 
 
-def goal_source(sizes: Sizes, env: Any) -> Literal["environment", "file", "states"]:
+def _check_vectors(sizes: Sizes, size: int, goal: int) -> None:
+    """Raises UserError where observations are not vectors of `size` entries, or without the goal's."""
+    wanted = f"the environment has {size}" + (f", {size - goal} without the goal" if goal else "")
+    names = {name for name in sizes.entries if files.kind_of(name) == "observations"}
+    if names != {"observations"} or len(sizes.entries["observations"]) != 1:
+        found = "; ".join(f"{name} {list(sizes.entries[name])}" for name in sorted(names))
+        raise UserError(f"dataset {sizes.path}: observations are {found}, vectors of numbers are needed: {wanted}")
+    (entries,) = sizes.entries["observations"]
+    if entries not in (size, size - goal):
+        raise UserError(f"dataset {sizes.path}: observations have {entries} entries, {wanted}")
+
+
+def _check_leaves(sizes: Sizes, spec: Spec) -> None:
+    """Raises UserError where a dataset lacks an array that the environment observes, or it is another one there."""
+    leaves = spec.observation
+    assert isinstance(leaves, tuple)
+    for leaf in leaves:
+        name = column_of(leaf, leaves, sizes.entries)
+        if name not in sizes.entries:
+            found = ", ".join(sorted(name for name in sizes.entries if files.kind_of(name) == "observations"))
+            raise UserError(
+                f"dataset {sizes.path}: has no column 'observations/{leaf.name}', which the environment observes: "
+                f"found {found}"
+            )
+        found, wanted = sizes.row(name), jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
+        if found != wanted:
+            raise UserError(
+                f"dataset {sizes.path}: a row of column {name!r} is {found.dtype}{list(found.shape)}, the environment "
+                f"has {wanted.dtype}{list(wanted.shape)}"
+            )
+
+
+def column_of(leaf: Leaf, leaves: Sequence[Leaf], columns: Mapping[str, Any]) -> str:
+    """Returns the name of the column that holds an array of observations.
+
+    That of the only array that an environment observes may be `observations`.
+    """
+    alone = len(leaves) == 1 and "observations" in columns
+    return "observations" if alone else f"observations/{leaf.name}"
+
+
+def observed(dataset: Dataset, spec: Spec) -> Observations:
+    """Returns a dataset's observations as an environment has them: of a dict the arrays that it observes."""
+    if isinstance(spec.observation, int):
+        return dataset.observations
+    columns = files.observation_columns(dataset.observations)
+    return {leaf.name: columns[column_of(leaf, spec.observation, columns)] for leaf in spec.observation}
+
+
+def goal_source(sizes: Sizes, env: AnyEnv) -> Literal["environment", "file", "states"]:
     """Returns where it is said what a dataset's states are as goals: in the environment's `goal_of`, in the file's
     column oracle_reps, or nowhere, where a goal is a whole state. Raises UserError where it has to be said.
     """
-    goal = env.spec.goal
-    if hasattr(env, "goal_of"):
+    goal = goal_of(env.spec)
+    if isinstance(env, NamesGoals):
         return "environment"
-    if sizes.entries.get("oracle_reps") == (goal,):
+    if sizes.entries.get("oracle_reps") == goal.shape:
         return "file"
-    if env.spec.observation == 2 * goal:
+    states = env.spec.without_goal().observation
+    alone = states if isinstance(states, tuple) else (Leaf("", (states,)),)
+    if len(alone) == 1 and (alone[0].shape, alone[0].dtype) == (goal.shape, goal.dtype):
         return "states"
     raise UserError(
-        f"dataset {sizes.path}: nothing says what its states are as goals, which have {goal} entries in the "
-        f"environment: it has no column 'oracle_reps' [rows, {goal}], and the environment no goal_of(states)"
+        f"dataset {sizes.path}: nothing says what its states are as goals, which have {_entries(goal)} entries in the "
+        f"environment: it has no column 'oracle_reps' [rows, {_entries(goal)}], and the environment no goal_of(states)"
     )
 
 
-def window_of(agent: Any) -> int:
-    """Returns how many steps the windows have that an agent learns from: its chunk's, or its backup's."""
-    return max(agent.chunk, getattr(agent, "backup", 0))
+def goal_of(spec: Spec) -> Leaf:
+    """Returns the shape and dtype of one goal of a task that has goals."""
+    if isinstance(spec.observation, int):
+        return Leaf("goal", (spec.goal,))
+    return next(leaf for leaf in spec.observation if leaf.name == "goal")
+
+
+def _entries(leaf: Leaf) -> str:
+    return ", ".join(map(str, leaf.shape))
 
 
 def check_window(sizes: Sizes, window: int) -> None:
@@ -87,28 +153,32 @@ def check_window(sizes: Sizes, window: int) -> None:
 
 def to_ring(
     dataset: Dataset,
-    env: Any,
+    env: AnyEnv,
     scale: float = 1.0,
     shift: float = 0.0,
     room: tuple[int, int] = (0, 0),
     probabilities: bool = False,
     weighting: Weighting = UNIFORM,
     searched: bool = False,
+    columns: Sequence[str] = (),
 ) -> Ring:
     """Returns the dataset in device memory, with the environment's own rewards where it can relabel.
 
     Rewards r become scale * r + shift; with `probabilities`, UserError where they then leave [0, 1]. In a
     goal-conditioned environment goals are drawn in hindsight, and rewards with them. `room` is the rows and the
     episodes that there is place for, so that datasets of several sizes are alike. `weighting` says which episodes are
-    drawn more often. With `searched`, the host can look for neighbours among the rows.
+    drawn more often. With `searched`, the host can look for neighbors among the rows. `columns` are the dataset's
+    further columns that are kept in `Ring.extra`.
     """
     check_weighting(weighting, env)
+    check_columns(sizes_of(dataset), columns)
     finish = with_forest if searched else lambda ring: ring
     if env.spec.goal:
         states, goals = states_and_goals(dataset, env)
-        none, dataset = np.zeros(len(states), bool), dataclasses.replace(dataset, observations=states)
-        return finish(from_dataset(dataset, none, none, goals=goals, room=room))
-    if hasattr(env, "relabel"):
+        none, dataset = np.zeros(len(dataset.terminals), bool), dataclasses.replace(dataset, observations=states)
+        return finish(from_dataset(dataset, none, none, goals=goals, room=room, columns=columns))
+    dataset = dataclasses.replace(dataset, observations=observed(dataset, env.spec))
+    if isinstance(env, Relabels):
         dataset = files.relabelled(dataset, env.relabel)
     assert dataset.rewards is not None
     ended = np.zeros(len(dataset.rewards), bool) if dataset.masks is None else dataset.masks == 0
@@ -116,11 +186,20 @@ def to_ring(
     if probabilities:
         check_probabilities(rewards[~dataset.terminals], dataset.path)
     weights = weigh(dataset, weighting, room[1])
-    ring = from_dataset(dataset, rewards, ended, room=room)
+    ring = from_dataset(dataset, rewards, ended, room=room, columns=columns)
     return finish(dataclasses.replace(ring, weights=weights))
 
 
-def check_weighting(weighting: Weighting, env: Any) -> None:
+def check_columns(sizes: Sizes, columns: Sequence[str]) -> None:
+    """Raises UserError where a dataset lacks one of the further columns that an agent learns from."""
+    further = {name for name in sizes.entries if files.kind_of(name) not in files.RANKS}
+    for name in columns:
+        if name not in further:
+            error = unknown("column", name, further or {"none"})
+            raise UserError(f"dataset {sizes.path}: the agent learns from a column that it lacks: {error}")
+
+
+def check_weighting(weighting: Weighting, env: AnyEnv) -> None:
     """Raises UserError where trajectories are to be weighted, but goals in hindsight give each of them many returns."""
     if weighting.kind != "uniform" and env.spec.goal:
         raise UserError(
@@ -139,7 +218,8 @@ def weigh(dataset: Dataset, weighting: Weighting, room: int = 0) -> Weights | No
     first, last = files.episodes(dataset)
     returns = np.add.reduceat(np.where(dataset.terminals, 0.0, np.asarray(dataset.rewards)), first, dtype=np.float64)
     law = (weighting.kind, weighting.temperature, weighting.fraction)
-    log_weights = trajectory_weights(returns, last - first, dataset.observations[first], *law)
+    initial = files.vectors(files.mapped(lambda x: x[first], dataset.observations))
+    log_weights = trajectory_weights(returns, last - first, initial, *law)
     return weights_of(log_weights, first, last - first, room)
 
 
@@ -154,33 +234,45 @@ def check_probabilities(rewards: np.ndarray, path: str) -> None:
         )
 
 
-def states_and_goals(dataset: Dataset, env: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (states [N, S], what they are as goals [N, G]); the same array where a goal is a whole state.
+def states_and_goals(dataset: Dataset, env: AnyEnv) -> tuple[Observations, np.ndarray]:
+    """Returns (states [N, ...], what they are as goals [N, ...]); the same array where a goal is a whole state.
 
     Observations that hold the goal that was pursued lose it.
     """
-    size, states = env.spec.observation - env.spec.goal, dataset.observations
-    if states.shape[1] > size:
-        states = states[:, :size]
-    source = goal_source(sizes_of(dataset), env)
-    if source == "environment":
-        return states, np.asarray(env.goal_of(states), np.float32)
-    return states, np.asarray(dataset.extra["oracle_reps"], np.float32) if source == "file" else states
+    spec = env.spec.without_goal()
+    states = observed(dataset, spec)
+    if isinstance(spec.observation, int) and states.shape[1] > spec.observation:
+        states = states[:, : spec.observation]
+    source, dtype = goal_source(sizes_of(dataset), env), goal_of(env.spec).dtype
+    if source == "states":
+        (whole,) = jax.tree.leaves(states)
+        return states, whole
+    said = env.goal_of(states) if isinstance(env, NamesGoals) else dataset.extra["oracle_reps"]
+    return states, np.asarray(said, dtype)
 
 
-def abstract_ring(sizes: Sizes, env: Any, weighting: Weighting = UNIFORM, searched: bool = False) -> Ring:
+def abstract_ring(
+    sizes: Sizes,
+    env: AnyEnv,
+    weighting: Weighting = UNIFORM,
+    searched: bool = False,
+    columns: Sequence[str] = (),
+) -> Ring:
     """Returns the shapes of what `to_ring` makes of a dataset of these sizes; its trees, if any, have no rows."""
     check_weighting(weighting, env)
+    check_columns(sizes, columns)
     spec, rows = env.spec, sizes.rows + 1
 
     def build() -> Ring:
-        ring, episodes = empty(1, rows, spec.observation - spec.goal, spec.action), jnp.zeros(sizes.episodes, jnp.int32)
+        ring = empty(1, rows, spec.without_goal(), {name: sizes.row(name) for name in columns})
+        episodes = jnp.zeros(sizes.episodes, jnp.int32)
         if weighting.kind != "uniform":
             weights = Weights(episodes, episodes, episodes.astype(jnp.uint32), episodes)
             ring = dataclasses.replace(ring, weights=weights)
         if not spec.goal:
             return ring
-        goals = None if goal_source(sizes, env) == "states" else jnp.zeros((rows, spec.goal))
+        goal = goal_of(spec)
+        goals = None if goal_source(sizes, env) == "states" else jnp.zeros((rows, *goal.shape), goal.dtype)
         return dataclasses.replace(ring, hindsight=Hindsight(goals, episodes, episodes))
 
     return dataclasses.replace(jax.eval_shape(build), forest=bare() if searched else None)
@@ -193,15 +285,16 @@ def from_dataset(
     lanes: int = 1,
     goals: np.ndarray | None = None,
     room: tuple[int, int] = (0, 0),
+    columns: Sequence[str] = (),
 ) -> Ring:
     """Returns a dataset as a full ring. `rewards` [N] and `terminated` [N] belong to the transition leaving each row.
 
     Whole episodes are dealt to the lanes, the longest first, each to the lane that is shortest so far. A row that
     closes an episode keeps its observation and loses its action.
 
-    With `goals` [N, G], what stands for each row as a goal, they are drawn in hindsight, from one lane; the same array
-    as the observations is not stored again. `room` is the rows and the episodes that there is place for, where that
-    is more than the dataset has.
+    With `goals` [N, ...], what stands for each row as a goal, they are drawn in hindsight, from one lane; the same
+    array as the observations is not stored again. `room` is the rows and the episodes that there is place for, where
+    that is more than the dataset has. `columns` are those of `Dataset.extra` that are kept.
     """
     if not dataset.terminals[-1:].any():
         raise UserError("dataset: the last row must close an episode (terminals[-1] is False)")
@@ -211,17 +304,9 @@ def from_dataset(
     rows = max(max(filled), room[0]) + 1  # the head's row stays free
     valid = ~dataset.terminals
     truncated = np.roll(dataset.terminals, -1) & valid & ~terminated
-    columns = {
-        "obs": dataset.observations,
-        "actions": dataset.actions,
-        "rewards": np.where(valid, rewards, 0).astype(np.float32),
-        "terminated": terminated & valid,
-        "truncated": truncated,
-        "valid": valid,
-    }
 
     def lay(column: np.ndarray) -> jax.Array:
-        laid = np.zeros((lanes, rows, *column.shape[1:]), column.dtype)
+        laid = np.zeros((lanes, rows, *column.shape[1:]), column.dtype.newbyteorder("="))
         for lane, pile in enumerate(dealt):
             laid[lane, : len(pile)] = column[pile]
         return jnp.asarray(laid)
@@ -230,11 +315,22 @@ def from_dataset(
     if goals is not None:
         none = max(room[1] - len(last), 0)  # episodes without steps
         begin, steps = (np.pad(x, (0, none)).astype(np.int32) for x in (first, last - first))
-        own = None if goals is dataset.observations else lay(goals)[0]
+        leaves = jax.tree.leaves(dataset.observations)
+        own = None if len(leaves) == 1 and goals is leaves[0] else lay(goals)[0]
         hindsight = Hindsight(own, jnp.asarray(begin), jnp.asarray(steps))
     count = jnp.asarray(filled, jnp.int32)
-    fields: dict[str, Any] = {name: lay(column) for name, column in columns.items()}
-    return Ring(**fields, head=count, count=count, hindsight=hindsight)
+    return Ring(
+        obs=jax.tree.map(lay, dataset.observations),
+        actions=lay(dataset.actions),
+        rewards=lay(np.where(valid, rewards, 0).astype(np.float32)),
+        terminated=lay(terminated & valid),
+        truncated=lay(truncated),
+        valid=lay(valid),
+        head=count,
+        count=count,
+        hindsight=hindsight,
+        extra={name: lay(dataset.extra[name]) for name in columns},
+    )
 
 
 def _deal(first: np.ndarray, last: np.ndarray, lanes: int) -> list[np.ndarray]:

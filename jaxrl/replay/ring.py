@@ -9,23 +9,30 @@ A lane is the history of one environment. Its rows follow each other in time:
     flags    .       .        end      .          .
 
 A row holds an observation and the transition that leaves it, so the observation that a transition leads to is the
-next row's. When an episode ends, one more row keeps its last observation, from before the reset; nothing leaves it,
-so it is not valid. The row at a lane's `head` holds the newest observation and is written again, with its action, by
-the next `add`: every transition in the ring is complete at all times, and no window can cross the head.
+next row's. When an episode ends, one more row keeps its last observation, from before the reset; no transition leaves
+it, so it is not valid. The row at a lane's `head` holds the newest observation and is written again, with its action,
+by the next `add`: every transition in the ring is complete at all times, and no window can cross the head.
+
+An observation is an array or a dict of arrays, and each array keeps its shape and dtype: images stay uint8. Further
+columns are in `extra`, such as log-probabilities that an agent left behind or columns of a dataset file; what they hold
+at the last observation of an episode has no meaning.
 
 A dataset whose goals are drawn in hindsight is one lane that also knows its episodes (`jaxrl.replay.hindsight`).
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl.replay.hindsight import DEFAULT, Goals, Hindsight, goal_windows
+from jaxrl.errors import UserError
+from jaxrl.replay import hindsight as goal_drawing
+from jaxrl.replay.hindsight import DEFAULT, Goals, Hindsight
 from jaxrl.replay.kdtree import Forest
 from jaxrl.replay.weighting import Weights, draw_rows
-from jaxrl.types import Batch, Scalar, pytree
+from jaxrl.types import Batch, History, Observation, Scalar, Spec, pytree
 
 REDRAWS = 4  # candidates per window start, of which the first valid one is taken
 
@@ -34,7 +41,7 @@ REDRAWS = 4  # candidates per window start, of which the first valid one is take
 class Steps:
     """What a rollout of H steps hands over: N environments, each with n <= H steps that happened."""
 
-    obs: jax.Array  # [N, H + 1, O]: before each step, then after the last one, always from before a reset
+    obs: Observation  # [N, H + 1, ...]: before each step, then after the last one, always from before a reset
     actions: jax.Array  # [N, H, A]
     rewards: jax.Array  # [N, H]
     terminated: jax.Array  # [N, H] bool
@@ -51,7 +58,7 @@ class Steps:
 class Ring:
     """L lanes of T rows."""
 
-    obs: jax.Array  # [L, T, O]
+    obs: Observation  # [L, T, ...]
     actions: jax.Array  # [L, T, A]
     rewards: jax.Array  # [L, T]
     terminated: jax.Array  # [L, T] bool
@@ -60,10 +67,8 @@ class Ring:
     head: jax.Array  # [L] int32, the row of the newest observation
     count: jax.Array  # [L] int32, rows behind the head that hold history
     hindsight: Hindsight | None = None  # where goals are drawn in hindsight; then L = 1 and rewards mean nothing
-    forest: Forest | None = None  # where neighbours are searched on the host, in KD-trees of these very rows
-    extra: dict[str, jax.Array] = dataclasses.field(
-        default_factory=dict
-    )  # [L, T, ...] that an agent's `annotate` has added
+    forest: Forest | None = None  # where neighbors are searched on the host, in KD-trees of these very rows
+    extra: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # [L, T, ...], further columns by name
     weights: Weights | None = None  # where trajectories are not drawn alike; then L = 1 and none was added
 
 
@@ -71,18 +76,26 @@ Rings: TypeAlias = tuple[Ring, ...]
 """What an agent samples from, uniformly over all their rows: the offline data, the replay, or both."""
 
 
-def empty(lanes: int, rows: int, observation: int, action: int) -> Ring:
-    """Returns a ring without history."""
+def empty(lanes: int, rows: int, spec: Spec, extra: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> Ring:
+    """Returns a ring without history, for the observations and actions of a spec.
+
+    `extra` are its further columns by name, with the shape and dtype of one row each.
+    """
+
+    def column(row: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.zeros((lanes, rows, *row.shape), row.dtype)
+
     flag = jnp.zeros((lanes, rows), bool)
     return Ring(
-        obs=jnp.zeros((lanes, rows, observation)),
-        actions=jnp.zeros((lanes, rows, action)),
+        obs=jax.tree.map(column, spec.example()),
+        actions=jnp.zeros((lanes, rows, spec.action)),
         rewards=jnp.zeros((lanes, rows)),
         terminated=flag,
         truncated=flag,
         valid=flag,
         head=jnp.zeros(lanes, jnp.int32),
         count=jnp.zeros(lanes, jnp.int32),
+        extra={name: column(row) for name, row in (extra or {}).items()},
     )
 
 
@@ -90,8 +103,14 @@ def add(ring: Ring, steps: Steps) -> Ring:
     """Returns the ring with N = L environments' steps appended, each to its own lane; the oldest rows give way.
 
     A lane advances by the steps that its environment took, and by one more where the episode ended, to keep the
-    last observation. Rows of a chunk that did not happen are not written.
+    last observation. Rows of a chunk that did not happen are not written. What a ring knows besides its columns
+    (`hindsight`, `forest`, `weights`) stays as it is: it describes the rows from before.
+
+    Raises UserError where the ring's extra columns are not those of the steps.
     """
+    if ring.extra.keys() != steps.extra.keys():
+        kept, brought = (", ".join(sorted(columns)) or "none" for columns in (ring.extra, steps.extra))
+        raise UserError(f"extra columns: the ring keeps {kept}, the steps bring {brought}: name these in ring.empty")
     lanes, rows = ring.valid.shape
     length = steps.actions.shape[1]
     taken = steps.taken.sum(axis=1)
@@ -105,8 +124,9 @@ def add(ring: Ring, steps: Steps) -> Ring:
         return field.at[lane, row].set(padded.astype(field.dtype), mode="drop")
 
     advance = taken + steps.ended
-    return Ring(
-        obs=put(ring.obs, steps.obs),
+    return dataclasses.replace(
+        ring,
+        obs=jax.tree.map(put, ring.obs, steps.obs),
         actions=put(ring.actions, steps.actions),
         rewards=put(ring.rewards, steps.rewards),
         terminated=put(ring.terminated, steps.terminated & steps.taken),
@@ -114,11 +134,18 @@ def add(ring: Ring, steps: Steps) -> Ring:
         valid=put(ring.valid, steps.valid & steps.taken),
         head=(ring.head + advance) % rows,
         count=jnp.minimum(ring.count + advance, rows - 1),
+        extra={name: put(column, steps.extra[name]) for name, column in ring.extra.items()},
     )
 
 
 def windows(
-    rings: Rings, key: jax.Array, batch: int, length: int, goals: Goals = DEFAULT, share: Scalar | None = None
+    rings: Rings,
+    key: jax.Array,
+    batch: int,
+    length: int,
+    goals: Goals = DEFAULT,
+    share: Scalar | None = None,
+    history: int = 0,
 ) -> Batch:
     """Returns `batch` windows of `length` steps, started uniformly over the history of all rings together.
 
@@ -126,9 +153,13 @@ def windows(
     the first of two has a `share` of every batch, to the nearest window, and the other the rest.
     `goals` is the law of the goals that are drawn in hindsight, in rings that know their episodes; a replay keeps the
     goals that were pursued.
+
+    `Batch.extra` holds the columns that all rings have, and `Batch.history` the `history` steps before each window.
     """
     key_ring, *keys = jax.random.split(key, len(rings) + 1)
-    parts = [_windows(ring, k, batch, length, goals) for ring, k in zip(rings, keys, strict=True)]
+    parts = [_windows(ring, k, batch, length, goals, history) for ring, k in zip(rings, keys, strict=True)]
+    shared = set.intersection(*(set(ring.extra) for ring in rings))
+    parts = [dataclasses.replace(part, extra={name: part.extra[name] for name in sorted(shared)}) for part in parts]
     if share is None or len(rings) == 1:
         rows = jnp.stack([ring.count.sum() for ring in rings])
         source = jax.random.categorical(key_ring, jnp.log(rows), shape=(batch,))
@@ -140,16 +171,18 @@ def windows(
     return chosen
 
 
-def _windows(ring: Ring, key: jax.Array, batch: int, length: int, goals: Goals) -> Batch:
+def _windows(ring: Ring, key: jax.Array, batch: int, length: int, goals: Goals, history: int) -> Batch:
     """Returns windows of one ring: starts are uniform over valid rows, by drawing again where a row is not.
 
     After REDRAWS misses a window without any valid step is returned, which has no weight in any loss. Where
     trajectories have weights, starts follow these, and every draw is valid.
     """
+    only = jnp.zeros(batch, jnp.int32)
     if ring.hindsight is not None:
-        return goal_windows(ring.obs[0], ring.actions[0], ring.hindsight, key, batch, length, goals)
+        start, goal = goal_drawing.draw(ring.hindsight, key, batch, length, goals)
+        return _towards(ring, only, start, goal, length, goals, history)
     if ring.weights is not None:
-        return window_at(ring, jnp.zeros(batch, jnp.int32), draw_rows(ring.weights, key, batch), length)
+        return window_at(ring, only, draw_rows(ring.weights, key, batch), length, history)
     ends = jnp.cumsum(ring.count)
     draw = jax.random.randint(key, (REDRAWS, batch), 0, jnp.maximum(ends[-1], 1))
     lane = jnp.minimum(jnp.searchsorted(ends, draw, side="right"), len(ends) - 1)
@@ -157,10 +190,10 @@ def _windows(ring: Ring, key: jax.Array, batch: int, length: int, goals: Goals) 
     hit = ring.valid[lane, _row(ring, lane, start)] & (start < ring.count[lane])
     pick = jnp.argmax(hit, axis=0)[None]
     lane, start = (jnp.take_along_axis(x, pick, axis=0)[0] for x in (lane, start))
-    return window_at(ring, lane, start, length)
+    return window_at(ring, lane, start, length, history)
 
 
-def window_at(ring: Ring, lane: jax.Array, start: jax.Array, length: int) -> Batch:
+def window_at(ring: Ring, lane: jax.Array, start: jax.Array, length: int, history: int = 0) -> Batch:
     """Returns the windows that begin `start` [B] rows after the oldest row of `lane` [B].
 
     A window keeps its steps up to and including the first that ends the episode, and none from an invalid row on.
@@ -175,16 +208,55 @@ def window_at(ring: Ring, lane: jax.Array, start: jax.Array, length: int) -> Bat
     last = _row(ring, lane, start[:, None] + jnp.minimum(steps, jnp.maximum(taken - 1, 0)))
     following = _row(ring, lane, start[:, None] + taken)
     return Batch(
-        obs=ring.obs[lane[:, 0], row[:, 0]],
+        obs=jax.tree.map(lambda x: x[lane[:, 0], row[:, 0]], ring.obs),
         actions=ring.actions[lane, last],
         rewards=jnp.where(valid, ring.rewards[lane, row], 0),
         valid=valid.astype(ring.rewards.dtype),
         terminated=(ring.terminated[lane, row] & valid).any(axis=1),
-        next_obs=ring.obs[lane, following][:, 0],
+        next_obs=jax.tree.map(lambda x: x[lane, following][:, 0], ring.obs),
         steps=taken[:, 0],
         next_action=ring.actions[lane, following][:, 0],
         followed=_followed(ring, lane, following, start[:, None] + taken),
         extra={name: column[lane[:, 0], row[:, 0]] for name, column in ring.extra.items()},
+        history=history_at(ring, lane[:, 0], start, history) if history else None,
+    )
+
+
+def _towards(
+    ring: Ring, lane: jax.Array, start: jax.Array, goal: jax.Array, length: int, law: Goals, history: int
+) -> Batch:
+    """Returns the windows of a ring that knows its episodes, from rows `start` [B] towards the rows `goal` [B]."""
+    assert ring.hindsight is not None
+    obs = jax.tree.map(lambda x: x[0], ring.obs)
+    found = goal_drawing.window_at(obs, ring.actions[0], ring.hindsight, start, goal, length, law)
+    before = history_at(ring, lane, start, history) if history else None
+    return dataclasses.replace(
+        found,
+        extra={name: column[0, start] for name, column in ring.extra.items()},
+        history=before and goal_drawing.history_towards(before, obs, ring.hindsight, start, goal, law),
+    )
+
+
+def history_at(ring: Ring, lane: jax.Array, start: jax.Array, length: int) -> History:
+    """Returns the `length` steps before the windows that begin `start` [B] rows after the oldest row of `lane` [B].
+
+    They end before the episode's first step, and where a row is no longer stored or is not valid. There all is 0.
+    """
+    lane, age = lane[:, None], start[:, None] + jnp.arange(-length, 0)[None, :]
+    row = _row(ring, lane, age)
+    ends = ring.terminated[lane, row] | ring.truncated[lane, row]
+    goes_on = ring.valid[lane, row] & ~ends & (age >= 0) & (age < ring.count[lane])
+    valid = jnp.flip(jnp.cumprod(jnp.flip(goes_on, axis=1), axis=1), axis=1).astype(bool)
+
+    def stored(column: jax.Array) -> jax.Array:
+        values = column[lane, row]
+        return jnp.where(_like(valid, values), values, jnp.zeros((), column.dtype))
+
+    return History(
+        obs=jax.tree.map(stored, ring.obs),
+        actions=stored(ring.actions),
+        rewards=stored(ring.rewards),
+        valid=valid.astype(ring.rewards.dtype),
     )
 
 

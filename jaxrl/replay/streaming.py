@@ -49,7 +49,8 @@ class Shards:
         """Rows and episodes of the largest; the longest episode that every file has."""
         each = [shard.sizes for shard in self.shards]
         rows, episodes = max(sizes.rows for sizes in each), max(sizes.episodes for sizes in each)
-        return Sizes(self.path, each[0].entries, rows, episodes, min(sizes.longest for sizes in each))
+        longest = min(sizes.longest for sizes in each)
+        return dataclasses.replace(each[0], path=self.path, rows=rows, episodes=episodes, longest=longest)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -84,38 +85,40 @@ def peek(path: Path) -> Shard:
     """Returns what a file's headers and ends of episodes tell. Raises UserError where it is no compact dataset."""
     try:
         with zipfile.ZipFile(path) as archive:
-            shapes = {info.filename.removesuffix(".npy"): shape_of(archive, info) for info in archive.infolist()}
-            if missing := [name for name in files.REQUIRED if name not in shapes]:
-                raise UserError(f"missing column {missing[0]!r}: found {', '.join(sorted(shapes)) or 'no columns'}")
+            headers = {info.filename.removesuffix(".npy"): header_of(archive, info) for info in archive.infolist()}
+            files.check_names(headers)
             with archive.open("terminals.npy") as column:
                 terminals = np.lib.format.read_array(column, allow_pickle=False).astype(bool)
-        return Shard(path, sizes_of(path, shapes, terminals), checksum(path))
+        return Shard(path, sizes_of(path, headers, terminals), checksum(path))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def shape_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, ...]:
-    """Returns the shape of an array from its header."""
+def header_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype]:
+    """Returns the shape and dtype of an array from its header."""
     with archive.open(info) as stream:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read(stream)[0]
+        shape, _, dtype = read(stream)
+        return shape, dtype
 
 
-def sizes_of(path: Path, shapes: dict[str, tuple[int, ...]], terminals: np.ndarray) -> Sizes:
+def sizes_of(path: Path, headers: dict[str, tuple[tuple[int, ...], np.dtype]], terminals: np.ndarray) -> Sizes:
     """Returns the sizes of a file. Raises UserError where rows are missing, or no episode ends with the last one."""
-    if "next_observations" in shapes:
-        raise UserError("has a column 'next_observations', a file of several must be compact: jaxrl.data.files")
-    for name, shape in shapes.items():
-        if shape[:1] != terminals.shape or len(shape) != files.RANKS.get(name, len(shape)):
+    for name, (shape, dtype) in headers.items():
+        if files.kind_of(name) == "next_observations":
+            raise UserError(f"has a column {name!r}, a file of several must be compact: jaxrl.data.files")
+        if shape[:1] != terminals.shape:
             raise UserError(f"column {name!r} has the shape {shape}, 'terminals' has {terminals.shape}")
+        files.check_layout(name, shape, dtype)
     if not terminals[-1:].any():
         raise UserError("the last row must end an episode: its 'terminals' is false")
     longest = np.diff(np.flatnonzero(terminals), prepend=-1).max() - 1
-    entries = {name: shape[1:] for name, shape in shapes.items()}
-    return Sizes(str(path), entries, len(terminals), int(terminals.sum()), int(longest))
+    entries = {name: shape[1:] for name, (shape, _) in headers.items()}
+    dtypes = {name: files.stored_dtype(name, dtype, len(shape)).name for name, (shape, dtype) in headers.items()}
+    return Sizes(str(path), entries, len(terminals), int(terminals.sum()), int(longest), dtypes)
 
 
 def checksum(path: Path) -> str:
@@ -130,6 +133,11 @@ def check_alike(first: Sizes, other: Sizes) -> None:
         if first.entries.get(name) != other.entries.get(name):
             has = [f"{sizes.entries[name]}" if name in sizes.entries else "none" for sizes in (other, first)]
             raise UserError(f"{other.path}: a row of column {name!r} is {has[0]}, in {first.path} it is {has[1]}")
+        if files.kind_of(name) == "observations" and first.row(name).dtype != other.row(name).dtype:
+            raise UserError(
+                f"{other.path}: column {name!r} is {other.row(name).dtype}, in {first.path} it is "
+                f"{first.row(name).dtype}"
+            )
 
 
 def order(seed: int, epoch: int, count: int) -> int:

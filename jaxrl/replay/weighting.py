@@ -94,6 +94,8 @@ def trajectory_weights(
     if kind == "top":
         kept = max(math.floor(fraction * len(returns) + ROUNDING), 1)
         return np.where(np.argsort(np.argsort(-returns, kind="stable")) < kept, 0.0, -np.inf)
+    if kind == "advantage" and not np.shape(initial_obs)[1]:
+        raise UserError("weighting.kind = 'advantage': regresses returns on observations, which are images alone here")
     score = returns if kind == "return" else returns - regressed(returns, initial_obs)
     low, high = np.min(score), np.max(score)
     if high - low <= ROUNDING * np.max(np.abs(returns)):

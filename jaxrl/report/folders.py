@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class RunRecord:
     judged: dict[str, Any] | None
     """One more evaluation, on episodes that chose nothing."""
     digest: str | None
-    """Digest of the dataset."""
+    """Digest of the dataset; None without one."""
     simulators: tuple[str, ...]
     """The simulators' versions."""
     task: str = ""
@@ -77,14 +77,14 @@ def members(paths: Iterable[Path]) -> tuple[list[RunRecord], list[str]]:
             continue
         digests = _digests(folder)
         begun = [path.parent for path in sorted((folder / "members").glob("*/config.json"))]
-        found |= {path.resolve(): load(path, digests.get(path.name)) for path in begun if path.resolve() not in found}
+        found |= {path.resolve(): load(path, digests) for path in begun if path.resolve() not in found}
         if (missing := len(digests) - len(begun)) > 0:
             notes.append(f"{folder}: {missing} of its {len(digests)} members have not begun.")
     return list(found.values()), notes
 
 
-def _digests(sweep: Path) -> dict[str, str]:
-    """Returns the digest of each member's dataset, by the member's name."""
+def _digests(sweep: Path) -> dict[str, str | None]:
+    """Returns the digest of each member's dataset, None where it has none, by the member's name."""
     cohorts = read_json(sweep / "sweep.json", f"{sweep} is not a sweep").get("cohorts", [])
     try:
         return {f"{index:03}": cohort["dataset_digest"] for cohort in cohorts for index in cohort["members"]}
@@ -108,8 +108,8 @@ def _is_one(path: Path) -> bool:
     return any((path / name).exists() for name in ("config.json", "sweep.json"))
 
 
-def load(path: Path, digest: str | None = None) -> RunRecord:
-    """Returns what is in the folder of a run or of a sweep's member, whose dataset's digest the sweep knows.
+def load(path: Path, digests: Mapping[str, str | None] | None = None) -> RunRecord:
+    """Returns what is in the folder of a run, or of a member of a sweep that knows its dataset's digest by its name.
 
     Raises UserError where a file is missing or damaged.
     """
@@ -133,7 +133,7 @@ def load(path: Path, digest: str | None = None) -> RunRecord:
         updates=last["updates"],
         steps=last["steps"],
         judged=as_json(result["judged"]) if result.get("judged") else None,
-        digest=digest or manifest.get("dataset_digest"),
+        digest=(digests or {}).get(path.name, manifest.get("dataset_digest")),
         simulators=tuple(f"{name} {versions.get(name)}" for name in SIMULATORS),
     )
 

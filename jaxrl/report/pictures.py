@@ -26,7 +26,7 @@ from jaxrl.report.scores import (
     strata_of,
 )
 from jaxrl.report.settings import Setting, shortened, text
-from jaxrl.runs.plots import PANELS
+from jaxrl.runs.plots import CLOCKS, clocks
 
 INK, GREY = "#1f2329", "#9aa0a6"
 COLOURS = ("#3b82c4", "#e07b39", "#2f9e6e", "#c2559d", "#b8960c", "#7a6bd1")  # of the best settings; others are grey
@@ -85,7 +85,7 @@ def _range(axis: Axes, report: Report, which: str) -> None:
 def curves(report: Report) -> Figure:
     """Returns the scores over each phase's clock, a row of panels for each task."""
     counted = [member for setting in report.settings for member in setting.counted]
-    phases = [phase for phase in PANELS if any(row["phase"] == phase for m in counted for row in m.evaluations)]
+    phases = _clocks(counted)
     size = (max(7.2, 4.4 * len(phases)), 0.7 + 2.7 * len(report.tasks) + 0.1 * min(len(report.settings), 7))
     figure = Figure(figsize=size)
     panels = figure.subplots(len(report.tasks), max(len(phases), 1), squeeze=False, sharey="row")
@@ -93,7 +93,7 @@ def curves(report: Report) -> Figure:
         row[0].set_ylabel(report.score)
         for axis, phase in zip(row, phases, strict=False):
             axis.set_title(_plain(f"{task}: {phase}" if len(report.tasks) > 1 else phase), loc="left")
-            axis.set_xlabel(PANELS[phase][1])
+            axis.set_xlabel(CLOCKS[phases[phase]][0])
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.locator_params(axis="x", nbins=6)
             _range(axis, report, "y")
@@ -153,14 +153,26 @@ def curve(
         e for e in sorted(set.intersection(*running) if running else set().union(*in_phase.values())) if e >= first
     ]
     clock, points, ends = [], [], []
+    of_phase = _clocks(members).get(phase, "updates")
     for epoch in epochs:
         here = [rows[m.path][epoch] for m in members if epoch in rows[m.path]]
-        clock.append(float(np.mean([row[PANELS[phase][0]] for row in here])))
+        clock.append(float(np.mean([row[of_phase] for row in here])))
         values = np.array([_until(rows[m.path], epoch, name) for m in members])
         points.append(float(stats.iqm(values)))
         ends.append(_ends(values, here[0], name) if intervals else (np.nan, np.nan))
     low, high = ([end[i] for end in ends] for i in (0, 1))
     return (clock, points, low, high) if np.isfinite(ends).any() else (clock, points, [], [])
+
+
+def _clocks(members: Sequence[RunRecord]) -> dict[str, str]:
+    """Returns what each phase of some members is plotted over, by its name, in the order in which they begin."""
+    found: dict[str, str] = {}
+    begins: dict[str, int] = {}
+    for member in members:
+        found |= clocks(member.evaluations)
+        first = {row["phase"]: row["epoch"] for row in reversed(member.evaluations)}
+        begins |= {phase: max(begins.get(phase, 0), epoch) for phase, epoch in first.items()}
+    return {phase: found[phase] for phase in sorted(found, key=lambda phase: begins[phase])}
 
 
 def _ends(values: np.ndarray, row: dict[str, Any], name: str) -> tuple[float, float]:

@@ -59,6 +59,8 @@ def with_tasks(members: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def _data(member: RunRecord) -> str:
+    if member.digest is None:
+        return "no dataset"
     data = member.config["data"]
     return f"{member.config['behaviour']} {member.config['data_steps']}" if data is None else Path(data).name
 

@@ -68,7 +68,7 @@ def lanes_of(steps: int, horizon: int) -> tuple[int, int]:
 def _record(env: Env, policy: ro.Policy, lanes: int, steps: int, rows: int, key: jax.Array) -> Ring:
     key_start, key_bank, key_steps = jax.random.split(key, 3)
     rollout, bank = ro.start(env, policy, key_start, lanes), ro.resets(env, key_bank, lanes)
-    ring = rings.empty(lanes, rows, env.spec.observation, env.spec.action)
+    ring = rings.empty(lanes, rows, env.spec)
 
     def body(carry: tuple[ro.Rollout, Ring], key: jax.Array) -> tuple[tuple[ro.Rollout, Ring], None]:
         rollout, step, _ = ro.advance(env, policy, carry[0], bank, key)

@@ -7,13 +7,11 @@ import typing
 from typing import Any, Generic, TypeVar
 
 from jaxrl import ranges
-from jaxrl.agents import (
-    AGENTS,
-)
+from jaxrl.agents import AGENTS
 from jaxrl.errors import UserError, unknown
 from jaxrl.replay.weighting import Weighting
 from jaxrl.rollout.executors import Execution
-from jaxrl.training.schedule import Schedule
+from jaxrl.training.schedule import Schedule, Timeline, phases, reads_dataset
 from jaxrl.types import Agent
 
 A = TypeVar("A", bound=Agent)
@@ -29,7 +27,8 @@ class Config(Generic[A]):
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     execution: Execution = dataclasses.field(default_factory=Execution)
     data: str | None = None
-    """Dataset file, or a folder or quoted pattern of .npz files, one per epoch; else a behaviour is recorded."""
+    """Dataset file, or a folder or quoted pattern of .npz files, one per epoch; else a behaviour is recorded, if the
+    run learns from a dataset."""
     behaviour: str = "medium"
     """Level of the scripted behaviour that is recorded, see `jaxrl list`."""
     data_steps: int = 200_000
@@ -61,6 +60,31 @@ class Config(Generic[A]):
         for name, low in (("data_steps", 1), ("order_seed", 0), ("seed", 0), ("checkpoint_every", 1)):
             if not low <= getattr(self, name) < 2**63:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least {low} and below 2^63")
+        if has_dataset(self):  # which refuses phases that no run can have
+            return
+        if self.data is not None:
+            raise UserError(
+                f"data = {self.data!r}: this run learns from no dataset: leave it out, or set "
+                "--schedule.offline-updates or --schedule.online-data both"
+            )
+        if self.weighting.kind != "uniform":
+            raise UserError(f"weighting.kind = {self.weighting.kind!r}: this run has no dataset to weight")
+
+
+def timeline_of(config: Config) -> Timeline:
+    """Returns the epochs of a run. Raises UserError where there is nothing to do."""
+    reward, length = (config.reward_scale, config.reward_shift), config.execution.length(config.agent.chunk)
+    return Timeline(phases(config.schedule, config.agent, reward, config.data is not None, length))
+
+
+def has_dataset(config: Config) -> bool:
+    """Returns whether a run has a dataset: whether one of its phases learns from it."""
+    return any(reads_dataset(phase) for phase in timeline_of(config).phases)
+
+
+def records(config: Config) -> bool:
+    """Returns whether a run's dataset is a behaviour that is recorded for it."""
+    return config.data is None and has_dataset(config)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -84,7 +108,8 @@ def _read(kind: Any, value: Any) -> Any:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kind = next((part for part in typing.get_args(kind) if part is not type(None)), kind)
     if isinstance(value, dict) and dataclasses.is_dataclass(kind):
-        fields = {field.name: field.type for field in dataclasses.fields(kind)}
+        hints = typing.get_type_hints(kind)
+        fields = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
         for name in value:
             if name not in fields:
                 raise unknown(f"field of {getattr(kind, '__name__', kind)}", name, fields)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -16,42 +15,55 @@ from jaxrl.replay.ring import Ring
 from jaxrl.replay.streaming import Shards, Stream
 from jaxrl.rollout import record
 from jaxrl.runs import directory
-from jaxrl.runs.config import Config
+from jaxrl.runs.config import Config, has_dataset, records
 from jaxrl.runs.jsonlines import read_json
-from jaxrl.types import on_host
+from jaxrl.types import Agent, ChecksData, Env, HostEnv, NamesDataset, on_host, requirements
 
 
-def load_data(config: Config, env: Any) -> Dataset | Shards:
+def load_data(config: Config, env: Env | HostEnv) -> Dataset | Shards | None:
     """Returns the run's dataset: the file that it names, or the recorded behaviour, which is kept under datasets/.
 
-    Of a folder of files, or a pattern of their names, only the headers are read.
+    None for a run that learns from no dataset. Of a folder of files, or a pattern of their names, only the headers are
+    read.
     """
+    if not has_dataset(config):
+        return None
     config = with_data(config, env)
-    if config.data is not None and (shards := streaming.find(config.data)) is not None:
+    if config.data is None:
+        path = recorded(config, env)
+    elif (shards := streaming.find(config.data)) is not None:
         loading.check_fits(shards.sizes, env)
         return shards
-    path = data_path(config.env, config.behaviour, config.data_steps) if config.data is None else Path(config.data)
-    if config.data is None and not path.exists():
-        record.behaviour_of(env, config.behaviour)  # refuses a level that does not exist
-        print(f"recording {config.data_steps} steps of the behaviour {config.behaviour!r} as {path}", file=sys.stderr)
-        dataset = record.record(env, config.behaviour, config.data_steps, seed=0)
-        path.parent.mkdir(exist_ok=True)
-        files.save(path, dataset)
+    else:
+        path = Path(config.data)
     dataset = files.load(path)
     loading.check_fits(loading.sizes_of(dataset), env)
     return dataset
 
 
-def with_data(config: Config, env: Any) -> Config:
+def recorded(config: Config, env: Env | HostEnv) -> Path:
+    """Returns the file of the scripted behaviour, recorded now if it is not there yet."""
+    assert not isinstance(env, HostEnv), "with_data names a file for these"
+    path = data_path(config.env, config.behaviour, config.data_steps)
+    if not path.exists():
+        record.behaviour_of(env, config.behaviour)  # refuses a level that does not exist
+        print(f"recording {config.data_steps} steps of the behaviour {config.behaviour!r} as {path}", file=sys.stderr)
+        dataset = record.record(env, config.behaviour, config.data_steps, seed=0)
+        path.parent.mkdir(exist_ok=True)
+        files.save(path, dataset)
+    return path
+
+
+def with_data(config: Config, env: Env | HostEnv) -> Config:
     """Returns the configuration with a dataset named: for a simulator on the CPU, one that is there already.
 
     Raises UserError where there is none, saying how to get one.
     """
-    if config.data is not None or not on_host(env):
+    if not records(config) or not on_host(env):
         return config
-    name = getattr(env, "dataset", None)
-    if name is None:
+    if not isinstance(env, NamesDataset):
         raise UserError(f"environment {config.env!r} has no behaviour to record: name a dataset file with --data")
+    name = env.dataset
     places = [folder / f"{name}.npz" for folder in (Path("datasets"), Path.home() / ".ogbench" / "data")]
     for path in places:
         if path.exists():
@@ -72,18 +84,23 @@ def asks_trees(config: Config) -> bool:
 
     Not where the data come file by file: a program is made for its trees, and each file would need its own.
     """
-    return getattr(config.agent, "searches", False) and jax.default_backend() == "cpu"
+    return requirements(config.agent).kdtree and jax.default_backend() == "cpu"
 
 
-def in_memory(config: Config, env: Any, dataset: Dataset | Shards, epochs: int) -> Ring | Stream:
-    """Returns the dataset in device memory, or what brings it there file by file."""
+def in_memory(
+    config: Config, env: Env | HostEnv, dataset: Dataset | Shards | None, epochs: int
+) -> Ring | Stream | None:
+    """Returns the dataset in device memory, or what brings it there file by file; None where there is no dataset."""
+    if dataset is None:
+        return None
     place = functools.partial(
         loading.to_ring,
         env=env,
         scale=config.reward_scale,
         shift=config.reward_shift,
-        probabilities=getattr(config.agent, "head", "mse") == "bce",
+        probabilities=requirements(config.agent).unit_rewards,
         weighting=config.weighting,
+        columns=requirements(config.agent).columns,
     )
     if isinstance(dataset, Dataset):
         check_sizes(config.agent, loading.sizes_of(dataset))
@@ -94,15 +111,27 @@ def in_memory(config: Config, env: Any, dataset: Dataset | Shards, epochs: int) 
     return Stream(dataset, functools.partial(place, room=room), config.order_seed, epochs)
 
 
-def check_sizes(agent: Any, sizes: loading.Sizes) -> None:
+def check_sizes(agent: Agent, sizes: loading.Sizes) -> None:
     """Raises UserError where a dataset is too small for an agent."""
-    loading.check_window(sizes, loading.window_of(agent))
-    if hasattr(agent, "check_data"):
+    loading.check_window(sizes, requirements(agent).window)
+    if isinstance(agent, ChecksData):
         agent.check_data(sizes.rows - sizes.episodes)
 
 
-def check_same_data(path: Path, dataset: Dataset | Shards) -> None:
-    """Raises UserError where the dataset is not the one that the run began with."""
-    known = read_json(path / "manifest.json", f"{path} is not a run directory").get("dataset_digest")
-    if dataset.digest != known:
-        raise UserError(f"dataset {dataset.path} has changed since {path} began: its sha256 was {known}")
+def check_same_data(path: Path, dataset: Dataset | Shards | None, known: str | None) -> None:
+    """Raises UserError where the dataset is not the one that a run or a sweep began with, whose digest is `known`."""
+    if digest_of(dataset) == known:
+        return
+    if dataset is None:
+        raise UserError(f"{path} began with a dataset, whose sha256 was {known}, and would learn from none now")
+    raise UserError(f"dataset {dataset.path} has changed since {path} began: its sha256 was {known}")
+
+
+def known_digest(path: Path) -> str | None:
+    """Returns the digest of the dataset that a run began with."""
+    return read_json(path / "manifest.json", f"{path} is not a run directory").get("dataset_digest")
+
+
+def digest_of(dataset: Dataset | Shards | None) -> str | None:
+    """Returns the sha256 of a dataset; None where there is none."""
+    return None if dataset is None else dataset.digest

@@ -51,7 +51,7 @@ def check_new(path: Path) -> None:
         raise UserError(f"cannot write {path}: {above}: {error.strerror}") from error
 
 
-def create(path: Path, config: Config, digest: str) -> None:
+def create(path: Path, config: Config, digest: str | None) -> None:
     """Writes a new run's folder. Raises UserError where that fails."""
     try:
         path.mkdir(parents=True)
@@ -61,8 +61,8 @@ def create(path: Path, config: Config, digest: str) -> None:
     write_json(path / "config.json", to_dict(config))
 
 
-def manifest(digest: str) -> dict[str, Any]:
-    """Returns what a run's numbers depend on besides its configuration."""
+def manifest(digest: str | None) -> dict[str, Any]:
+    """Returns what a run's numbers depend on besides its configuration; `digest` is its dataset's, if it has one."""
     device, mesh = jax.devices()[0], jax.sharding.get_abstract_mesh()
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},

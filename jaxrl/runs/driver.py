@@ -20,17 +20,17 @@ from jaxrl.replay.streaming import Shards, Stream
 from jaxrl.rollout import host, workers
 from jaxrl.rollout.executors import Execution, check_learning
 from jaxrl.runs import checkpoint, directory, jsonlines, plots
-from jaxrl.runs.config import Config, to_dict
-from jaxrl.runs.datasets import check_same_data, in_memory, load_data
+from jaxrl.runs.config import Config, records, timeline_of, to_dict
+from jaxrl.runs.datasets import check_same_data, digest_of, in_memory, known_digest, load_data
 from jaxrl.runs.evaluation import animate, episodes_of, evaluate_behaviour, evaluation, simulators_of
 from jaxrl.runs.jsonlines import as_json, write_json
 from jaxrl.runs.logging import Log
 from jaxrl.runs.signals import StopRequested, StopRequests
-from jaxrl.training import host_loop, loop, schedule
+from jaxrl.training import host_loop, loop
 from jaxrl.training.host_loop import Interrupted
 from jaxrl.training.loop import Carry, abstract_carry
-from jaxrl.training.schedule import Timeline
-from jaxrl.types import Fitting, Phase, on_host
+from jaxrl.training.schedule import Timeline, reads_dataset
+from jaxrl.types import Agent, Drawable, Env, Fitting, HostEnv, Phase, on_host
 
 
 def row_of(index: int, phase: Phase, updates: Any, steps: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,12 +44,17 @@ class Run:
     """A run, ready to be driven: its agent on the device, its environment, its epochs and its data."""
 
     config: Config
-    env: Any
-    agent: Any
+    env: Env | HostEnv
+    agent: Agent
     execution: Execution
     timeline: Timeline
-    data: Ring | Stream
+    data: Ring | Stream | None  # None where no phase learns from a dataset
     simulators: host.Simulators | None = None  # of an environment that steps on the CPU
+
+    @property
+    def recorded(self) -> Env | None:
+        """The environment whose scripted behaviour the dataset holds; None where it comes from elsewhere."""
+        return self.env if records(self.config) and not isinstance(self.env, HostEnv) else None
 
     def close(self) -> None:
         """Ends the processes of the simulators, if there are any."""
@@ -58,11 +63,10 @@ class Run:
 
     def first(self) -> Carry:
         """Returns the carry before the first epoch."""
-        key = jax.random.key(self.config.seed)
+        key, data = jax.random.key(self.config.seed), self.dataset(0)
         carry = loop.jitted_begin(self.agent, self.env, self.config.schedule, key, self.execution)
-        if isinstance(self.agent, Fitting):
-            data = self.data.at(0) if isinstance(self.data, Stream) else self.data
-            carry = loop.jitted_fit(self.agent, carry, sharding.shared(data))
+        if data is not None and isinstance(self.agent, Fitting):
+            carry = loop.jitted_fit(self.agent, carry, data)
         return on_devices(carry)
 
     def restore(self, folder: Path) -> tuple[Carry, int]:
@@ -74,14 +78,19 @@ class Run:
         """Returns the shapes of the carry after `done` epochs, without computing anything."""
         return abstract_carry(self.agent, self.env, self.config.schedule, self.timeline, done, self.execution)
 
+    def dataset(self, index: int) -> Ring | None:
+        """Returns the dataset as the epoch with this index (from 0) sees it, on every device."""
+        return sharding.shared(self.data.at(index) if isinstance(self.data, Stream) else self.data)
+
     def epoch(self, carry: Carry, index: int) -> tuple[Carry, dict[str, Any]]:
         """Returns the carry after the epoch with this index (from 0), and its row of metrics."""
         phase, before = self.timeline.at(index)
         if before == 0:
             carry = on_devices(loop.jitted_enter(self.agent, phase, carry))
-        data = sharding.shared(self.data.at(index) if isinstance(self.data, Stream) else self.data)
+        data = self.dataset(index) if reads_dataset(phase) else None
         if self.simulators is not None and phase.collects:
-            carry, metrics = host_loop.epoch(self.simulators, self.agent, phase, carry, data, self.execution)
+            envs = self.config.schedule.envs
+            carry, metrics = host_loop.epoch(self.simulators, self.agent, phase, carry, data, envs, self.execution)
         else:
             carry, metrics = loop.jitted_epoch(self.agent, self.env, phase, carry, data, self.execution)
         row = row_of(index, phase, *jax.device_get((carry.updates, carry.steps, metrics)))
@@ -95,29 +104,27 @@ def on_devices(carry: Carry) -> Carry:
     return loop.placed(carry) if sharding.several() else jax.device_put(carry, jax.devices()[0])
 
 
-def prepare(config: Config, env: Any, dataset: Dataset | Shards) -> Run:
+def prepare(config: Config, env: Env | HostEnv, dataset: Dataset | Shards | None) -> Run:
     """Returns the run of a configuration. Raises UserError where no episode is as long as the agent's windows."""
     check_learning(config.agent, config.execution)
-    agent, execution = loop.on_device(config.agent), loop.on_device(config.execution)
-    reward = (config.reward_scale, config.reward_shift)
-    timeline = Timeline(schedule.phases(config.schedule, execution.length(agent.chunk), reward))
-    data = in_memory(config, env, dataset, timeline.epochs)
-    return Run(config, env, agent, execution, timeline, data, simulators_of(config, env))
+    agent, execution, timeline = loop.on_device(config.agent), loop.on_device(config.execution), timeline_of(config)
+    data, simulators = in_memory(config, env, dataset, timeline.epochs), simulators_of(config, env)
+    return Run(config, env, agent, execution, timeline, data, simulators)
 
 
-def start(config: Config, env: Any, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
+def start(config: Config, env: Env | HostEnv, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
     """Returns the result of a new run, driven to its end in a new folder. Raises StopRequested where asked to stop."""
     directory.check_new(path)
     dataset = load_data(config, env)
     run = prepare(config, env, dataset)
-    directory.create(path, config, dataset.digest)
+    directory.create(path, config, digest_of(dataset))
     return drive(run, path, stop, wandb)
 
 
-def resume(config: Config, env: Any, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
+def resume(config: Config, env: Env | HostEnv, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
     """Returns the result of a run that goes on from its newest checkpoint, bit for bit as if it had never stopped."""
     dataset = load_data(config, env)
-    check_same_data(path, dataset)
+    check_same_data(path, dataset, known_digest(path))
     return drive(prepare(config, env, dataset), path, stop, wandb)
 
 
@@ -128,21 +135,19 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, An
     checkpoint.keep(folder, [epoch for epoch in checkpoint.epochs(folder) if epoch <= done])
     directory.rewind(path, done)
     with contextlib.closing(run), contextlib.closing(Log(path, wandb, done)) as log:
-        if run.config.data is None and not jsonlines.rows(path / "metrics.jsonl"):
-            log.row(evaluate_behaviour(run.config, run.env))
+        if run.recorded is not None and not jsonlines.rows(path / "metrics.jsonl"):
+            log.row(evaluate_behaviour(run.config, run.recorded))
         for index in range(done, run.timeline.epochs):
             phase, before = run.timeline.at(index)
             if index == done or before == 0:
                 log.start(phase, before, run.execution.length(run.agent.chunk), run.config.schedule.envs)
             try:
                 carry, row = run.epoch(carry, index)
-            except Interrupted as broken:  # amid an epoch, which will be repeated with what it has learnt so far
-                if before:  # else the newest checkpoint is the one before the phase, of another shape maybe
+            except Interrupted as broken:  # the epoch will be repeated, with what it has learned so far
+                if before:  # else the newest checkpoint is from before the phase, maybe of another shape
                     checkpoint.save(folder, index, broken.carry)
                 raise stopped_by(broken.__cause__) from broken
-            except (
-                workers.WorkerDied
-            ) as error:  # in an evaluation: the newest checkpoint is what there is to go on from
+            except workers.WorkerDied as error:  # in an evaluation: the newest checkpoint is what can be resumed
                 raise stopped_by(error) from error
             log.row(row)
             last = index + 1 == run.timeline.epochs
@@ -171,14 +176,14 @@ def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
         "run": str(path),
         "seconds": round(sum(row["seconds"] for row in jsonlines.rows(path / "timings.jsonl")), 1),
     }
-    for phase in ("behaviour", "offline", "online"):
+    for phase in ("behaviour", *(phase.name for phase in run.timeline.phases)):
         evaluated = [row for row in rows if row["phase"] == phase and "eval/success" in row]
         if evaluated:
             result[f"{phase}_success"] = evaluated[-1]["eval/success"]
             result[f"{phase}_interval"] = [evaluated[-1]["eval/success_low"], evaluated[-1]["eval/success_high"]]
     write_json(path / "result.json", result)
     plots.curves(rows, path / "curves.png")
-    if on_host(run.env) or hasattr(run.env, "draw"):
+    if on_host(run.env) or isinstance(run.env, Drawable):
         try:
             animate(run.config, run.agent, run.env, carry.agent, path / "rollout.gif")
         except UserError as error:
@@ -189,29 +194,31 @@ def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Returns the result's success rates as people read them."""
     lines = [f"{'':<12}{'success':>8}   95 % interval"]
-    for phase in ("behaviour", "offline", "online"):
-        if f"{phase}_success" in result:
-            low, high = result[f"{phase}_interval"]
-            lines.append(f"{phase:<12}{result[f'{phase}_success']:>8.2f}   [{low:.2f}, {high:.2f}]")
+    for phase in (name.removesuffix("_interval") for name in result if name.endswith("_interval")):
+        low, high = result[f"{phase}_interval"]
+        lines.append(f"{phase:<12}{result[f'{phase}_success']:>8.2f}   [{low:.2f}, {high:.2f}]")
     return "\n".join([*lines, f"pictures, metrics and checkpoints are in {result['run']}"])
 
 
 # What is done with a run afterwards
 
 
-def replay(config: Config, env: Any, path: Path, epochs: int) -> str | None:
+def replay(config: Config, env: Env | HostEnv, path: Path, epochs: int) -> str | None:
     """Returns None where the first epochs, repeated, give the recorded metrics bit for bit, else what differs first."""
     dataset = load_data(config, env)
-    check_same_data(path, dataset)
+    check_same_data(path, dataset, known_digest(path))
     run = prepare(config, env, dataset)
-    first = 0 if config.data is None else 1  # the behaviour's row comes before the first epoch's
+    first = 1 if run.recorded is None else 0  # the behaviour's row comes before the first epoch's
     recorded = jsonlines.rows(path / "metrics.jsonl")[: min(epochs, run.timeline.epochs) + 1 - first]
     if len(recorded) + first < 2:
         raise UserError(f"{path} has no epoch yet that could be repeated")
     carry = run.first()
     with contextlib.closing(run):
         for epoch, was in enumerate(recorded, start=first):
-            carry, row = run.epoch(carry, epoch - 1) if epoch else (carry, evaluate_behaviour(config, env))
+            if epoch == 0 and run.recorded is not None:
+                row = evaluate_behaviour(config, run.recorded)
+            else:
+                carry, row = run.epoch(carry, epoch - 1)
             now = as_json(row)
             for name in was | now:
                 if was.get(name) != now.get(name):

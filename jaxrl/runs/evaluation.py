@@ -12,11 +12,10 @@ from jaxrl.errors import UserError
 from jaxrl.rollout import device as ro
 from jaxrl.rollout import host, record
 from jaxrl.runs import checkpoint, plots
-from jaxrl.runs.config import Config
-from jaxrl.training import loop, schedule
+from jaxrl.runs.config import Config, timeline_of
+from jaxrl.training import loop
 from jaxrl.training.loop import abstract_carry
-from jaxrl.training.schedule import Timeline
-from jaxrl.types import Observation, on_host
+from jaxrl.types import Agent, Drawable, Env, HostEnv, Observation, PyTree
 
 
 def evaluation(episodes: ro.Episodes) -> dict[str, float]:
@@ -33,7 +32,7 @@ def evaluation(episodes: ro.Episodes) -> dict[str, float]:
     }
 
 
-def evaluate_behaviour(config: Config, env: Any) -> dict[str, Any]:
+def evaluate_behaviour(config: Config, env: Env) -> dict[str, Any]:
     """Returns the row of the scripted behaviour, judged on the same episodes as the agent."""
     policy = ro.scripted(record.behaviour_of(env, config.behaviour))
     key = jax.random.key(config.schedule.eval_seed)
@@ -44,9 +43,9 @@ def evaluate_behaviour(config: Config, env: Any) -> dict[str, Any]:
 jitted_behaviour = jax.jit(ro.evaluate, static_argnames=("env", "policy", "episodes"))
 
 
-def newest_state(config: Config, agent: Any, env: Any, path: Path) -> Any:
+def newest_state(config: Config, agent: Agent, env: Env | HostEnv, path: Path) -> PyTree:
     """Returns the agent's state in a run's newest checkpoint. Raises UserError where there is none that fits."""
-    timeline = Timeline(schedule.phases(config.schedule, config.execution.length(agent.chunk)))
+    timeline = timeline_of(config)
 
     def abstract(done: int) -> dict[str, Any]:
         return {"agent": abstract_carry(agent, env, config.schedule, timeline, done).agent}
@@ -57,7 +56,7 @@ def newest_state(config: Config, agent: Any, env: Any, path: Path) -> Any:
     return loaded[1]["agent"]
 
 
-def evaluate(config: Config, env: Any, path: Path) -> dict[str, Any]:
+def evaluate(config: Config, env: Env | HostEnv, path: Path) -> dict[str, Any]:
     """Returns the evaluation of a run's newest checkpoint, on the episodes that the configuration names."""
     agent = loop.on_device(config.agent)
     state = newest_state(config, agent, env, path)
@@ -66,29 +65,31 @@ def evaluate(config: Config, env: Any, path: Path) -> dict[str, Any]:
         return evaluation(episodes_of(config, agent, env, state, simulators))
 
 
-def render(config: Config, env: Any, path: Path, out: Path) -> None:
+def render(config: Config, env: Env | HostEnv, path: Path, out: Path) -> None:
     """Writes an episode of a run's newest checkpoint, the first that the configuration's evaluation begins."""
     agent = loop.on_device(config.agent)
     animate(config, agent, env, newest_state(config, agent, env, path), out)
 
 
-def animate(config: Config, agent: Any, env: Any, state: Any, out: Path) -> None:
+def animate(config: Config, agent: Agent, env: Env | HostEnv, state: PyTree, out: Path) -> None:
     """Writes the first evaluation episode as an animation. Raises UserError where a simulator cannot be rendered."""
-    if on_host(env):
+    if isinstance(env, HostEnv):
         execution, key = loop.on_device(config.execution), jax.random.key(config.schedule.eval_seed)
         plots.animation(host.render(env, agent, state, key, execution=execution), out)
-    else:
+    elif isinstance(env, Drawable):
         plots.gif(env, episode(config, agent, env, state), out)
+    else:
+        raise UserError(f"environment {config.env!r} cannot be drawn: it has no draw(obs, size)")
 
 
-def episode(config: Config, agent: Any, env: Any, state: Any) -> Observation:
+def episode(config: Config, agent: Agent, env: Env | HostEnv, state: PyTree) -> Observation:
     """Returns the observations [T + 1, O] of the first evaluation episode."""
     episodes = episodes_of(config, agent, env, state)
     return jax.tree.map(lambda x: np.asarray(x[: episodes.lengths[0] + 1]), episodes.track)
 
 
 def episodes_of(
-    config: Config, agent: Any, env: Any, state: Any, simulators: host.Simulators | None = None
+    config: Config, agent: Agent, env: Env | HostEnv, state: PyTree, simulators: host.Simulators | None = None
 ) -> ro.Episodes:
     """Returns the evaluation episodes of an agent's state, on the host."""
     key, count = jax.random.key(config.schedule.eval_seed), config.schedule.eval_episodes
@@ -98,7 +99,7 @@ def episodes_of(
     return jax.device_get(loop.jitted_evaluate(agent, env, count, state, key, execution))
 
 
-def simulators_of(config: Config, env: Any) -> host.Simulators | None:
+def simulators_of(config: Config, env: Env | HostEnv) -> host.Simulators | None:
     """Returns the simulators of an environment that steps on the CPU; they start when they are first needed."""
     most = max(config.schedule.envs, config.schedule.eval_episodes)
-    return host.Simulators(env, min(system.cores(), most)) if on_host(env) else None
+    return host.Simulators(env, min(system.cores(), most)) if isinstance(env, HostEnv) else None

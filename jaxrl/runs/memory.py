@@ -20,13 +20,13 @@ from jaxrl.replay.streaming import Shards
 from jaxrl.rollout import device as ro
 from jaxrl.rollout import host, record
 from jaxrl.runs import driver
-from jaxrl.runs.config import Config
+from jaxrl.runs.config import Config, records, timeline_of
 from jaxrl.runs.datasets import asks_trees, load_data
 from jaxrl.runs.evaluation import jitted_behaviour
 from jaxrl.training import loop
 from jaxrl.training.host_loop import lowered
-from jaxrl.training.schedule import phases
-from jaxrl.types import PyTree, on_host
+from jaxrl.training.schedule import Timeline, reads_dataset
+from jaxrl.types import Agent, Env, HostEnv, Leaf, PyTree, on_host, requirements
 
 KNOBS = {  # what takes memory, and what it grows with
     "agent": "the agent's hidden sizes",
@@ -38,12 +38,12 @@ KNOBS = {  # what takes memory, and what it grows with
 }
 
 
-def check(config: Config, env: Any) -> None:
+def check(config: Config, env: Env | HostEnv) -> None:
     """Raises UserError where what a run holds cannot fit in the memory that is there. Nothing of it is allocated."""
     require(held(config, env))
 
 
-def plan(config: Config, env: Any) -> str:
+def plan(config: Config, env: Env | HostEnv) -> str:
     """Returns a table of the run's memory, from the compiled programs themselves; nothing of it is allocated.
 
     "working memory" is what the largest of them needs besides its arguments. Raises UserError where it cannot fit.
@@ -58,7 +58,7 @@ def plan(config: Config, env: Any) -> str:
     return "\n".join(f"{name:<42}{amount / 2**20:>10.1f} MiB" for name, amount in lines.items())
 
 
-def held(config: Config, env: Any) -> dict[str, int]:
+def held(config: Config, env: Env | HostEnv) -> dict[str, int]:
     """Returns the bytes on the device that a run holds from its first epoch to its last, by what they are for."""
     *_, carry = abstract(config, env)
     dataset, copies = abstract_data(config, env)
@@ -68,7 +68,7 @@ def held(config: Config, env: Any) -> dict[str, int]:
         "replay": size(carry.world and carry.world.replay),
         "environments": size(carry.world and carry.world.rollout),
     }
-    if dataset.forest is None:
+    if dataset is None or dataset.forest is None:
         return amounts
     entries = dataset.obs.shape[-1] + dataset.actions.shape[-1]
     return amounts | {"search trees": kdtree.size_of_tree(dataset.valid.size, entries)}
@@ -95,41 +95,52 @@ def available() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-# Sweeps
-
-
 # The parts
 
 
-def abstract(config: Config, env: Any) -> tuple[Any, driver.Timeline, loop.Carry]:
+def abstract(config: Config, env: Env | HostEnv) -> tuple[Agent, Timeline, loop.Carry]:
     """Returns the shapes of the agent, the run's epochs, and the shapes of the carry at its end."""
-    agent, execution = jax.eval_shape(loop.on_device, config.agent), config.execution
-    timeline = driver.Timeline(phases(config.schedule, execution.length(config.agent.chunk)))
+    agent, execution, timeline = jax.eval_shape(loop.on_device, config.agent), config.execution, timeline_of(config)
     return agent, timeline, driver.abstract_carry(agent, env, config.schedule, timeline, timeline.epochs, execution)
 
 
-def abstract_data(config: Config, env: Any) -> tuple[Ring, int]:
+def abstract_data(config: Config, env: Env | HostEnv) -> tuple[Ring | None, int]:
     """Returns the shapes of the run's dataset in device memory, and how many such datasets are there at a time.
 
-    Of a dataset of several files that is the largest of them, and two: the one in use, and the next.
+    Of a dataset of several files that is the largest of them, and two: the one in use, and the next. None and 0 for a
+    run that learns from no dataset.
     """
-    if config.data is None:
-        each, lanes = record.lanes_of(config.data_steps, env.horizon)
-        episodes, entries = lanes * (each // env.horizon), {"observations": (env.spec.observation,)}
-        sizes = Sizes("", entries, lanes * each + episodes, episodes, env.horizon)
-        return loading.abstract_ring(sizes, env, config.weighting, asks_trees(config)), 1
+    needs = requirements(config.agent)
+    if records(config):
+        sizes = recorded_sizes(config, env)
+        return loading.abstract_ring(sizes, env, config.weighting, asks_trees(config), needs.columns), 1
     dataset = load_data(config, env)
+    if dataset is None:
+        return None, 0
     if isinstance(dataset, Shards):
-        return loading.abstract_ring(dataset.sizes, env, config.weighting), min(len(dataset.shards), 2)
-    return loading.abstract_ring(loading.sizes_of(dataset), env, config.weighting, asks_trees(config)), 1
+        ring = loading.abstract_ring(dataset.sizes, env, config.weighting, columns=needs.columns)
+        return ring, min(len(dataset.shards), 2)
+    sizes = loading.sizes_of(dataset)
+    return loading.abstract_ring(sizes, env, config.weighting, asks_trees(config), needs.columns), 1
 
 
-def programs(config: Config, env: Any) -> Iterator[Any]:
+def recorded_sizes(config: Config, env: Env | HostEnv) -> Sizes:
+    """Returns the sizes of a behaviour's recording, before there is one."""
+    each, lanes = record.lanes_of(config.data_steps, env.horizon)
+    episodes, seen = lanes * (each // env.horizon), env.spec.observation
+    leaves = (Leaf("", (seen,)),) if isinstance(seen, int) else seen
+    names = {"observations" + f"/{leaf.name}" * bool(leaf.name): leaf for leaf in leaves}
+    entries = {name: leaf.shape for name, leaf in names.items()}
+    dtypes = {name: leaf.dtype for name, leaf in names.items()}
+    return Sizes("", entries, lanes * each + episodes, episodes, env.horizon, dtypes)
+
+
+def programs(config: Config, env: Env | HostEnv) -> Iterator[Any]:
     """Yields the run's programs, compiled, in the order in which it needs them."""
     (agent, timeline, carry), execution = abstract(config, env), jax.eval_shape(loop.on_device, config.execution)
     data, _ = abstract_data(config, env)
     key, episodes = jax.eval_shape(lambda: jax.random.key(0)), config.schedule.eval_episodes
-    if config.data is None:
+    if records(config) and not isinstance(env, HostEnv):
         arguments = record.arguments(env, config.behaviour, config.data_steps)
         yield record.recording.lower(*arguments, key).compile()
         policy = ro.scripted(record.behaviour_of(env, config.behaviour))
@@ -137,12 +148,14 @@ def programs(config: Config, env: Any) -> Iterator[Any]:
     yield loop.jitted_begin.lower(agent, env, config.schedule, key, execution).compile()
     done = 0
     for phase in timeline.phases:
+        dataset = data if reads_dataset(phase) else None
         done += phase.epochs
         carry = driver.abstract_carry(agent, env, config.schedule, timeline, done, execution)
-        if on_host(env) and phase.collects:
-            yield from (program.compile() for program in lowered(agent, env, phase, carry, data, key, execution))
+        if isinstance(env, HostEnv) and phase.collects:
+            given = (carry, dataset, key, config.schedule.envs, execution)
+            yield from (program.compile() for program in lowered(agent, env, phase, *given))
         else:
-            yield loop.jitted_epoch.lower(agent, env, phase, carry, data, execution).compile()
+            yield loop.jitted_epoch.lower(agent, env, phase, carry, dataset, execution).compile()
         if on_host(env):
             count = host.side_by_side(episodes, system.cores())
             obs = jax.tree.map(lambda x, n=count: jnp.zeros((n, *x.shape), x.dtype), env.spec.example())

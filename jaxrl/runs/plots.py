@@ -1,5 +1,6 @@
 """The pictures of a run, its learning curve and an episode of its agent, and of a dataset."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,42 +10,59 @@ from matplotlib.figure import Figure  # without pyplot, which would choose how a
 from PIL import Image
 
 from jaxrl.data.quality import Measures
+from jaxrl.types import Drawable
 
-PANELS = {  # phase: what it is plotted over, colour
-    "offline": ("updates", "gradient steps on the dataset", "tab:blue"),
-    "online": ("steps", "steps in the environment", "tab:orange"),
+CLOCKS = {  # what a phase is plotted over: its label, color
+    "updates": ("gradient steps", "tab:blue"),
+    "steps": ("steps in the environment", "tab:orange"),
 }
+
+
+def clocks(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns what each phase is plotted over, in the order of the phases: "steps" where it takes some, or "updates".
+
+    `rows` are a run's metrics, or those with an evaluation.
+    """
+    found, before = {}, 0
+    for phase in dict.fromkeys(row["phase"] for row in rows if row["phase"] != "behaviour"):
+        steps = [row["steps"] for row in rows if row["phase"] == phase]
+        found[phase] = "steps" if steps[-1] > (steps[0] if len(steps) > 1 else before) else "updates"
+        before = steps[-1]
+    return found
 
 
 def curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Writes success with its 95 % interval, a panel for each phase, and the behaviour's for comparison."""
     evaluated = [row for row in rows if row.get("eval/success") is not None]
-    shown = {name: [row for row in evaluated if row["phase"] == name] for name in ("behaviour", *PANELS)}
-    phases = [name for name in PANELS if shown[name]]
-    figure = Figure(figsize=(1 + 4 * len(phases), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
-    for name, axis in zip(phases, axes, strict=True):
-        if shown["behaviour"]:
-            axis.axhline(shown["behaviour"][0]["eval/success"], color="gray", linestyle="--", label="behaviour")
-        panel(axis, name, shown[name])
+    behaviour = [row for row in evaluated if row["phase"] == "behaviour"]
+    shown = {
+        phase: (clock, [row for row in evaluated if row["phase"] == phase]) for phase, clock in clocks(rows).items()
+    }
+    shown = {phase: (clock, own) for phase, (clock, own) in shown.items() if own}
+    figure = Figure(figsize=(1 + 4 * len(shown), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axis, (phase, (clock, own)) in zip(axes, shown.items(), strict=True):
+        if behaviour:
+            axis.axhline(behaviour[0]["eval/success"], color="gray", linestyle="--", label="behaviour")
+        panel(axis, phase, clock, own)
     axes[0].set_ylabel("success (95 % interval)")
     figure.savefig(path, dpi=120)
 
 
-def panel(axis: Axes, phase: str, rows: list[dict[str, Any]]) -> None:
-    """Draws one phase's success over its own clock."""
-    clock, label, colour = PANELS[phase]
+def panel(axis: Axes, phase: str, clock: str, rows: list[dict[str, Any]]) -> None:
+    """Draws one phase's success over its clock."""
+    label, color = CLOCKS[clock]
     x = [row[clock] for row in rows]
     low, high = ([row[f"eval/success_{end}"] for row in rows] for end in ("low", "high"))
-    axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    axis.plot(x, [row["eval/success"] for row in rows], "o-", markersize=3, color=colour, label=phase)
+    axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    axis.plot(x, [row["eval/success"] for row in rows], "o-", markersize=3, color=color, label=phase)
     axis.set(xlabel=label, ylim=(-0.03, 1.03))
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
     axis.legend(loc="best", frameon=False)
 
 
-def gif(env: Any, episode: np.ndarray, path: Path, size: int = 320, per_second: int = 25) -> None:
+def gif(env: Drawable, episode: np.ndarray, path: Path, size: int = 320, per_second: int = 25) -> None:
     """Writes an episode, observations [T, O], as an animation drawn by the environment."""
     animation([env.draw(obs, size) for obs in np.asarray(episode)], path, per_second)
 

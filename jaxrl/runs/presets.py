@@ -22,7 +22,21 @@ from jaxrl.agents import (
     FamO2O,
     ReBRAC,
 )
+from jaxrl.agents.parts import (
+    Adam,
+    AdamW,
+    Autoencoder,
+    Critic,
+    DeterministicPolicy,
+    FlowPolicy,
+    GaussianPolicy,
+    Net,
+    OneStepPolicy,
+    Value,
+)
+from jaxrl.agents.td3 import TD3
 from jaxrl.errors import UserError, unknown
+from jaxrl.networks import Norm
 from jaxrl.ops.closed_form import ClosedForm
 from jaxrl.ops.guidance import QGuidance
 from jaxrl.runs.config import Config
@@ -64,27 +78,86 @@ _MINUTES = Schedule(
 _OFFLINE = dataclasses.replace(_MINUTES, online_steps=0)
 
 
+_ONLINE = dataclasses.replace(_MINUTES, offline_updates=0, warmup_steps=6_400)
+
+
 _LONG = Schedule(online_steps=0)
 
 
+def _td3(norm: Norm = "none", *, normalize: bool = True) -> TD3:
+    """Returns TD3 with small networks, LayerNorm in the critics where `norm` says, and high learning rates."""
+    return TD3(
+        DeterministicPolicy(Net(_SMALL, "relu", "none", "torch")),
+        Critic(Net(_SMALL, "relu", norm, "torch"), agg="min"),
+        Adam(1e-3),
+        Adam(1e-3),
+        normalize=normalize,
+    )
+
+
 PRESETS: dict[str, dict[str, Config]] = {
-    "quick": {  # minutes on two CPU cores
-        "bc": Config(BC(hidden=_SMALL, lr=1e-3), schedule=_OFFLINE),
+    "quick": {name: Config(agent(), schedule=_MINUTES) for name, agent in AGENTS.items()}
+    | {  # minutes on two CPU cores
+        "bc": Config(BC(flow=FlowPolicy(Net(_SMALL), "fourier"), adam=Adam(1e-3)), schedule=_OFFLINE),
         "fmq": Config(
             FMQ(actor_hidden=_SMALL, critic_hidden=_SMALL, lr=1e-3, target_samples=4, warmup=500, curriculum=4_000),
             schedule=_MINUTES,
         ),
-        "iql": Config(IQL(**_NETS, lr=1e-3, chunk=5, backup=5), schedule=_OFFLINE),
-        "qgf": Config(QGF(**_NETS, actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3), schedule=_OFFLINE),
-        "fql": Config(FQL(**_NETS, lr=1e-3, chunk=5, backup=5, alpha=3.0), schedule=_MINUTES),
-        "qc": Config(QC(**_NETS, lr=1e-3, num_samples=8), schedule=_MINUTES),
+        "iql": Config(
+            IQL(
+                chunk=5,
+                backup=5,
+                actor=GaussianPolicy(Net(_SMALL)),
+                critic=Critic(Net(_SMALL, norm="after"), agg="min"),
+                value=Value(Net(_SMALL, norm="after")),
+                adam=Adam(1e-3),
+            ),
+            schedule=_OFFLINE,
+        ),
+        "qgf": Config(
+            QGF(
+                flow=FlowPolicy(Net(_SMALL, norm="before_but_last"), "sinusoidal", 16),
+                critic=Critic(Net(_SMALL, norm="before"), agg="min"),
+                value=Value(Net(_SMALL, norm="before")),
+                flow_adam=Adam(1e-3),
+                critic_adam=Adam(1e-3),
+                value_adam=Adam(1e-3),
+            ),
+            schedule=_OFFLINE,
+        ),
+        "fql": Config(
+            FQL(
+                chunk=5,
+                backup=5,
+                flow=FlowPolicy(Net(_SMALL)),
+                policy=OneStepPolicy(Net(_SMALL)),
+                critic=Critic(Net(_SMALL, norm="after")),
+                adam=Adam(1e-3),
+                alpha=3.0,
+            ),
+            schedule=_MINUTES,
+        ),
+        "qc": Config(
+            QC(
+                flow=FlowPolicy(Net(_SMALL)),
+                policy=OneStepPolicy(Net(_SMALL)),
+                critic=Critic(Net(_SMALL, norm="after")),
+                adam=AdamW(1e-3),
+                num_samples=8,
+            ),
+            schedule=_MINUTES,
+        ),
         "dqc": Config(
             DQC(**_NETS, lr=1e-3, backup=10, batch_size=256, discount=0.99), schedule=_OFFLINE, reward_shift=1.0
         ),
-        "td3bc": Config(TD3BC(**_NETS, **_FAST), schedule=_OFFLINE),
-        "rebrac": Config(ReBRAC(**_NETS, **_FAST), schedule=_OFFLINE),
-        "prdc": Config(PRDC(**_NETS, **_FAST), schedule=_OFFLINE),
-        "a2pr": Config(A2PR(**_NETS, **_FAST, vae_hidden=_SMALL, value_lr=1e-3), schedule=_OFFLINE),
+        "td3": Config(_td3(normalize=False), env="push?reward=dense", schedule=_ONLINE),
+        "td3bc": Config(TD3BC(_td3()), schedule=_OFFLINE),
+        "rebrac": Config(ReBRAC(_td3("after", normalize=False)), schedule=_OFFLINE),
+        "prdc": Config(PRDC(_td3()), schedule=_OFFLINE),
+        "a2pr": Config(
+            A2PR(_td3(), Value(Net(_SMALL, "relu", "none", "torch")), Autoencoder(_SMALL), value_adam=Adam(1e-3)),
+            schedule=_OFFLINE,
+        ),
         "cql": Config(CQL(**_NETS, actor_lr=3e-4, critic_lr=1e-3), schedule=_OFFLINE),
         "awac": Config(AWAC(**_NETS, **_FAST, temperature=3.0), schedule=_OFFLINE),
         "odice": Config(
@@ -93,22 +166,26 @@ PRESETS: dict[str, dict[str, Config]] = {
         "famo2o": Config(FamO2O(**_NETS, lr=1e-3), schedule=_MINUTES),
         "cfpi": Config(CFPI(actor_hidden=_SMALL, critic_hidden=_SMALL[:2], **_FAST, **_SINGLE), schedule=_OFFLINE),
     },
-    "paper": {  # the published sizes, for an accelerator
+    "paper": {name: Config(agent(), schedule=_LONG, data_steps=1_000_000) for name, agent in AGENTS.items()}
+    | {  # the published sizes, for an accelerator
         "bc": Config(BC(), schedule=_LONG, data_steps=1_000_000),
         "fmq": Config(FMQ(), data_steps=1_000_000),
         "iql": Config(IQL(), schedule=_LONG, data_steps=1_000_000),
         "qgf": Config(
-            QGF(actor_hidden=_WIDE, critic_hidden=_WIDE, batch_size=1024, discount=0.999),
+            QGF(
+                flow=FlowPolicy(Net(_WIDE, norm="before_but_last"), "sinusoidal", 16),
+                critic=Critic(Net(_WIDE, norm="before"), agg="min"),
+                value=Value(Net(_WIDE, norm="before")),
+                batch_size=1024,
+                discount=0.999,
+            ),
             schedule=dataclasses.replace(_LONG, offline_updates=500_000),
             data_steps=1_000_000,
         ),
         "fql": Config(FQL(), data_steps=1_000_000),
         "qc": Config(QC(), data_steps=1_000_000),
         "dqc": Config(DQC(), schedule=_LONG, data_steps=1_000_000, reward_shift=1.0),
-        "td3bc": Config(TD3BC(), schedule=_LONG, data_steps=1_000_000),
-        "rebrac": Config(ReBRAC(), schedule=_LONG, data_steps=1_000_000),
-        "prdc": Config(PRDC(), schedule=_LONG, data_steps=1_000_000),
-        "a2pr": Config(A2PR(), schedule=_LONG, data_steps=1_000_000),
+        "td3": Config(TD3(), schedule=Schedule(offline_updates=0, warmup_steps=25_000)),
         "cql": Config(CQL(), schedule=_LONG, data_steps=1_000_000),
         "awac": Config(AWAC(), schedule=_LONG, data_steps=1_000_000),
         "odice": Config(ODICE(), schedule=_LONG, data_steps=1_000_000),

@@ -11,21 +11,22 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxrl.errors import UserError
+from jaxrl.replay.ring import Ring
 from jaxrl.replay.streaming import Stream
 from jaxrl.rollout import host
 from jaxrl.runs import checkpoint, directory, driver, jsonlines
 from jaxrl.runs.config import to_dict
-from jaxrl.runs.datasets import load_data
+from jaxrl.runs.datasets import check_same_data, load_data, with_data
 from jaxrl.runs.evaluation import evaluate_behaviour, evaluation
 from jaxrl.runs.jsonlines import append, write_json
 from jaxrl.runs.signals import StopRequested, StopRequests
 from jaxrl.sweeps.population import RUNNING, Layout, Population, keys_of, programs, stacked
 from jaxrl.sweeps.processes import Watch
 from jaxrl.sweeps.space import Member
-from jaxrl.types import Fitting, PyTree
+from jaxrl.training.schedule import reads_dataset
+from jaxrl.types import Env, Fitting, HostEnv
 
-Make = Callable[[str], Any]  # an environment from its name
+Make = Callable[[str], Env | HostEnv]  # an environment from its name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Cohort:
     members: tuple[Member, ...]
     layout: Layout
     room: int  # members that its program has place for: as many as those of other cohorts of its shape
-    dataset_digest: str
+    dataset_digest: str | None  # None where nothing is learned from a dataset
     path: Path  # of the sweep
 
     @property
@@ -64,9 +65,9 @@ class CohortRunner:
         self.cohort, self.seconds = cohort, seconds
         config = cohort.members[0].config
         env = make(config.env)
+        config = with_data(config, env)
         dataset = load_data(config, env)
-        if dataset.digest != cohort.dataset_digest:
-            raise UserError(f"dataset {dataset.path} has changed since {cohort.path} began")
+        check_same_data(cohort.path, dataset, cohort.dataset_digest)
         self.run = driver.prepare(config, env, dataset)
         self.programs = programs(env, cohort.layout, tuple(devices))
         if not isinstance(self.run.data, Stream):
@@ -138,9 +139,9 @@ class CohortRunner:
         """Returns the members before their first epoch."""
         keys = self.programs.place(keys_of(m.config.seed for m in self.members), self.room)
         given: dict[str, Any] = {"schedule": self.run.config.schedule, "execution": self.run.execution}
-        population = self.programs.begin(self.agents, keys=keys, **given)
-        if isinstance(self.run.agent, Fitting):
-            population = self.programs.fit(self.agents, population=population, dataset=self.data(0))
+        population, data = self.programs.begin(self.agents, keys=keys, **given), self.data(0)
+        if data is not None and isinstance(self.run.agent, Fitting):
+            population = self.programs.fit(self.agents, population=population, dataset=data)
         return self.programs.pad(population, len(self.members))
 
     def abstract(self, done: int) -> Any:
@@ -185,8 +186,8 @@ class CohortRunner:
 
     # An epoch
 
-    def data(self, index: int) -> PyTree:
-        """Returns the data of an epoch, on every device."""
+    def data(self, index: int) -> Ring | None:
+        """Returns the dataset as an epoch sees it, on every device."""
         return self.programs.share(self.run.data.at(index)) if isinstance(self.run.data, Stream) else self.run.data
 
     def epoch(self, population: Population, index: int) -> Population:
@@ -194,13 +195,9 @@ class CohortRunner:
         phase, before = self.run.timeline.at(index)
         if before == 0:
             population = self.programs.enter(self.agents, phase=phase, population=population)
-        population, metrics = self.programs.epoch(
-            self.agents,
-            phase=phase,
-            population=population,
-            dataset=self.data(index),
-            execution=self.run.execution,
-        )
+        data = self.data(index) if reads_dataset(phase) else None
+        given: dict[str, Any] = {"phase": phase, "dataset": data, "execution": self.run.execution}
+        population, metrics = self.programs.epoch(self.agents, population=population, **given)
         schedule = self.run.config.schedule
         due = self.run.timeline.evaluates(index, schedule.eval_every)
         judged = self.judge(population, schedule.eval_seed) if due else [{}] * len(self.members)
@@ -251,8 +248,8 @@ class CohortRunner:
         for member in self.cohort.members:
             home = self.cohort.home(member)
             directory.rewind(home, done)
-            if self.run.config.data is None and not jsonlines.rows(home / "metrics.jsonl"):
-                row = row or evaluate_behaviour(self.run.config, self.run.env)
+            if self.run.recorded is not None and not jsonlines.rows(home / "metrics.jsonl"):
+                row = row or evaluate_behaviour(self.run.config, self.run.recorded)
                 append(home / "metrics.jsonl", row)
 
     # The end

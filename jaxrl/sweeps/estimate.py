@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from jaxrl.runs import driver
 from jaxrl.runs import memory as plan
+from jaxrl.runs.config import timeline_of
 from jaxrl.runs.datasets import with_data
 from jaxrl.sweeps import space as members
 from jaxrl.sweeps import sweep
@@ -16,10 +16,10 @@ from jaxrl.sweeps.packing import zeros
 from jaxrl.sweeps.population import Population, Programs, keys_of, programs, stacked
 from jaxrl.sweeps.space import Member, Settings, Space
 from jaxrl.training import loop
-from jaxrl.training.schedule import phases
-from jaxrl.types import Phase, on_host
+from jaxrl.training.schedule import reads_dataset
+from jaxrl.types import Agent, Env, HostEnv, Phase, on_host
 
-ITERATIONS = {"offline": 20, "warmup": 1, "online": 1}  # of an epoch that are timed
+ITERATIONS = 20  # of an epoch that are timed, where it does not collect; else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def group_forecast(group: list[Member], settings: Settings, make: Make) -> Forec
     config = group[0].config
     env = make(config.env)
     config = with_data(config, env)
-    sweep.check_env(config.env, env, config.schedule)
+    sweep.check_env(config, env)
     parts, layout = sweep.arranged(group, env, settings)
     largest = max(parts, key=len)
     lifted = programs(env, layout, tuple(settings.local()))
@@ -94,21 +94,23 @@ def group_forecast(group: list[Member], settings: Settings, make: Make) -> Forec
     )
 
 
-def measured(some: list[Member], lifted: Programs, env: Any) -> tuple[int, float]:
+def measured(some: list[Member], lifted: Programs, env: Env | HostEnv) -> tuple[int, float]:
     """Returns the bytes that the largest program of some members needs besides what they hold, and a run's seconds."""
     config = some[0].config
     agents = lifted.place(stacked([member.config.agent for member in some]))
-    data = lifted.share(zeros(plan.abstract_data(config, env)[0]))
+    dataset, _ = plan.abstract_data(config, env)
+    data = None if dataset is None else lifted.share(zeros(dataset))
     execution: dict[str, Any] = {"execution": loop.on_device(config.execution)}
     keys = lifted.place(keys_of(m.config.seed for m in some))
     population = lifted.begin(agents, schedule=config.schedule, keys=keys, **execution)
-    timeline = driver.Timeline(phases(config.schedule, config.execution.length(config.agent.chunk)))
+    timeline = timeline_of(config)
     evaluations = sum(timeline.evaluates(e, config.schedule.eval_every) for e in range(timeline.epochs))
     working, seconds = 0, 0.0
     for phase in timeline.phases:
         population = lifted.enter(agents, phase=phase, population=population)
-        short = dataclasses.replace(phase, iterations=min(ITERATIONS[phase.name], phase.iterations))
-        population, needs, each = timed(lifted, agents, population, short, {"dataset": data, **execution})
+        short = dataclasses.replace(phase, iterations=min(1 if phase.collects else ITERATIONS, phase.iterations))
+        given = {"dataset": data if reads_dataset(phase) else None, **execution}
+        population, needs, each = timed(lifted, agents, population, short, given)
         working, seconds = max(working, needs), seconds + each / short.iterations * phase.iterations * phase.epochs
     if not on_host(env):
         key = lifted.share(jax.random.key(0))
@@ -125,7 +127,7 @@ def measured(some: list[Member], lifted: Programs, env: Any) -> tuple[int, float
 
 
 def timed(
-    lifted: Programs, agents: Any, population: Population, phase: Phase, given: dict[str, Any]
+    lifted: Programs, agents: Agent, population: Population, phase: Phase, given: dict[str, Any]
 ) -> tuple[Population, int, float]:
     """Returns the members after two short epochs, the bytes that one needs, and the seconds of the second."""
     program = lifted.epoch.lower(agents, phase=phase, population=population, **given).compile()

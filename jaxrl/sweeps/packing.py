@@ -3,17 +3,16 @@
 import dataclasses
 import functools
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl.replay.ring import Ring
 from jaxrl.runs.config import Config
-from jaxrl.runs.memory import abstract_data, available, held
+from jaxrl.runs.memory import abstract, abstract_data, available, held
 from jaxrl.sweeps.population import Layout, Lift
-from jaxrl.training import loop
-from jaxrl.types import PyTree
+from jaxrl.training import compiling, loop
+from jaxrl.types import Agent, Env, HostEnv, PyTree
 
 MEASURED = 8  # members whose updates are timed
 
@@ -21,7 +20,7 @@ MEASURED = 8  # members whose updates are timed
 UPDATES = 10  # of each
 
 
-def members_that_fit(config: Config, env: Any, devices: int = 1) -> int:
+def members_that_fit(config: Config, env: Env | HostEnv, devices: int = 1) -> int:
     """Returns how many members of a configuration's shape can be one program, at least 1.
 
     Counted twice are what each of them holds, for what the program needs besides, and the dataset on each device.
@@ -34,33 +33,38 @@ def members_that_fit(config: Config, env: Any, devices: int = 1) -> int:
     return max(room if on_cpu else room * devices, 1)
 
 
-def seconds_per_layout(agents: Any, keys: jax.Array, config: Config, env: Any) -> dict[Layout, float]:
+def seconds_per_layout(agents: Agent, keys: jax.Array, config: Config, env: Env | HostEnv) -> dict[Layout, float]:
     """Returns the seconds that an update of one member takes in each layout, measured on meaningless numbers.
 
-    Agents that search trees on the host are not measured: their members queue for them.
+    The data are a dataset of zeros, or a replay where there is none. Agents that search trees on the host, where
+    members wait for each other, and those that learn from neither are not measured.
     """
-    abstract_ring, _ = abstract_data(config, env)
-    if abstract_ring.forest is not None:
+    data, _ = abstract_data(config, env)
+    if data is None:
+        data = replay_of(config, env)
+    if data is None or data.forest is not None:
         return {"map": 0.0}
-    ring = zeros(abstract_ring)
+    ring = zeros(data)
 
-    def updates(agent: Any, state: PyTree, key: jax.Array) -> PyTree:
-        def update(state: PyTree, key: jax.Array) -> tuple[PyTree, None]:
-            key_batch, key_step = jax.random.split(key)
-            return agent.update(state, agent.sample((ring,), key_batch), key_step)[0], None
-
-        return jax.lax.scan(update, state, jax.random.split(key, UPDATES))[0]
+    def updates(agent: Agent, state: PyTree, key: jax.Array) -> PyTree:
+        return loop.updates(agent, state, (ring,), key, UPDATES)[0]
 
     seconds: dict[Layout, float] = {}
     shapes = jax.eval_shape(jax.vmap(lambda agent, key: agent.init(key, env.spec)), agents, keys)
     states = jax.tree.map(lambda x: jnp.full(x.shape, 1e-2).astype(x.dtype), shapes)
     for layout in ("vmap", "map"):
-        program = jax.jit(functools.partial(Lift(layout), updates), compiler_options=loop.COMPILING)
+        program = jax.jit(functools.partial(Lift(layout), updates), compiler_options=compiling.options())
         jax.block_until_ready(program(agents, states, keys))
         start = time.perf_counter()
         jax.block_until_ready(program(agents, states, keys))
         seconds[layout] = (time.perf_counter() - start) / (UPDATES * len(keys))
     return seconds
+
+
+def replay_of(config: Config, env: Env | HostEnv) -> Ring | None:
+    """Returns the shapes of a run's replay; None where no phase learns from one."""
+    *_, carry = abstract(config, env)
+    return None if carry.world is None else carry.world.replay
 
 
 def zeros(ring: Ring) -> Ring:

@@ -8,7 +8,7 @@ it, what is written about each member, and how a stopped sweep goes on.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxrl.replay.ring import Ring
 from jaxrl.rollout import device as ro
 from jaxrl.rollout.executors import OPEN_LOOP, Execution
-from jaxrl.training import loop
+from jaxrl.training import compiling, loop
 from jaxrl.training.loop import Carry
 from jaxrl.training.schedule import Schedule
-from jaxrl.types import Env, Metrics, Phase, PyTree, pytree
+from jaxrl.types import Agent, Env, Fitting, HostEnv, Metrics, Phase, PyTree, pytree
 
+T = TypeVar("T")
 AXIS = "members"
 RUNNING = 0
 Layout = Literal["vmap", "map"]
@@ -62,21 +63,26 @@ class Population:
 
 
 def begin(
-    agents: Any, env: Env, schedule: Schedule, keys: jax.Array, lift: Lift, execution: Execution = OPEN_LOOP
+    agents: Agent,
+    env: Env | HostEnv,
+    schedule: Schedule,
+    keys: jax.Array,
+    lift: Lift,
+    execution: Execution = OPEN_LOOP,
 ) -> Population:
     """Returns the members before their first epoch."""
     carry = lift(lambda agent, key: loop.begin(agent, env, schedule, key, execution), agents, keys)
     return Population(carry, jnp.zeros(len(keys), jnp.int32))
 
 
-def fit(agents: Any, population: Population, dataset: Ring, lift: Lift) -> Population:
+def fit(agents: Fitting, population: Population, dataset: Ring, lift: Lift) -> Population:
     """Returns the members with what their states hold of the data, see `loop.fit`."""
     return dataclasses.replace(
         population, carry=lift(lambda agent, c: loop.fit(agent, c, dataset), agents, population.carry)
     )
 
 
-def enter(agents: Any, phase: Phase, population: Population, lift: Lift) -> Population:
+def enter(agents: Agent, phase: Phase, population: Population, lift: Lift) -> Population:
     """Returns the members at the start of a phase."""
     return dataclasses.replace(
         population, carry=lift(lambda agent, c: loop.enter(agent, phase, c), agents, population.carry)
@@ -84,7 +90,7 @@ def enter(agents: Any, phase: Phase, population: Population, lift: Lift) -> Popu
 
 
 def epoch(
-    agents: Any,
+    agents: Agent,
     env: Env,
     phase: Phase,
     population: Population,
@@ -99,17 +105,17 @@ def epoch(
     """
 
     @jax.jit  # so that it is traced once, not again for the shapes of its metrics
-    def go(agent: Any, carry: Carry) -> tuple[Carry, Metrics, jax.Array]:
+    def go(agent: Agent, carry: Carry) -> tuple[Carry, Metrics, jax.Array]:
         after, metrics = loop.epoch(agent, env, phase, carry, dataset, execution)
         finite = all_finite(after.agent)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after.agent, carry.agent)
         return dataclasses.replace(after, agent=kept), metrics, finite
 
-    def stay(agent: Any, carry: Carry) -> tuple[Carry, Metrics, jax.Array]:
+    def stay(agent: Agent, carry: Carry) -> tuple[Carry, Metrics, jax.Array]:
         metrics = jax.eval_shape(lambda: go(agent, carry)[1])
         return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics), jnp.array(True)
 
-    def one(agent: Any, carry: Carry, stopped: jax.Array) -> tuple[Carry, Metrics, jax.Array]:
+    def one(agent: Agent, carry: Carry, stopped: jax.Array) -> tuple[Carry, Metrics, jax.Array]:
         if lift.layout == "map":  # under vmap both branches would be computed
             carry, metrics, finite = jax.lax.cond(stopped == RUNNING, go, stay, agent, carry)
         else:
@@ -127,7 +133,7 @@ def all_finite(tree: PyTree) -> jax.Array:
 
 
 def evaluate(
-    agents: Any,
+    agents: Agent,
     env: Env,
     episodes: int,
     states: PyTree,
@@ -137,7 +143,7 @@ def evaluate(
 ) -> ro.Episodes:
     """Returns every member's evaluation episodes, leaves [M, episodes], the same ones for each; no track of them."""
 
-    def one(agent: Any, state: PyTree) -> ro.Episodes:
+    def one(agent: Agent, state: PyTree) -> ro.Episodes:
         found = loop.evaluate(agent, env, episodes, state, key, execution)
         return dataclasses.replace(found, track=jnp.zeros(()))
 
@@ -147,7 +153,7 @@ def evaluate(
 class Programs:
     """These functions compiled for a set of devices: members across them, what members share on each."""
 
-    def __init__(self, env: Env, layout: Layout, devices: list[jax.Device] | None = None) -> None:
+    def __init__(self, env: Env | HostEnv, layout: Layout, devices: list[jax.Device] | None = None) -> None:
         """Compiles nothing yet; by default for the first device of this process."""
         self.layout, self.devices = layout, devices or jax.local_devices()[:1]
         mesh = Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
@@ -161,7 +167,7 @@ class Programs:
             functools.partial(epoch, env=env, **lifted),
             static_argnames=("phase",),
             donate_argnames=("population",),
-            compiler_options=loop.COMPILING,
+            compiler_options=compiling.options(),
             **here,
         )
         self.evaluate = jax.jit(functools.partial(evaluate, env=env, **lifted), static_argnames=("episodes",), **here)
@@ -195,13 +201,17 @@ class Programs:
         return jax.device_put(tree, self.whole)
 
 
-@functools.lru_cache(maxsize=4)
-def programs(env: Env, layout: Layout, devices: tuple[jax.Device, ...]) -> Programs:
+def programs(env: Env | HostEnv, layout: Layout, devices: tuple[jax.Device, ...]) -> Programs:
     """Returns the compiled functions of an environment; the same ones when they are asked for again."""
+    return _programs(env, layout, devices)  # ty: ignore[invalid-argument-type]  (environments are static arguments)
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(env: Env | HostEnv, layout: Layout, devices: tuple[jax.Device, ...]) -> Programs:
     return Programs(env, layout, list(devices))
 
 
-def stacked(agents: list[Any]) -> Any:
+def stacked(agents: list[T]) -> T:
     """Returns agents of one shape as one, whose Scalars are arrays [M] in float32."""
     return jax.tree.map(lambda *x: jnp.asarray(np.array(x, np.float32)), *agents)
 

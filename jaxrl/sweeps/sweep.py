@@ -24,8 +24,8 @@ import numpy as np
 from jaxrl import report
 from jaxrl.errors import UserError
 from jaxrl.runs import directory, jsonlines, memory
-from jaxrl.runs.config import from_dict, to_dict
-from jaxrl.runs.datasets import load_data
+from jaxrl.runs.config import Config, from_dict, timeline_of, to_dict
+from jaxrl.runs.datasets import digest_of, load_data
 from jaxrl.runs.jsonlines import read_json, write_json
 from jaxrl.runs.signals import StopRequested, StopRequests
 from jaxrl.sweeps import space as members
@@ -34,8 +34,7 @@ from jaxrl.sweeps.packing import MEASURED, members_that_fit, seconds_per_layout
 from jaxrl.sweeps.population import Layout, keys_of, stacked
 from jaxrl.sweeps.processes import Machine, Watch, difference, flat
 from jaxrl.sweeps.space import Draw, Member, Settings, Space
-from jaxrl.training.schedule import Schedule
-from jaxrl.types import on_host
+from jaxrl.types import Env, HostEnv, on_host
 
 BEGUN = {"processes", *(name + end for name in ("manifest.json", "sweep.json") for end in ("", ".partial"))}
 """What a folder may hold in which a sweep was begun, and stopped before it was one."""
@@ -128,28 +127,29 @@ def create(path: Path, space: Space, settings: Settings, make: Make, processes: 
     rows = []
     for group in members.groups(space.members()):
         config, env = group[0].config, make(group[0].config.env)
-        check_env(config.env, env, config.schedule)
+        check_env(config, env)
         memory.check(config, env)
-        digest = load_data(config, env).digest
+        digest = digest_of(load_data(config, env))
         parts, layout = arranged(group, env, settings, processes)
         about = {"layout": layout, "room": max(map(len, parts)), "dataset_digest": digest}
         rows += [{"members": [m.index for m in part]} | about for part in parts]
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path / "manifest.json", directory.manifest(" ".join(sorted({r["dataset_digest"] for r in rows}))))
+    digests = sorted({row["dataset_digest"] for row in rows} - {None})
+    write_json(path / "manifest.json", directory.manifest(" ".join(digests) or None))
     write_json(path / "sweep.json", {"asked": asked_for(space, settings), "cohorts": rows})
 
 
-def check_env(name: str, env: Any, schedule: Schedule) -> None:
+def check_env(config: Config, env: Env | HostEnv) -> None:
     """Raises UserError where a sweep cannot collect in an environment."""
-    if on_host(env) and schedule.online_steps:
+    if on_host(env) and any(phase.collects for phase in timeline_of(config).phases):
         raise UserError(
-            f"environment {name!r}: its simulators step on the CPU, where a sweep trains offline only: "
+            f"environment {config.env!r}: its simulators step on the CPU, where a sweep trains offline only: "
             "--schedule.online-steps 0"
         )
 
 
 def arranged(
-    group: list[Member], env: Any, settings: Settings, processes: int = 1
+    group: list[Member], env: Env | HostEnv, settings: Settings, processes: int = 1
 ) -> tuple[list[list[Member]], Layout]:
     """Returns a group's cohorts and their layout. Raises UserError where more is asked for than fits in memory."""
     fit = members_that_fit(group[0].config, env, len(settings.local()))
@@ -160,7 +160,7 @@ def arranged(
     return members.cohorts(group, most, processes), layout
 
 
-def fastest(group: list[Member], env: Any, settings: Settings) -> Layout:
+def fastest(group: list[Member], env: Env | HostEnv, settings: Settings) -> Layout:
     """Returns the layout in which updates of some of the group's members take less time here, having measured both.
 
     That is not worth its time for the few members of a small group.

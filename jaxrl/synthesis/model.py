@@ -7,7 +7,7 @@ slow gradually, so that after a short training it does not remember how they beg
 """
 
 import dataclasses
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,12 @@ from jaxrl.networks import TemporalUNet, apply
 from jaxrl.ops import diffusion, losses
 from jaxrl.ops.diffusion import LogDensity, Sampler, Scale
 from jaxrl.synthesis.segments import Segments
-from jaxrl.types import Metrics, PyTree, Scalar, pytree
+from jaxrl.types import Agent, Density, Metrics, PyTree, Scalar, pytree
 
 EPOCH = 500  # updates in one program, after which a request to stop is heard
 JUDGED = 256  # held-out sub-trajectories on which the error is estimated after each epoch
 
-GuidingPolicy: TypeAlias = tuple[Any, PyTree]
+GuidingPolicy: TypeAlias = tuple[Agent, PyTree]
 """An agent and its state."""
 
 
@@ -146,13 +146,13 @@ def trajectories(
     return scale.read(diffusion.sample(generator.denoiser(params), sampler, key, shape, guide))
 
 
-def log_density_of(agent: Any, state: PyTree) -> LogDensity:
+def log_density_of(agent: Agent, state: PyTree) -> LogDensity:
     """Returns log pi(a | s) [N] of observations [N, O] and actions [N, A].
 
-    It is the agent's own `log_density(state, obs, action)` where there is one, else that of a Gaussian of standard
-    deviation 1 around the first action of its chunk in evaluation, as the paper has it for deterministic actors.
+    It is the agent's own if it is a `types.Density`, else that of a Gaussian of standard deviation 1 around the first
+    action of its chunk in evaluation, as the paper has it for deterministic actors.
     """
-    if hasattr(agent, "log_density"):
+    if isinstance(agent, Density):
         return lambda obs, action: agent.log_density(state, obs, action)
 
     def near_greedy(obs: jax.Array, action: jax.Array) -> jax.Array:

@@ -16,7 +16,9 @@ from jaxrl.rollout.executors import OPEN_LOOP, Execution
 from jaxrl.rollout.host import Simulators
 from jaxrl.rollout.workers import WorkerDied
 from jaxrl.training import loop
+from jaxrl.training.compiling import Jitted
 from jaxrl.training.loop import Carry
+from jaxrl.training.schedule import reads_dataset
 from jaxrl.types import Agent, HostEnv, Metrics, Observation, Phase, PyTree
 
 
@@ -52,7 +54,7 @@ def act(
 
 def resume(carry: Carry) -> Carry:
     """Returns the carry for environments that start anew: an episode that was under way ends as by a time limit."""
-    if carry.world is None:
+    if carry.world is None or carry.world.replay is None:
         return carry
     ring = carry.world.replay
     lanes, rows = ring.valid.shape
@@ -76,12 +78,10 @@ jitted_act = jax.jit(act)
 jitted_resume = jax.jit(resume, donate_argnames=("carry",))
 
 
-jitted_learn = jax.jit(
-    loop.learn, static_argnames=("phase",), donate_argnames=("carry",), compiler_options=loop.COMPILING
-)
+jitted_learn = Jitted(loop.learn, static_argnames=("phase",), donate_argnames=("carry",))
 
 
-jitted_learn_from = jax.jit(loop.learn_from, static_argnames=("phase",), donate_argnames=("carry",))
+jitted_learn_from = Jitted(loop.learn_from, static_argnames=("phase",), donate_argnames=("carry",))
 
 
 jitted_close = jax.jit(loop.close, donate_argnames=("carry",))
@@ -93,9 +93,10 @@ def epoch(
     phase: Phase,
     carry: Carry,
     dataset: Ring | None,
+    envs: int,
     execution: Execution = OPEN_LOOP,
 ) -> tuple[Carry, Metrics]:
-    """Returns the carry after one epoch that collects, and its metrics, as `loop.epoch` does.
+    """Returns the carry after one epoch that collects in `envs` environments, and its metrics, as `loop.epoch` does.
 
     Raises Interrupted, with the carry as it was then, where a worker dies.
     """
@@ -106,9 +107,9 @@ def epoch(
     try:
         if simulators.flight is None:
             carry = jitted_resume(carry)
-            simulators.flight = host.reset_all(simulators, random, lanes_of(carry))
+            simulators.flight = host.reset_all(simulators, random, envs)
         carry = dataclasses.replace(carry, key=key)
-        if dataset is not None:
+        if dataset is not None and reads_dataset(phase):
             (dataset,) = loop.derived(agent, (dataset,))
         pairs = (jax.random.split(key, phase.iterations) for key in (key_iterations, key_starts))
         for keys in zip(*pairs, strict=True):
@@ -119,9 +120,19 @@ def epoch(
         simulators.flight = None
         raise Interrupted(carry) from error
     carry, word = jitted_close(carry)
-    means: Metrics = {name: np.mean([values[name] for values in jax.device_get(history)]) for name in history[0]}
     totals = {name: jnp.asarray(value) for name, value in total(sums).items()}
-    return carry, {**means, **loop.episode_metrics(totals), "digest": word}
+    found: Metrics = {**means(jax.device_get(history)), **loop.episode_metrics(totals), "digest": word}
+    return carry, found
+
+
+def means(history: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Returns the mean of each metric over the iterations that measured it; NaN where none did."""
+    result = {}
+    for name in history[0]:
+        values = np.stack([metrics[name] for metrics in history])
+        measured = values[~np.isnan(values)]
+        result[name] = np.mean(measured) if len(measured) else values[0]
+    return result
 
 
 def iteration(
@@ -178,23 +189,18 @@ def total(sums: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {name: np.sum([values[name] for values in sums]) for name in sums[0]}
 
 
-def lanes_of(carry: Carry) -> int:
-    """Returns how many environments a run collects in: the lanes of its replay."""
-    assert carry.world is not None
-    return len(carry.world.replay.head)
-
-
 def lowered(
-    agent: Any,
+    agent: Agent,
     env: HostEnv,
     phase: Phase,
     carry: Carry,
-    dataset: Ring,
+    dataset: Ring | None,
     key: jax.Array,
+    envs: int,
     execution: Execution = OPEN_LOOP,
 ) -> Iterator[Any]:
     """Yields the programs of an epoch that collects, ready to be compiled, from the shapes of its arguments."""
-    count, length = lanes_of(carry), execution.length(agent.chunk)
+    count, length = envs, execution.length(agent.chunk)
     obs = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), env.spec.example())
     memory = jitted_start.eval_shape(agent, execution, carry.agent, obs, key)
     began = jnp.zeros(count, bool)
@@ -209,5 +215,6 @@ def lowered(
         stacked = jax.tree.map(lambda x: jnp.zeros((agent.unroll, *x.shape), x.dtype), steps)
         yield jitted_learn_from.lower(agent, phase, carry, ro.unrolled(stacked, memory, {}), key)
         return
-    (dataset,) = jax.eval_shape(lambda agent, *data: loop.derived(agent, data), agent, dataset)
+    if dataset is not None and reads_dataset(phase):
+        (dataset,) = jax.eval_shape(lambda agent, *data: loop.derived(agent, data), agent, dataset)
     yield jitted_learn.lower(agent, phase, carry, dataset, steps, key)

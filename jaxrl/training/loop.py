@@ -7,31 +7,43 @@ donated, so that progress, checkpoints and signals happen between compiled calls
 
 import dataclasses
 import functools
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl.errors import UserError
 from jaxrl.replay import ring as rings
 from jaxrl.replay.ring import Ring
 from jaxrl.rollout import device as ro
 from jaxrl.rollout.executors import OPEN_LOOP, Execution
 from jaxrl.sharding import shared, spread
-from jaxrl.training.schedule import Schedule, Timeline, phases
-from jaxrl.types import Agent, Deriving, Env, Fitting, Metrics, OnPolicy, Phase, PyTree, Staged, on_host, pytree
+from jaxrl.training.compiling import Jitted
+from jaxrl.training.schedule import Schedule, Timeline, capacity, phases, reads_dataset, reads_replay
+from jaxrl.types import (
+    Agent,
+    Deriving,
+    Env,
+    Fitting,
+    HostEnv,
+    Learner,
+    Metrics,
+    OnPolicy,
+    Phase,
+    PyTree,
+    Staged,
+    pytree,
+)
 
-COMPILING = {"xla_cpu_copy_insertion_use_region_analysis": True, "xla_cpu_prefer_vector_width": 512}
-"""Options of `jax.jit` for programs that make many updates; they concern CPUs alone. By default XLA copies every weight
-once per update, as it does not see that the optimizer comes after the last product that reads it, and computes on half
-of the widest registers. Together 3 to 11 % of an epoch's time, on an AMD EPYC."""
+T = TypeVar("T")
 
 
 @pytree
 class World:
-    """What going online adds: the environments in flight, and what was seen in them."""
+    """What collecting adds: the environments in flight, and what was seen in them."""
 
     rollout: ro.Rollout | None  # None where the simulators live in worker processes
-    replay: Ring
+    replay: Ring | None  # None where no phase learns from it
 
 
 @pytree
@@ -40,21 +52,26 @@ class Carry:
 
     agent: PyTree
     key: jax.Array
-    world: World | None  # None in a run without online phase
+    world: World | None  # None in a run that does not collect
     updates: jax.Array  # [] int32
     steps: jax.Array  # [] int32, environment steps
     epoch: jax.Array  # [] int32
 
 
-def begin(agent: Agent, env: Env, schedule: Schedule, key: jax.Array, execution: Execution = OPEN_LOOP) -> Carry:
-    """Returns the carry before the first epoch."""
+def begin(
+    agent: Agent, env: Env | HostEnv, schedule: Schedule, key: jax.Array, execution: Execution = OPEN_LOOP
+) -> Carry:
+    """Returns the carry before the first epoch, with room for what the run's phases need and no more."""
     key, key_agent, key_envs = jax.random.split(key, 3)
     state, world = agent.init(key_agent, env.spec), None
-    if schedule.online_steps:
-        rows = min(schedule.replay, 2 * schedule.online_steps) // schedule.envs + agent.chunk + 2
-        replay = rings.empty(schedule.envs, rows, env.spec.observation, env.spec.action)
-        policy = execution(ro.policy_of(agent, state))
-        flight = None if on_host(env) else ro.start(env, policy, key_envs, schedule.envs)
+    plan = phases(schedule, agent, length=execution.length(agent.chunk))
+    if any(phase.collects for phase in plan):
+        policy, flight, replay = execution(ro.policy_of(agent, state)), None, None
+        if kept := capacity(schedule, plan, execution.length(agent.chunk)):
+            rows = kept // schedule.envs + agent.chunk + 2
+            replay = rings.empty(schedule.envs, rows, env.spec, ro.extras_of(policy, env.spec))
+        if not isinstance(env, HostEnv):
+            flight = ro.start(env, policy, key_envs, schedule.envs)
         world = World(flight, replay)
     zero = jnp.zeros((), jnp.int32)
     return placed(Carry(state, key, world, zero, zero, zero))
@@ -65,8 +82,8 @@ def placed(carry: Carry) -> Carry:
     return dataclasses.replace(shared(dataclasses.replace(carry, world=None)), world=spread(carry.world))
 
 
-def fit(agent: Agent, carry: Carry, dataset: Ring) -> Carry:
-    """Returns the carry of an agent that is `types.Fitting`, whose state now knows the data."""
+def fit(agent: Fitting, carry: Carry, dataset: Ring) -> Carry:
+    """Returns the carry with an agent's state that knows the data."""
     return dataclasses.replace(carry, agent=agent.fit(carry.agent, (dataset,)))
 
 
@@ -132,19 +149,13 @@ def learn(
     agent: Agent, phase: Phase, carry: Carry, dataset: Ring | None, steps: rings.Steps | None, key: jax.Array
 ) -> tuple[Carry, Metrics]:
     """Returns the carry with what was collected stored and an iteration's updates made, and their mean metrics."""
-    world, data = carry.world, () if dataset is None else (dataset,)
-    if world is not None and steps is not None:
+    world = carry.world
+    if world is not None and world.replay is not None and steps is not None:
         scale, shift = phase.reward
-        steps = dataclasses.replace(steps, rewards=scale * steps.rewards + shift)
-        world = World(world.rollout, rings.add(world.replay, steps))
-        data = (*data, world.replay)
-    data = derived(agent, data)
-
-    def update(state: PyTree, key: jax.Array) -> tuple[PyTree, Metrics]:
-        key_batch, key_step = jax.random.split(key)
-        return agent.update(state, spread(agent.sample(data, key_batch)), key_step, data)
-
-    state, metrics = jax.lax.scan(update, carry.agent, jax.random.split(key, phase.updates))
+        rewarded = dataclasses.replace(steps, rewards=scale * steps.rewards + shift)
+        world = World(world.rollout, rings.add(world.replay, rewarded))
+    data = chosen(phase, dataset, None if world is None else world.replay)
+    state, metrics = updates(agent, carry.agent, derived(agent, data), key, phase.updates)
     carry = dataclasses.replace(
         carry,
         agent=state,
@@ -152,11 +163,39 @@ def learn(
         updates=carry.updates + phase.updates,
         steps=carry.steps + (0 if steps is None else steps.taken.sum()),
     )
-    return carry, jax.tree.map(mean, metrics) if phase.updates else {}
+    return carry, metrics
+
+
+def chosen(phase: Phase, dataset: Ring | None, replay: Ring | None) -> rings.Rings:
+    """Returns what a phase learns from. Raises UserError where that does not exist."""
+    found: rings.Rings = ()
+    for name, wanted, ring in (("dataset", reads_dataset(phase), dataset), ("replay", reads_replay(phase), replay)):
+        if wanted and ring is None:
+            raise UserError(f"phase {phase.name!r} learns from the {name}, and there is none")
+        if wanted and ring is not None:
+            found += (ring,)
+    return found
+
+
+def updates(learner: Learner, state: PyTree, data: Any, key: jax.Array, count: int) -> tuple[PyTree, Metrics]:
+    """Returns a learner's state after `count` updates, each on a batch of its own, and the means of their metrics.
+
+    This is the one training loop: agents, models of dynamics and models of data all learn in it. A metric is NaN in
+    updates that do not measure it, and does not count there.
+    """
+
+    def update(state: PyTree, key: jax.Array) -> tuple[PyTree, Metrics]:
+        key_batch, key_step = jax.random.split(key)
+        return learner.update(state, spread(learner.sample(data, key_batch)), key_step, data)
+
+    if not count:
+        return state, {}
+    state, metrics = jax.lax.scan(update, state, jax.random.split(key, count))
+    return state, jax.tree.map(mean, metrics)
 
 
 def mean(values: jax.Array) -> jax.Array:
-    """Returns the mean over the first axis of what was measured: not every update measures all that an agent does."""
+    """Returns the mean over the first axis of what was measured: NaN stands for what was not."""
     return jnp.nanmean(values, axis=0)
 
 
@@ -173,7 +212,7 @@ def epoch(
     carry = dataclasses.replace(carry, key=key)
     flight = carry.world.rollout if carry.world is not None and phase.collects else None
     bank = None if flight is None else ro.resets(env, key_bank, len(flight.returns))
-    if dataset is not None:
+    if dataset is not None and reads_dataset(phase):
         (dataset,) = derived(agent, (dataset,))
 
     def body(carry: Carry, key: jax.Array) -> tuple[Carry, tuple[Metrics, Metrics]]:
@@ -217,7 +256,8 @@ def run(
     carry, history = begin(agent, env, schedule, key, execution), []
     if dataset is not None and isinstance(agent, Fitting):
         carry = fit(agent, carry, dataset)
-    for phase in phases(schedule, execution.length(agent.chunk)):
+    length = execution.length(agent.chunk)
+    for phase in phases(schedule, agent, dataset=dataset is not None, length=length):
         step = functools.partial(epoch, agent, env, phase, execution=execution)
         carry = enter(agent, phase, carry)
         carry, metrics = jax.lax.scan(
@@ -254,21 +294,24 @@ def _scramble(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def on_device(agent: Agent) -> Any:
-    """Returns the agent with its Scalars as float32 arrays, so that changing one is not another program."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), agent)
+def on_device(settings: T) -> T:
+    """Returns settings with their Scalars as float32 arrays, so that changing one is not another program.
+
+    These may be an agent's, or those of any other pytree: a model of data, a sampler.
+    """
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), settings)
 
 
 jitted_begin = jax.jit(begin, static_argnames=("env", "schedule"))
 jitted_fit = jax.jit(fit)
 jitted_enter = jax.jit(enter, static_argnames=("phase",))
-jitted_epoch = jax.jit(epoch, static_argnames=("env", "phase"), donate_argnames=("carry",), compiler_options=COMPILING)
+jitted_epoch = Jitted(epoch, static_argnames=("env", "phase"), donate_argnames=("carry",))
 jitted_evaluate = jax.jit(evaluate, static_argnames=("env", "episodes"))
 
 
 def abstract_carry(
     agent: Agent,
-    env: Env,
+    env: Env | HostEnv,
     schedule: Schedule,
     timeline: Timeline,
     epochs_done: int,
@@ -277,5 +320,6 @@ def abstract_carry(
     """Returns the shapes of the carry after some epochs, without computing anything."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     carry = jitted_begin.eval_shape(agent, env, schedule, key, execution)
-    phase, _ = timeline.at(max(epochs_done - 1, 0))
-    return jitted_enter.eval_shape(agent, phase, carry)
+    for phase in timeline.begun(epochs_done):
+        carry = jitted_enter.eval_shape(agent, phase, carry)
+    return carry

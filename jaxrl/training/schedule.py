@@ -1,10 +1,14 @@
-"""How long a run is: a schedule, and the phases that follow from it."""
+"""How long a run is: a schedule, and the phases that follow from it, of which agents may have their own."""
 
 import dataclasses
 import math
+from typing import Literal, get_args
 
 from jaxrl.errors import UserError
-from jaxrl.types import Phase
+from jaxrl.types import Agent, OnPolicy, Phase, Scheduling, requirements
+
+OnlineData = Literal["auto", "both", "replay"]
+FROM_ZERO = ("offline_updates", "online_steps", "utd", "warmup_steps", "eval_seed")  # numbers that may be 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +19,9 @@ class Schedule:
     """Gradient steps on the dataset alone."""
     online_steps: int = 1_000_000
     """Environment steps after that, in all environments together."""
+    online_data: OnlineData = "auto"
+    """What online updates learn from: the dataset and the replay, or the replay alone; auto: both in a run that has a
+    dataset, which a run without offline updates has only where a file is named."""
     utd: float = 1.0
     """Gradient steps per online environment step."""
     warmup_steps: int = 5_000
@@ -36,42 +43,124 @@ class Schedule:
 
     def check(self) -> None:
         """Raises UserError where a value is out of range."""
+        if self.online_data not in get_args(OnlineData):
+            raise UserError(f"schedule.online_data = {self.online_data!r}: must be one of {get_args(OnlineData)}")
         for field in dataclasses.fields(self):
-            low = 0 if field.name in ("offline_updates", "online_steps", "utd", "warmup_steps", "eval_seed") else 1
+            if field.name == "online_data":
+                continue
+            low = 0 if field.name in FROM_ZERO else 1
             if not low <= getattr(self, field.name) < math.inf:
                 raise UserError(
                     f"schedule.{field.name} = {getattr(self, field.name)}: must be at least {low}, and finite"
                 )
-        if self.offline_updates == 0 and self.online_steps == 0:
-            raise UserError("schedule.offline_updates = 0 and schedule.online_steps = 0: there is nothing to do")
+
+    def offline(self, name: str = "offline") -> tuple[Phase, ...]:
+        """Returns the phase of the updates on the dataset alone; nothing where there are none."""
+        if not self.offline_updates:
+            return ()
+        per_epoch = min(self.updates_per_epoch, self.offline_updates)
+        return (Phase(name, -(-self.offline_updates // per_epoch), per_epoch, False, 1, data="dataset"),)
+
+    def online(self, length: int, reward: tuple[float, float] = (1.0, 0.0)) -> tuple[Phase, ...]:
+        """Returns the phases that collect: a warm-up without updates, and then as many updates as `utd` says.
+
+        Sizes are rounded up to whole iterations, of one decision of `length` actions in every environment. `reward` is
+        (scale, shift) of rewards on their way into the replay.
+        """
+        if not self.online_steps:
+            return ()
+        per_iteration = self.envs * length
+        filling = -(-self.warmup_steps // per_iteration)
+        warmup = Phase("warmup", 1, filling, True, 0, reward, data="none", evaluated=False)
+        iterations = max(min(self.steps_per_epoch, self.online_steps) // per_iteration, 1)
+        updates = max(round(self.utd * per_iteration), 1) if self.utd else 0
+        epochs = -(-self.online_steps // (per_iteration * iterations))
+        alone = self.online_data == "replay" or (self.online_data == "auto" and not self.offline_updates)
+        online = Phase("online", epochs, iterations, True, updates, reward, data="replay" if alone else "both")
+        return (warmup, online) if self.warmup_steps else (online,)
+
+    def on_policy(self, length: int, unroll: int, reward: tuple[float, float] = (1.0, 0.0)) -> tuple[Phase, ...]:
+        """Returns the phase of an agent that learns from what it has just done; nothing where there are no steps.
+
+        An iteration is `unroll` decisions of `length` actions in every environment, and learning from them once.
+        """
+        if not self.online_steps:
+            return ()
+        per_iteration = self.envs * length * unroll
+        iterations = max(min(self.steps_per_epoch, self.online_steps) // per_iteration, 1)
+        epochs = -(-self.online_steps // (per_iteration * iterations))
+        return (Phase("online", epochs, iterations, True, 1, reward, data="none"),)
 
 
-def phases(schedule: Schedule, chunk: int, reward: tuple[float, float] = (1.0, 0.0)) -> tuple[Phase, ...]:
-    """Returns the phases of a schedule, each with at least one epoch; sizes are rounded up to whole iterations."""
-    result = []
-    if schedule.offline_updates:
-        per_epoch = min(schedule.updates_per_epoch, schedule.offline_updates)
-        result.append(Phase("offline", -(-schedule.offline_updates // per_epoch), per_epoch, False, 1, data="dataset"))
-    if schedule.online_steps:
-        per_iteration = schedule.envs * chunk
-        if schedule.warmup_steps:
-            result.append(
-                Phase(
-                    "warmup",
-                    1,
-                    -(-schedule.warmup_steps // per_iteration),
-                    True,
-                    0,
-                    reward,
-                    data="none",
-                    evaluated=False,
-                )
-            )
-        iterations = max(min(schedule.steps_per_epoch, schedule.online_steps) // per_iteration, 1)
-        updates = max(round(schedule.utd * per_iteration), 1) if schedule.utd else 0
-        epochs = -(-schedule.online_steps // (per_iteration * iterations))
-        result.append(Phase("online", epochs, iterations, True, updates, reward))
-    return tuple(result)
+def phases(
+    schedule: Schedule,
+    agent: Agent,
+    reward: tuple[float, float] = (1.0, 0.0),
+    dataset: bool = False,
+    length: int | None = None,
+) -> tuple[Phase, ...]:
+    """Returns the phases of a run, in order: those that its agent names (`types.Scheduling`), or offline, then online.
+
+    They depend on no Scalar of the agent. `dataset` says that there is one, though no update learns from it alone;
+    `length` is how many actions are executed per decision, by default whole chunks. Raises UserError where nothing is
+    to be done, or what a phase learns from does not exist.
+    """
+    length = length or agent.chunk
+    if dataset and schedule.online_data == "auto":
+        schedule = dataclasses.replace(schedule, online_data="both")
+    if isinstance(agent, Scheduling):
+        found = agent.phases(schedule, length, reward)
+    elif isinstance(agent, OnPolicy):
+        found = (*schedule.offline(), *schedule.on_policy(length, agent.unroll, reward))
+    else:
+        found = (*schedule.offline(), *schedule.online(length, reward))
+    if not found:
+        raise UserError(
+            f"schedule.offline_updates = {schedule.offline_updates} and schedule.online_steps = "
+            f"{schedule.online_steps}: there is nothing to do"
+        )
+    check(found, agent)
+    return found
+
+
+def check(found: tuple[Phase, ...], agent: Agent) -> None:
+    """Raises UserError for phases that no run can have, such as those that an agent of one's own names."""
+    collected = False
+    for phase in found:
+        collected |= phase.collects
+        wrong = None
+        if phase.name == "behaviour":
+            wrong = "this name stands for the behaviour that the data come from"
+        elif min(phase.epochs, phase.iterations) < 1 or phase.updates < 0:
+            wrong = "needs at least one epoch of one iteration, and no negative number of updates"
+        elif reads_replay(phase) and phase.updates and not collected:
+            wrong = "learns from the replay, and nothing was collected before"
+        elif phase.data == "none" and phase.updates and not (phase.collects and isinstance(agent, OnPolicy)):
+            wrong = "makes updates, and has no data to learn from"
+        elif requirements(agent).dataset and phase.updates and not reads_dataset(phase):
+            wrong = f"{type(agent).__name__} looks up the dataset in every update: set --schedule.online-data both"
+        if wrong is not None:
+            raise UserError(f"phase {phase.name!r}: {wrong}")
+    if not found[-1].evaluated:
+        raise UserError(f"phase {found[-1].name!r}: the last phase must be evaluated")
+
+
+def reads_dataset(phase: Phase) -> bool:
+    """Whether a phase learns from the dataset."""
+    return phase.data in ("dataset", "both")
+
+
+def reads_replay(phase: Phase) -> bool:
+    """Whether a phase learns from the replay."""
+    return phase.data in ("replay", "both")
+
+
+def capacity(schedule: Schedule, found: tuple[Phase, ...], length: int) -> int:
+    """Returns how many transitions the replay of a run keeps; 0 where no phase learns from one."""
+    if not any(reads_replay(phase) for phase in found):
+        return 0
+    iterations = sum(phase.epochs * phase.iterations for phase in found if phase.collects)
+    return min(schedule.replay, 2 * schedule.online_steps or iterations * schedule.envs * length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +181,11 @@ class Timeline:
                 return phase, epoch
             epoch -= phase.epochs
         raise IndexError(epoch)
+
+    def begun(self, epochs: int) -> tuple[Phase, ...]:
+        """Returns the phases that have begun after so many epochs: those in which at least one of them lies."""
+        before = [sum(phase.epochs for phase in self.phases[:i]) for i in range(len(self.phases))]
+        return tuple(phase for phase, first in zip(self.phases, before, strict=True) if first < epochs)
 
     def closes_phase(self, epoch: int) -> bool:
         """Whether an epoch is the last of its phase."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from envs.point import BUMPS, Bandit
+from jaxrl import ranges
 from jaxrl.agents import AGENTS
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
@@ -19,11 +20,22 @@ from jaxrl.replay import ring as rings
 from jaxrl.replay.hindsight import Goals
 from jaxrl.replay.loading import from_dataset
 from jaxrl.training.loop import on_device
-from jaxrl.types import Agent, Spec
-from tests.known import KEY, WIDE, quick_to_compile, random_batch, same
+from jaxrl.types import Agent, Phase, Spec, Staged
+from tests.known import KEY, WIDE, quick_to_compile, random_batch, same, some_data, values_of, with_fields
 
 TASKS = Spec(observation=5, action=2, goal=2)
-SMALL = {"chunk": 3, "backup": 3, "batch_size": 16, "num_samples": 4, "target_samples": 4, "warmup": 0, "curriculum": 4}
+SMALL = {
+    "hidden": (32, 32),
+    "chunk": 3,
+    "backup": 3,
+    "batch_size": 16,
+    "num_samples": 4,
+    "target_samples": 4,
+    "warmup": 0,
+    "curriculum": 4,
+}
+OFFLINE = Phase("offline", epochs=1, iterations=1, collects=False, updates=1, data="dataset")
+ONLINE = Phase("online", epochs=1, iterations=1, collects=True, updates=1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,14 +45,22 @@ def _quick():
 
 
 def small(name: str, **fields):
-    """Returns an agent with tiny networks (every tuple of widths), few samples and short schedules."""
-    names = {field.name for field in dataclasses.fields(AGENTS[name])}
-    widths = {field.name: (32, 32) for field in dataclasses.fields(AGENTS[name]) if field.type == tuple[int, ...]}
-    return on_device(AGENTS[name](**widths, **{key: value for key, value in (SMALL | fields).items() if key in names}))
+    """Returns an agent with tiny networks, few samples and short schedules, and with these fields, its parts' too."""
+    return on_device(with_fields(AGENTS[name](), **(SMALL | fields)))
+
+
+def entered(agent, state, phase: Phase):
+    """Returns the state at the start of a phase."""
+    return agent.enter(state, phase) if isinstance(agent, Staged) else state
+
+
+def period(agent) -> int:
+    """Returns how many updates there are per update of the actor."""
+    return max(values_of(agent, "delay"), default=1)
 
 
 PHASES = [
-    (name, phase) for name in AGENTS for phase in ("offline", "online")[: 1 + hasattr(AGENTS[name], "start_online")]
+    (name, phase) for name, cls in AGENTS.items() for phase in ("offline", "online")[: 1 + isinstance(cls(), Staged)]
 ]
 every_agent = pytest.mark.parametrize("name", AGENTS)
 every_phase = pytest.mark.parametrize(("name", "phase"), PHASES)
@@ -48,12 +68,22 @@ every_phase = pytest.mark.parametrize(("name", "phase"), PHASES)
 
 @functools.cache
 def compiled(name: str) -> types.SimpleNamespace:
-    """Returns the agent's methods, jitted with the agent as an argument, once for all tests."""
-    cls = AGENTS[name]
+    """Returns the agent's methods, jitted with the agent as an argument, once for all tests.
+
+    `traced` has one entry for each time that its update was traced.
+    """
+    cls, traced = AGENTS[name], []
+
+    def update(agent, state, batch, key, data):
+        traced.append(name)
+        return cls.update(agent, state, batch, key, data)
+
+    program = jax.jit(update)
     return types.SimpleNamespace(
         init=jax.jit(cls.init, static_argnums=2),
-        update=jax.jit(cls.update),
+        update=lambda agent, state, batch, key: program(agent, state, batch, key, (some_data(state.spec),)),
         act=jax.jit(cls.act, static_argnames="greedy"),
+        traced=traced,
     )
 
 
@@ -61,10 +91,10 @@ def compiled(name: str) -> types.SimpleNamespace:
 def started(name: str, phase: str):
     """Returns an agent and its state after a few updates, in the phase."""
     agent, methods = small(name), compiled(name)
-    state = methods.init(agent, KEY, WIDE)
+    state = entered(agent, methods.init(agent, KEY, WIDE), OFFLINE)
     for i in range(2):
         state, _ = methods.update(agent, state, random_batch(i), jax.random.key(i))
-    return agent, agent.start_online(state) if phase == "online" else state
+    return agent, entered(agent, state, ONLINE) if phase == "online" else state
 
 
 def close(a, b, **tolerance) -> None:
@@ -79,7 +109,7 @@ def close(a, b, **tolerance) -> None:
 def test_it_is_an_agent_of_frozen_fields_whose_defaults_pass_its_own_check(name):
     agent = AGENTS[name]()
     assert isinstance(agent, Agent)
-    agent.check()
+    ranges.check(agent)
     with pytest.raises(dataclasses.FrozenInstanceError):
         agent.chunk = 2
 
@@ -87,10 +117,11 @@ def test_it_is_an_agent_of_frozen_fields_whose_defaults_pass_its_own_check(name)
 @every_agent
 @pytest.mark.parametrize("field", ["chunk", "batch_size"])
 def test_it_refuses_a_size_of_zero_by_name(name, field):
-    if field not in {field.name for field in dataclasses.fields(AGENTS[name])}:
+    agent = AGENTS[name]()
+    if not values_of(agent, field):
         pytest.skip("decides on single actions only")
-    with pytest.raises(UserError, match=f"{AGENTS[name].__name__}.{field} = 0: must be at least 1"):
-        dataclasses.replace(AGENTS[name](), **{field: 0}).check()
+    with pytest.raises(UserError, match=rf"^{type(agent).__name__}(\.\w+)*\.{field} = 0: must be at least 1$"):
+        ranges.check(with_fields(agent, **{field: 0}))
 
 
 @every_agent
@@ -137,7 +168,7 @@ def test_an_update_is_deterministic_and_leaves_its_input_alone(name, phase):
 @every_phase
 def test_a_state_keeps_its_structure_so_that_it_can_be_scanned(name, phase):
     agent, state = started(name, phase)
-    after, _ = jax.eval_shape(AGENTS[name].update, agent, state, random_batch(0), KEY)
+    after, _ = jax.eval_shape(compiled(name).update, agent, state, random_batch(0), KEY)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
         assert (x.shape, x.dtype, getattr(x, "weak_type", False)) == (y.shape, y.dtype, getattr(y, "weak_type", False))
@@ -146,7 +177,7 @@ def test_a_state_keeps_its_structure_so_that_it_can_be_scanned(name, phase):
 @every_phase
 def test_metrics_are_finite_numbers_with_a_group(name, phase):
     (agent, state), rows = started(name, phase), []
-    for _ in range(getattr(agent, "delay", 1)):  # what only some updates do is NaN in the others
+    for _ in range(period(agent)):  # what only some updates do is NaN in the others
         state, metrics = compiled(name).update(agent, state, random_batch(3), KEY)
         rows.append(metrics)
     assert metrics and all("/" in key for key in metrics)
@@ -158,13 +189,13 @@ def test_metrics_are_finite_numbers_with_a_group(name, phase):
 @every_phase
 def test_many_values_of_its_scalars_are_one_program(name, phase):
     agent, state = started(name, phase)
-    update = compiled(name).update
+    update, traced = compiled(name).update, compiled(name).traced
     outcomes = [update(agent, state, random_batch(4), KEY)[0]]
-    programs = update._cache_size()
+    before = len(traced)
     for factor in (0.9, 0.5):
         other = jax.tree.map(lambda x, factor=factor: x * factor, agent)
         outcomes.append(update(other, state, random_batch(4), KEY)[0])
-    assert update._cache_size() == programs
+    assert len(traced) == before
     assert not same(outcomes[0], outcomes[1]) and not same(outcomes[1], outcomes[2])
 
 
@@ -174,7 +205,7 @@ def test_a_member_of_a_sweep_learns_what_it_would_alone(name, phase):
     members = [jax.tree.map(lambda x, factor=factor: x * factor, agent) for factor in (1.0, 0.5)]
     stack = lambda *leaves: jnp.stack(leaves)  # noqa: E731
     keys = jax.random.split(KEY, 2)
-    together = jax.jit(jax.vmap(AGENTS[name].update, in_axes=(0, None, None, 0)))
+    together = jax.jit(jax.vmap(compiled(name).update, in_axes=(0, None, None, 0)))
     states, metrics = together(jax.tree.map(stack, *members), state, random_batch(5), keys)
     for i, member in enumerate(members):
         alone = compiled(name).update(member, state, random_batch(5), keys[i])
@@ -188,7 +219,8 @@ def test_four_updates_are_two_and_then_two(name, phase):
 
     @jax.jit
     def train(agent, state, keys, batches):
-        return jax.lax.scan(lambda state, x: agent.update(state, x[1], x[0]), state, (keys, batches))[0]
+        data = (some_data(WIDE),)
+        return jax.lax.scan(lambda state, x: agent.update(state, x[1], x[0], data), state, (keys, batches))[0]
 
     two = train(agent, state, keys[:2], jax.tree.map(lambda x: x[:2], batches))
     stored = jax.device_put(jax.tree.map(np.asarray, two))  # all that goes on is in the state
@@ -202,9 +234,8 @@ def test_windows_without_any_valid_step_teach_nothing(name, phase):
     fresh = dataclasses.replace(state, opt=jax.tree.map(jnp.zeros_like, state.opt))  # no momentum
     batch = random_batch(6)
     void = {"valid": jnp.zeros_like(batch.valid), "terminated": jnp.zeros_like(batch.terminated)}
-    if hasattr(agent, "weight_decay"):  # which needs no data
-        agent = dataclasses.replace(agent, weight_decay=agent.weight_decay * 0)
-    for _ in range(getattr(agent, "delay", 1)):
+    agent = on_device(with_fields(agent, weight_decay=0.0))  # which needs no data
+    for _ in range(period(agent)):
         fresh, _ = compiled(name).update(agent, fresh, dataclasses.replace(batch, **void), KEY)
     assert same(fresh.params, state.params)
 
@@ -214,15 +245,15 @@ def test_termination_cuts_the_bootstrap_and_truncation_does_not(name, phase):
     (agent, state), update = started(name, phase), compiled(name).update
     batch = random_batch(7, probabilities=True)
     metrics = update(agent, state, batch, KEY)[1]
-    learner = next((name for name in ("chunk_critic/loss", "critic/loss", "value/loss") if name in metrics), None)
-    if learner is None:
+    loss_name = next((name for name in ("chunk_critic/loss", "critic/loss", "value/loss") if name in metrics), None)
+    if loss_name is None:
         pytest.skip("has no critic")
 
     def loss(terminated: bool, next_obs) -> float:
         windows = dataclasses.replace(
             batch, valid=jnp.ones_like(batch.valid), terminated=jnp.full(16, terminated), next_obs=next_obs
         )
-        return float(update(agent, state, windows, KEY)[1][learner])
+        return float(update(agent, state, windows, KEY)[1][loss_name])
 
     elsewhere = batch.next_obs + 3
     assert loss(True, batch.next_obs) == loss(True, elsewhere)
@@ -232,13 +263,14 @@ def test_termination_cuts_the_bootstrap_and_truncation_does_not(name, phase):
 @every_phase
 def test_a_slow_target_is_moved_by_tau_alone(name, phase):
     agent, state = started(name, phase)
-    if not hasattr(agent, "tau"):
+    if not values_of(agent, "tau"):
         pytest.skip("has no target")
+    frozen, copied = (on_device(with_fields(agent, tau=tau)) for tau in (0.0, 1.0))
     state = dataclasses.replace(state, target=jax.tree.map(lambda x: x + 1, state.target))
     still = whole = state
-    for _ in range(getattr(agent, "delay", 1)):
-        still, _ = compiled(name).update(dataclasses.replace(agent, tau=agent.tau * 0), still, random_batch(8), KEY)
-        whole, _ = compiled(name).update(dataclasses.replace(agent, tau=agent.tau * 0 + 1), whole, random_batch(8), KEY)
+    for _ in range(period(agent)):
+        still, _ = compiled(name).update(frozen, still, random_batch(8), KEY)
+        whole, _ = compiled(name).update(copied, whole, random_batch(8), KEY)
     assert same(still.target, state.target) and not same(whole.target, state.target)
 
 
@@ -261,8 +293,8 @@ def test_actions_are_chunks_in_the_box_and_the_key_alone_is_chance(name, phase, 
 
 
 def having(*fields: str):
-    """Returns the mark that runs a test for every agent that has these fields."""
-    names = [name for name, cls in AGENTS.items() if {f.name for f in dataclasses.fields(cls)} >= set(fields)]
+    """Returns the mark that runs a test for every agent that has these fields, itself or in a part."""
+    names = [name for name, cls in AGENTS.items() if all(values_of(cls(), field) for field in fields)]
     assert names
     return pytest.mark.parametrize("name", names)
 
@@ -271,8 +303,8 @@ def having(*fields: str):
 def test_a_backup_shorter_than_the_chunk_is_refused_by_name(name):
     cls = AGENTS[name]
     with pytest.raises(UserError, match=f"{cls.__name__}.backup = 3: must be at least 4"):
-        cls(chunk=4, backup=3).check()
-    cls(chunk=4, backup=4).check()
+        ranges.check(cls(chunk=4, backup=3))
+    ranges.check(cls(chunk=4, backup=4))
 
 
 @having("chunk", "backup")
@@ -315,8 +347,8 @@ def pursuing(name: str):
     agent, batch = small(name), random_batch(0, spec=TASKS, probabilities=True)
 
     methods = compiled(name)
-    first = state = methods.init(agent, KEY, TASKS)
-    for _ in range(getattr(agent, "delay", 1)):
+    first = state = entered(agent, methods.init(agent, KEY, TASKS), OFFLINE)
+    for _ in range(period(agent)):
         state, metrics = methods.update(agent, state, batch, KEY)
     return agent, first, state, metrics, functools.partial(methods.act, agent)
 
@@ -337,24 +369,19 @@ def test_an_agent_learns_and_acts_in_a_task_with_goals(name):
     assert not np.array_equal(action, act(after, with_goals(-2.0), KEY))
 
 
-BEHAVIOURS = {  # actions before the critic has had a say, from observations and noise
-    "qgf": lambda agent, state, obs, noise: dataclasses.replace(
-        agent, num_samples=1, guide=dataclasses.replace(agent.guide, weight=0.0)
-    ).choose(state, obs, noise[:, None]),
-    "fql": lambda agent, state, obs, noise: agent.flow_actions(state, obs, noise),
-    "qc": lambda agent, state, obs, noise: agent.proposals(state, obs, noise),
-    "dqc": lambda agent, state, obs, noise: agent.proposals(state, obs, noise),
-}
-
-
-@pytest.mark.parametrize("name", BEHAVIOURS)
+@pytest.mark.parametrize("name", ["qgf", "fql", "qc", "dqc"])
 def test_a_behaviour_does_not_see_the_goal(name):
-    agent, _, state, _, _ = pursuing(name)
+    agent, before, after, _, _ = pursuing(name)
     noise = jax.random.normal(KEY, (20, 6))
-    play = jax.jit(lambda obs: BEHAVIOURS[name](agent, state, obs, noise))
+    play = jax.jit(lambda obs: agent.flow.sample(after.params["flow"], TASKS.behaviour(obs), noise))
     one = play(with_goals(2.0))
     np.testing.assert_array_equal(one, play(with_goals(-2.0)))
     assert np.abs(one - play(with_goals(2.0) + 1)).max() > 1e-3  # but it sees the rest
+    batch = random_batch(0, spec=TASKS, probabilities=True)
+    elsewhere = dataclasses.replace(batch, obs=batch.obs.at[:, 3:].add(1.0))
+    learned, _ = compiled(name).update(agent, before, elsewhere, KEY)
+    assert same(learned.params["flow"], after.params["flow"])
+    assert not same(learned.params, after.params)
 
 
 @having("goals")
@@ -364,7 +391,7 @@ def test_goals_are_drawn_by_the_agents_own_law(name):
     nothing = np.zeros(40, bool)
     ring = from_dataset(data, nothing, nothing, goals=10 * rows)
     for law, reached in ((Goals(current=1.0, future=0.0), True), (Goals(current=0.0, future=0.0), False)):
-        agent = dataclasses.replace(small(name), goals=on_device(law))
+        agent = on_device(with_fields(small(name), goals=law))
         batch = jax.jit(agent.sample)((ring,), KEY)
         assert batch.obs.shape == (16, 2) and batch.actions.shape == (16, agent.chunk, 1)
         assert (batch.obs[:, 1] == 10 * batch.obs[:, 0]).all() == reached
@@ -387,27 +414,26 @@ def bandit_data() -> rings.Ring:
 def bandit_player(name: str) -> dict[str, np.ndarray]:
     """Returns 1000 actions of the agent before and after learning from the data, in each of its phases."""
     fields = {"chunk": 1, "backup": 1, "batch_size": 128, "num_samples": 16, "target_samples": 1, "curriculum": 500}
-    rates = dict.fromkeys(("lr", "actor_lr", "critic_lr", "value_lr"), 3e-3)
     near = ClosedForm(delta=0.01, delta_high=0.01)  # a bump is narrow
     judgement = {"eta": 0.1, "temperature": 0.1, "max_weight": 1e6, "trade": 0.5, "operator": near}  # of small rewards
-    agent, data = small(name, **fields, **rates, **judgement), bandit_data()
+    agent, data = small(name, **fields, lr=3e-3, **judgement), bandit_data()
 
     @functools.partial(jax.jit, static_argnums=2)
     def train(agent, state, updates):
         def step(state, key):
             key_batch, key_step = jax.random.split(key)
-            return agent.update(state, agent.sample((data,), key_batch), key_step)[0], None
+            return agent.update(state, agent.sample((data,), key_batch), key_step, (data,))[0], None
 
         return jax.lax.scan(step, state, jax.random.split(KEY, updates))[0]
 
     play = lambda state: np.asarray(act(agent, state, jnp.ones((1000, 1)), KEY)).ravel()  # noqa: E731
     init, act = compiled(name).init, compiled(name).act
-    state = init(agent, KEY, Bandit().spec)
+    state = entered(agent, init(agent, KEY, Bandit().spec), OFFLINE)
     actions = {"untrained": play(state)}
     state = train(agent, state, 1000)
     actions["offline"] = play(state)
-    if hasattr(agent, "start_online"):
-        actions["online"] = play(train(agent, agent.start_online(state), 500))
+    if isinstance(agent, Staged):
+        actions["online"] = play(train(agent, agent.enter(state, ONLINE), 500))
     return actions
 
 

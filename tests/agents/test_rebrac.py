@@ -142,7 +142,7 @@ def test_there_is_no_next_action_where_a_ring_writes_next():
         ended=jnp.zeros(1, bool),
     )
     add = jax.jit(rings.add)
-    ring = add(add(rings.empty(1, 6, 1, 1), steps), steps)  # six steps, of which five rows are left
+    ring = add(add(rings.empty(1, 6, Spec(1, 1)), steps), steps)  # six steps, of which five rows are left
     batch = window_at(ring, jnp.zeros(5, int), jnp.arange(5), 1)
     np.testing.assert_array_equal(batch.followed, [1, 1, 1, 1, 0])
     np.testing.assert_allclose(batch.actions[:, 0, 0], [0.1, 0.2, 0.0, 0.1, 0.2], atol=1e-7)

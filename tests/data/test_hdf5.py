@@ -223,7 +223,14 @@ def test_a_converted_file_is_the_same_data(tmp_path):
         (d4rl(actions=np.zeros((6, 1))), "'actions' has 6 rows, there are 7 observations"),
         (d4rl(terminals=np.full(7, 0.5)), "column 'masks' must hold 0 and 1 only: row 0 is 0.5"),
         (d4rl(actions=np.full((7, 1), 1.5)), r"column 'actions' must lie in \[-1, 1\]: row 0, entry 0 is 1.5"),
-        (d4rl(observations=np.zeros((7, 4, 4, 3), np.uint8)), r"column 'observations' must be \[rows, entries\]"),
+        (
+            d4rl(observations=np.zeros((7, 4, 4, 3))),
+            r"'observations' must be \[rows, entries\], or images of dtype uint8",
+        ),
+        (
+            d4rl(actions=np.zeros((7, 1), np.int64)),
+            "column 'actions' has the dtype int64: discrete actions are not supp",
+        ),
         (
             minari(**{"episode_1/rewards": None}),
             "episode_1: missing array 'rewards': found actions, infos, observations",
@@ -239,8 +246,8 @@ def test_a_converted_file_is_the_same_data(tmp_path):
         (minari(steps=(0,)), "the columns hold no rows"),
         ({"data/demo_0/actions": np.zeros((2, 2)), "data/demo_0/states": np.zeros(2)}, "data/demo_0: missing 'obs'"),
         (
-            robomimic() | {"data/demo_0/obs/view_image": np.zeros((2, 8, 8, 3), np.uint8)},
-            r"data/demo_0/obs/view_image has the shape \(2, 8, 8, 3\), only vectors are read: choose others with",
+            robomimic() | {"data/demo_0/obs/view_image": np.zeros((2, 8, 8, 3))},
+            r"view_image has the shape \(2, 8, 8, 3\) and the dtype float64, only vectors and uint8 images are read: ",
         ),
         (
             robomimic() | {"data/demo_1/obs/extra": np.zeros((2, 1))},

@@ -37,7 +37,7 @@ def _towards_goals(columns: dict, inputs: dict, expected: dict, horizon: int, di
     """Yields the cases of DQC: windows towards given goals, and every row where one may start."""
     data = from_columns(columns)
     nothing = np.zeros(len(data.terminals), bool)
-    laid = from_dataset(data, nothing, nothing, goals=data.extra["oracle_reps"])
+    laid = from_dataset(data, nothing, nothing, goals=data.extra.get("oracle_reps", data.observations))
     assert laid.hindsight is not None
     start, goal = jnp.asarray(inputs["idxs"]), jnp.asarray(inputs["goal_idxs"])
     law = hindsight.DEFAULT

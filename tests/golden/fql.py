@@ -6,7 +6,8 @@ from typing import Any
 import jax
 
 from jaxrl.agents import FQL
-from jaxrl.ops import flow, losses
+from jaxrl.agents.parts import Adam, Critic, FlowPolicy, OneStepPolicy
+from jaxrl.ops import flow
 from tests.golden.recorded import Recorded
 
 NETS = {"flow": "actor_bc_flow", "policy": "actor_onestep_flow", "critic": "critic"}
@@ -16,20 +17,14 @@ def replay(r: Recorded) -> dict[str, Any]:
     """Returns all that the file expects."""
     h = r.hparams
     agent = FQL(
-        actor_hidden=r.hidden("actor_bc_flow"),
-        critic_hidden=r.hidden("critic"),
-        activation=r.activation("critic"),
-        actor_norm=r.norm("actor_bc_flow"),
-        critic_norm=r.norm("critic"),
-        critics=r.critics("critic"),
-        agg=h["q_agg"],
-        lr=h["lr"],
+        flow=FlowPolicy(r.net("actor_bc_flow"), steps=h["flow_steps"], **r.time("actor_bc_flow")),
+        policy=OneStepPolicy(r.net("actor_onestep_flow")),
+        critic=Critic(r.net("critic"), r.critics("critic"), h["q_agg"]),
+        adam=Adam(h["lr"]),
         discount=h["discount"],
         tau=h["tau"],
-        flow_steps=h["flow_steps"],
         alpha=h["alpha"],
         normalize_q=h["normalize_q_loss"],
-        **r.time("actor_bc_flow"),
     )
     state = r.state(agent, r.spec(), NETS, "critic", "target_critic")
     batch, draws = r.one_step(), r.named("draws/step0/")
@@ -48,7 +43,7 @@ def replay(r: Recorded) -> dict[str, Any]:
     got |= {f"expected/step0/values/{name}": value for name, value in values.items()}
     obs, noise = r["sample/observations"], r["draws/sample/noise"]
     got["expected/sample/actions"] = jax.jit(agent.choose)(state, obs, noise)
-    got["expected/sample/flow_actions"] = jax.jit(agent.flow_actions)(state, obs, noise)
+    got["expected/sample/flow_actions"] = jax.jit(agent.flow.sample)(state.params["flow"], obs, noise)
     return got
 
 
@@ -56,16 +51,16 @@ def intermediate(agent: FQL, state, batch, draws) -> dict[str, Any]:
     """Returns the intermediate quantities of the first update."""
     action, next_action = batch.actions[:, 0], agent.choose(state, batch.next_obs, draws["next_noise"])
     x_t = flow.interpolate(draws["x0"], action, draws["t"])
-    velocity = agent.velocity(state.spec, state.params["flow"], batch.obs)
-    onestep = agent.one_step(state.spec, state.params["policy"], batch.obs, draws["distill_noise"])
+    params, obs, noise = state.params, batch.obs, draws["distill_noise"]
+    onestep = agent.policy.sample(params["policy"], obs, noise)
     return {
         "next_actions": next_action,
-        "next_q": losses.aggregate(agent.q(state.target, batch.next_obs, next_action), agent.agg),
+        "next_q": agent.critic.value(state.target["critic"], batch.next_obs, next_action),
         "target_q": agent.td_target(state, batch, draws),
-        "q": agent.q(state.params["critic"], batch.obs, action),
+        "q": agent.critic.values(params["critic"], obs, action),
         "bc_x_t": x_t,
-        "bc_velocity_pred": velocity(x_t, draws["t"], draws["t"]),
-        "flow_actions": agent.flow_actions(state, batch.obs, draws["distill_noise"]),
+        "bc_velocity_pred": agent.flow.velocity(params["flow"], obs)(x_t, draws["t"], draws["t"]),
+        "flow_actions": agent.flow.sample(params["flow"], obs, noise),
         "onestep_actions": onestep,
-        "actor_q": agent.q(state.params["critic"], batch.obs, onestep.clip(-1, 1)).mean(axis=0),
+        "actor_q": agent.critic.values(params["critic"], obs, onestep.clip(-1, 1)).mean(axis=0),
     }

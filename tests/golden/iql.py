@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.agents import IQL
-from jaxrl.networks import apply
+from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Value
 from jaxrl.ops import losses
 from tests.golden.recorded import Recorded
 
@@ -18,19 +18,15 @@ def replay(r: Recorded) -> dict[str, Any]:
     """Returns all that the file expects."""
     h = r.hparams
     agent = IQL(
-        actor_hidden=r.hidden("actor"),
-        critic_hidden=r.hidden("critic"),
-        activation=r.activation("critic"),
-        actor_norm=r.norm("actor"),
-        critic_norm=r.norm("critic"),
-        critics=r.critics("critic"),
-        lr=h["lr"],
+        actor=GaussianPolicy(r.net("actor"), "unit" if h["const_std"] else "learned"),
+        critic=Critic(r.net("critic"), r.critics("critic"), "min"),
+        value=Value(r.net("value")),
+        adam=Adam(h["lr"]),
         discount=h["discount"],
         tau=h["tau"],
         expectile=h["expectile"],
         extraction=h["actor_loss"],
         alpha=h["alpha"],
-        unit_width=h["const_std"],
         advantage_of="target" if h.get("target_extraction") else "online",
         num_samples=h.get("rejection_samples", 1),
     )
@@ -64,20 +60,20 @@ def replay(r: Recorded) -> dict[str, Any]:
 def values(agent: IQL, state, batch, noise) -> dict[str, Any]:
     """Returns the intermediate quantities of the first update."""
     action, params = batch.actions[:, 0], state.params
-    mean, log_std = apply(agent.actor(state.spec), params["actor"], batch.obs)
-    policy_action = jnp.clip(mean if agent.unit_width else mean + jnp.exp(log_std) * noise, -1, 1)
-    v = agent.v(params["value"], batch.obs)
-    judge = params["critic"] if agent.advantage_of == "online" else state.target
+    mean, log_std = agent.actor.moments(params["actor"], batch.obs)
+    policy_action = jnp.clip(mean if agent.actor.std == "unit" else mean + jnp.exp(log_std) * noise, -1, 1)
+    q, v = agent.critic.value, agent.value.value(params["value"], batch.obs)
+    critic = params["critic"] if agent.advantage_of == "online" else state.target["critic"]
     return {
-        "target_q_min": agent.q(state.target, batch.obs, action),
+        "target_q_min": q(state.target["critic"], batch.obs, action),
         "v": v,
-        "next_v": agent.v(params["value"], batch.next_obs),
+        "next_v": agent.value.value(params["value"], batch.next_obs),
         "q_target": agent.td_target(state, batch),
-        "q": apply(agent.critic(), params["critic"], batch.obs, action),
+        "q": agent.critic.outputs(params["critic"], batch.obs, action),
         "mean": mean,
         "log_prob": losses.gaussian_log_density(action, mean, log_std),
-        "advantage": agent.q(judge, batch.obs, action) - v,
+        "advantage": q(critic, batch.obs, action) - v,
         "awr_weight": agent.advantage_weight(state, batch),
         "policy_actions": policy_action,
-        "policy_q": agent.q(params["critic"], batch.obs, policy_action),
+        "policy_q": q(params["critic"], batch.obs, policy_action),
     }

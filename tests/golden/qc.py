@@ -6,9 +6,10 @@ from typing import Any
 import jax
 
 from jaxrl.agents import QC
-from jaxrl.agents.common import critic_weight, flat_actions
-from jaxrl.networks import apply, repeat_for
-from jaxrl.ops import flow, losses
+from jaxrl.agents.learner import critic_weight, flat_actions
+from jaxrl.agents.parts import AdamW, Critic, FlowPolicy, OneStepPolicy
+from jaxrl.networks import repeat_for
+from jaxrl.ops import flow
 from tests.golden.recorded import Recorded
 
 
@@ -21,22 +22,15 @@ def replay(r: Recorded) -> dict[str, Any]:
         chunk=length if h["action_chunking"] else 1,
         backup=length,
         actor="distill" if distilled else "best_of_n",
-        actor_hidden=r.hidden("actor_bc_flow"),
-        critic_hidden=r.hidden("critic"),
-        activation=r.activation("critic"),
-        actor_norm=r.norm("actor_bc_flow"),
-        critic_norm=r.norm("critic"),
-        critics=r.critics("critic"),
-        agg=h["q_agg"],
-        lr=h["lr"],
-        weight_decay=h["weight_decay"],
+        flow=FlowPolicy(r.net("actor_bc_flow"), steps=h["flow_steps"], **r.time("actor_bc_flow")),
+        policy=OneStepPolicy(r.net("actor_bc_flow")),
+        critic=Critic(r.net("critic"), r.critics("critic"), h["q_agg"]),
+        adam=AdamW(h["lr"], h["weight_decay"]),
         discount=h["discount"],
         tau=h["tau"],
-        flow_steps=h["flow_steps"],
         num_samples=1 if distilled else r["draws/sample/noise"].shape[1],
         alpha=h["alpha"],
         cut_windows="drop",
-        **r.time("actor_bc_flow"),
     )
     nets = {"flow": "actor_bc_flow", "critic": "critic"} | ({"policy": "actor_onestep_flow"} if distilled else {})
     state = r.state(agent, r.spec(), nets, "critic", "target_critic")
@@ -72,21 +66,22 @@ def samples(agent: QC, state, obs, noise) -> dict[str, Any]:
 def values(agent: QC, state, batch, draws) -> dict[str, Any]:
     """Returns the intermediate quantities of the first update."""
     action, next_action = flat_actions(batch, agent.chunk), agent.choose(state, batch.next_obs, draws["next_noise"])
+    velocity = agent.flow.velocity(state.params["flow"], batch.obs)
     x_t = flow.interpolate(draws["x0"], action, draws["t"])
     result = {
         "next_actions": next_action,
-        "next_q": losses.aggregate(apply(agent.critic(), state.target, batch.next_obs, next_action), agent.agg),
+        "next_q": agent.critic.value(state.target["critic"], batch.next_obs, next_action),
         "q_target": agent.td_target(state, batch, draws),
         "valid_weight": critic_weight(batch, agent.chunk, agent.cut_windows),
-        "q": apply(agent.critic(), state.params["critic"], batch.obs, action),
+        "q": agent.critic.outputs(state.params["critic"], batch.obs, action),
         "bc_x_t": x_t,
-        "bc_velocity_pred": agent.velocity(state.spec, state.params["flow"], batch.obs)(x_t, draws["t"], draws["t"]),
+        "bc_velocity_pred": velocity(x_t, draws["t"], draws["t"]),
     }
     if agent.actor == "best_of_n":
         obs = repeat_for(draws["next_noise"], batch.next_obs)
         result["next_scores"] = agent.scores(state, obs, agent.proposals(state, obs, draws["next_noise"]))
         return result
-    onestep = agent.one_step(state.spec, state.params["policy"], batch.obs, draws["distill_noise"])
-    q = apply(agent.critic(), state.params["critic"], batch.obs, onestep.clip(-1, 1))
+    onestep = agent.policy.sample(state.params["policy"], batch.obs, draws["distill_noise"])
+    q = agent.critic.outputs(state.params["critic"], batch.obs, onestep.clip(-1, 1))
     flowed = agent.proposals(state, batch.obs, draws["distill_noise"])
     return result | {"flow_actions": flowed, "onestep_actions": onestep, "actor_q": q.mean(axis=0)}

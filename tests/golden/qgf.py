@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.agents import QGF
-from jaxrl.agents.common import critic_weight, flat_actions
-from jaxrl.networks import apply, time_features
-from jaxrl.ops import flow, losses
+from jaxrl.agents.learner import critic_weight, flat_actions
+from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Value
+from jaxrl.networks import time_features
+from jaxrl.ops import flow
 from jaxrl.ops.guidance import QGuidance
 from tests.golden.recorded import Recorded
 
-NETS = {"actor": "policy", "critic": "critic", "value": "value"}
+NETS = {"flow": "policy", "critic": "critic", "value": "value"}
 
 
 def replay(r: Recorded) -> dict[str, Any]:
@@ -51,26 +52,20 @@ def build(r: Recorded) -> QGF:
     return QGF(
         chunk=length if h["action_chunking"] else 1,
         backup=length,
-        actor_hidden=r.hidden("policy"),
-        critic_hidden=r.hidden("critic"),
-        activation=r.activation("critic"),
-        actor_norm=r.norm("policy"),
-        critic_norm=r.norm("critic"),
-        critics=r.critics("critic"),
-        agg=h["q_aggregation"],
-        actor_lr=h["bc_lr"],
-        critic_lr=h["critic_lr"],
-        value_lr=h["value_lr"],
+        flow=FlowPolicy(r.net("policy"), steps=h["denoise_steps"], **r.time("policy")),
+        critic=Critic(r.net("critic"), r.critics("critic"), h["q_aggregation"]),
+        value=Value(r.net("value")),
+        flow_adam=Adam(h["bc_lr"]),
+        critic_adam=Adam(h["critic_lr"]),
+        value_adam=Adam(h["value_lr"]),
         discount=h["discount"],
         tau=h["tau"],
         expectile=h["expectile"],
-        flow_steps=h["denoise_steps"],
         guide=QGuidance(
             gradient=gradient, ascent_steps=h.get("qgrad_steps", 0), ascent_size=h.get("qgrad_step_size", 0.0)
         ),
         cut_windows="drop",
         mask_actor=False,
-        **r.time("policy"),
     )
 
 
@@ -79,14 +74,14 @@ def intermediate(agent: QGF, state, batch, draws) -> dict[str, Any]:
     action, params = flat_actions(batch, agent.chunk), state.params
     x_t = flow.interpolate(draws["x0"], action, draws["t"])
     return {
-        "next_v": apply(agent.value(), params["value"], batch.next_obs),
+        "next_v": agent.value.value(params["value"], batch.next_obs),
         "q_target": agent.td_target(state, batch),
-        "q": agent.heads(params["critic"], batch.obs)(action),
-        "target_q": losses.aggregate(agent.heads(state.target, batch.obs)(action), agent.agg),
-        "v": apply(agent.value(), params["value"], batch.obs),
+        "q": agent.critic.values(params["critic"], batch.obs, action),
+        "target_q": agent.critic.value(state.target["critic"], batch.obs, action),
+        "v": agent.value.value(params["value"], batch.obs),
         "valid_weight": critic_weight(batch, agent.chunk, agent.cut_windows),
         "bc_x_t": x_t,
-        "bc_velocity_pred": agent.velocity(state.spec, params["actor"], batch.obs)(x_t, draws["t"], draws["t"]),
+        "bc_velocity_pred": agent.flow.velocity(params["flow"], batch.obs)(x_t, draws["t"], draws["t"]),
     }
 
 
@@ -120,7 +115,7 @@ def weigh(agent: QGF, weight: float) -> QGF:
 
 def way(agent: QGF, state, obs, noise) -> tuple[jax.Array, jax.Array]:
     """Returns the points [T + 1, S, D] on the way from noise to action, and the gradients [T, S, D] met there."""
-    velocity, steps = agent.velocity(state.spec, state.params["actor"], obs), agent.flow_steps
+    velocity, steps = agent.flow.velocity(state.params["flow"], obs), agent.flow.steps
     score = agent.score(state, obs)
     step = flow.euler_step(agent.guide.guided(velocity, score, steps))
     points, gradients = [jnp.asarray(noise)], []

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl.agents.parts import Net
 from jaxrl.types import Batch, Spec
 
 
@@ -56,12 +57,16 @@ class Recorded:
         (name,) = {word for layer in self.layers(net)[:-1] for word in layer["then"]} - {"layer_norm"}
         return {"gelu_tanh": "gelu", "mish": "mish", "relu": "relu"}[name]
 
+    def net(self, net: str) -> Net:
+        """Returns the layers of a network."""
+        return Net(self.hidden(net), self.activation(net), self.norm(net))
+
     def critics(self, net: str) -> int:
         """Returns the size of an ensemble."""
         return self.arch["networks"][net]["ensemble_size"]
 
     def time(self, net: str) -> dict[str, Any]:
-        """Returns how a flow sees the time, as fields of an agent."""
+        """Returns how a flow sees the time, as fields of a `parts.FlowPolicy`."""
         embedding = self.arch["networks"][net]["time_embedding"]
         return {"time": "raw"} if embedding == "raw" else {"time": embedding["kind"], "time_size": embedding["size"]}
 
@@ -128,12 +133,17 @@ class Recorded:
         return Spec(self["batch/observations"].shape[1] + goal, self["batch/actions"].shape[-1], goal)
 
     def state(self, agent: Any, spec: Spec, nets: dict[str, str], slow: str = "", target: str = "") -> Any:
-        """Returns the agent's state with the recorded parameters; `nets` is {ours: theirs}."""
+        """Returns the agent's state with the recorded parameters; `nets` is {ours: theirs}.
+
+        The network `slow` of ours has a target, which they call `target`.
+        """
         shapes = jax.eval_shape(lambda: agent.init(jax.random.key(0), spec))
         params = {ours: self.params(theirs, shapes.params[ours]) for ours, theirs in nets.items()}
         assert params.keys() == shapes.params.keys()
         state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # so begin Adam and its count
-        return dataclasses.replace(state, params=params, target=self.params(target, params[slow]))
+        return dataclasses.replace(
+            state, params=params, target={slow: self.params(target, params[slow])} if slow else {}
+        )
 
     def updates(
         self,
@@ -142,7 +152,7 @@ class Recorded:
         batch: Batch,
         nets: dict[str, str],
         terms: Callable[[jax.Array, dict], dict[str, jax.Array]],
-        target: str,
+        target: str = "",
         draws: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = lambda draws: draws,
     ) -> dict[str, Any]:
         """Returns all that the file expects of its updates: losses, gradients, norms of parameters and their changes.
@@ -173,7 +183,8 @@ class Recorded:
 
 def networks(state: Any, nets: dict[str, str], target: str) -> dict[str, Any]:
     """Returns the parameters of all networks, the slow one included, under the file's names."""
-    return {theirs: state.params[ours] for ours, theirs in nets.items()} | {target: state.target}
+    slow = dict(zip([target], state.target.values(), strict=False))  # there is one at most
+    return {theirs: state.params[ours] for ours, theirs in nets.items()} | slow
 
 
 def distance(a: Any, b: Any) -> float:

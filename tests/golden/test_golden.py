@@ -66,6 +66,43 @@ def test_a_number_that_nobody_computes_fails_and_is_named(tmp_path):
     assert str(outcome).endswith("FAIL: 1 not computed, such as expected/step0/secret")
 
 
+def test_a_file_that_cannot_be_replayed_fails_with_its_reason_and_does_not_end_the_run(tmp_path):
+    (tmp_path / "bc_torn.npz").write_bytes(SMALL.read_bytes()[:100])
+    with np.load(SMALL) as file:
+        arrays = {name: file[name] for name in file.files if not name.startswith("params/")}
+    np.savez(tmp_path / "bc_without_parameters.npz", **arrays)
+    shutil.copy(SMALL, tmp_path / "bc_whole.npz")
+    torn, whole, bare = (golden.replay(tmp_path / f"bc_{name}.npz") for name in ("torn", "whole", "without_parameters"))
+    assert (torn.passed, whole.passed, bare.passed) == (False, True, False)
+    assert "cannot be replayed: BadZipFile" in str(torn) and "cannot be replayed: KeyError: 'params/" in str(bare)
+
+
+def test_trajectory_weighting_is_replayed_at_the_temperature_of_the_file(tmp_path):
+    """A hotter file expects other probabilities, which its own temperature explains and no other does."""
+    source = FOLDER / "trajweight_default.npz"
+    with np.load(source) as file:
+        content = {name: file[name] for name in file.files}
+    settings = json.loads(str(content["hparams"]))
+    hotter = json.dumps(settings | {"temperature": 10 * settings["temperature"]})
+    np.savez(tmp_path / "trajweight_hot.npz", **(content | {"hparams": np.array(hotter)}))
+    outcome = golden.replay(tmp_path / "trajweight_hot.npz")
+    assert not outcome.passed and outcome.where.startswith("expected/exact/") and not outcome.reason
+
+
+def test_goals_are_the_observations_where_a_file_has_no_other(tmp_path):
+    """So they were recorded: representations of goals are then the observations themselves."""
+    with np.load(FOLDER / "dataset_dqc.npz") as file:
+        content = {name: file[name] for name in file.files}
+    same = bool(np.array_equal(content["dataset/oracle_reps"], content["dataset/observations"]))
+    del content["dataset/oracle_reps"]
+    if not same:
+        rows = content["inputs/goal_idxs"]
+        content["expected/batch/high_value_goals"] = content["dataset/observations"][rows]
+    np.savez(tmp_path / "dataset_dqc_bare.npz", **content)
+    outcome = golden.replay(tmp_path / "dataset_dqc_bare.npz")
+    assert outcome.passed, str(outcome)
+
+
 def test_a_file_that_expects_nothing_has_not_passed():
     assert not golden.Outcome("bc_empty.npz", 0, 0.0, "").passed
     assert golden.Outcome("bc_one.npz", 1, 0.0, "").passed

@@ -7,20 +7,19 @@ from jaxrl.replay import loading
 from jaxrl.replay.weighting import FULL, Weighting, Weights
 from tests.golden.recorded import Recorded
 
-LAWS = {
-    "return_weighting": Weighting("return"),
-    "advantage_weighting": Weighting("advantage"),
-    "top_10_percent": Weighting("top", fraction=0.1),
-    "top_50_percent": Weighting("top", fraction=0.5),
-}
-
 
 def replay(r: Recorded) -> dict[str, np.ndarray]:
     """Returns all that the file expects: one probability per transition and law."""
-    assert {r.hparams["temperature"]} == {law.temperature for law in LAWS.values()}
+    temperature = r.hparams["temperature"]
+    laws = {
+        "return_weighting": Weighting("return", temperature),
+        "advantage_weighting": Weighting("advantage", temperature),
+        "top_10_percent": Weighting("top", temperature, fraction=0.1),
+        "top_50_percent": Weighting("top", temperature, fraction=0.5),
+    }
     data, kept = as_dataset(r), r["dataset/episode_lengths"]
     got = {}
-    for name, law in LAWS.items():
+    for name, law in laws.items():
         weights = loading.weigh(data, law)
         assert weights is not None and np.array_equal(weights.steps, kept)
         got[f"expected/exact/{name}"] = np.repeat(drawn(weights) / kept, kept)

@@ -17,6 +17,7 @@ from jaxrl.runs import driver
 from jaxrl.runs.config import Config
 from jaxrl.runs.datasets import load_data
 from jaxrl.training.schedule import Schedule
+from jaxrl.types import Requirements, requirements
 from tests import tiny
 
 
@@ -111,17 +112,19 @@ def test_windows_longer_than_every_episode_are_refused(goal):
         driver.prepare(Config(BC(chunk=6)), env, dataset)
 
 
-def test_the_windows_of_an_agent_are_its_backup_where_that_is_longer_than_its_chunk():
+def test_the_windows_of_an_agent_are_what_it_requires_else_its_chunk():
     @dataclasses.dataclass
-    class Backing:
+    class Plain:
         chunk: int
+
+    @dataclasses.dataclass
+    class Backing(Plain):
         backup: int
 
-    assert (loading.window_of(BC(chunk=3)), loading.window_of(Backing(5, 25)), loading.window_of(Backing(5, 1))) == (
-        3,
-        25,
-        5,
-    )
+        def requires(self) -> Requirements:
+            return Requirements(window=self.backup)
+
+    assert (requirements(Plain(3)).window, requirements(Backing(5, 25)).window) == (3, 25)
 
 
 # Goals

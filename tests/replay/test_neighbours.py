@@ -362,7 +362,7 @@ def walk(path, episodes: int = 4, steps: int = 6):
 def test_the_rows_of_an_index_are_the_transitions_of_the_dataset(tmp_path):
     dataset, env = walk(tmp_path / "data.npz"), envs.make("point")
     ring = loading.to_ring(dataset, env, searched=True)
-    replay = rings.empty(2, 5, 2, 2)
+    replay = rings.empty(2, 5, Spec(2, 2))
     data = neighbours.index_of((ring, replay), 0.0, jnp.array([2.0, 3.0]))
     assert data.forest is ring.forest is not None and replay.forest is None
     np.testing.assert_array_equal(np.flatnonzero(data.valid), np.flatnonzero(~dataset.terminals))
@@ -378,7 +378,7 @@ def test_the_rows_of_an_index_are_the_transitions_of_the_dataset(tmp_path):
 
 
 def test_a_ring_is_one_program_for_each_forest_and_has_it_through_transformations():
-    ring = rings.empty(1, 4, 1, 1)
+    ring = rings.empty(1, 4, Spec(1, 1))
     one, other = (dataclasses.replace(ring, forest=random_index(3, seed=seed).forest) for seed in (0, 1))
     assert len(jax.tree.leaves(one)) == len(jax.tree.leaves(ring))
     assert jax.tree.map(jnp.copy, one).forest is one.forest
@@ -414,6 +414,7 @@ def test_a_run_grows_trees_for_agents_that_search_a_single_file_on_the_cpu(tmp_p
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jaxrl.replay import neighbours
+from jaxrl.types import Spec
 assert jax.device_count() == 4
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")

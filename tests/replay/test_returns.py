@@ -13,7 +13,7 @@ from jaxrl.replay import ring as rings
 from jaxrl.replay.loading import from_dataset
 from jaxrl.replay.returns import STRETCH, returns_to_go
 from jaxrl.replay.ring import Ring, Steps
-from tests.known import quick_to_compile
+from tests.known import NARROW, quick_to_compile
 
 add = jax.jit(rings.add)
 
@@ -59,7 +59,7 @@ def found(ring: Ring, discount=0.5) -> np.ndarray:
 
 @pytest.mark.parametrize("names", [*([name] for name in EPISODES), list(EPISODES), list(EPISODES)[::-1]])
 def test_returns_are_of_their_own_episode_and_go_on_forever_where_the_clock_cut_what_never_changed(names):
-    ring, wanted = rings.empty(1, 40, 1, 1), []
+    ring, wanted = rings.empty(1, 40, NARROW), []
     for name in names:
         rewards, how, returns = EPISODES[name]
         ring, wanted = played(ring, rewards, how), [*wanted, *returns, math.nan]
@@ -67,7 +67,7 @@ def test_returns_are_of_their_own_episode_and_go_on_forever_where_the_clock_cut_
 
 
 def test_nothing_is_known_of_an_episode_that_is_under_way_until_it_is_over():
-    ring = played(played(rings.empty(1, 40, 1, 1), [1.0, 4.0], "truncated"), [2.0, 2.0])
+    ring = played(played(rings.empty(1, 40, NARROW), [1.0, 4.0], "truncated"), [2.0, 2.0])
     np.testing.assert_allclose(found(ring), [3, 4, *[math.nan] * 4], rtol=1e-6)
     ring = played(ring, [16.0], "terminated")
     np.testing.assert_allclose(found(ring), [3, 4, math.nan, 7, 10, 16, math.nan, math.nan], rtol=1e-6)
@@ -75,14 +75,14 @@ def test_nothing_is_known_of_an_episode_that_is_under_way_until_it_is_over():
 
 @pytest.mark.parametrize("before", range(9))
 def test_an_episode_may_lie_around_the_end_of_the_rows_and_the_head_hides_what_was_there(before):
-    ring = played(rings.empty(1, 9, 1, 1), [-7.0] * before, "truncated" if before else "")
+    ring = played(rings.empty(1, 9, NARROW), [-7.0] * before, "truncated" if before else "")
     for name in ("never reached", "reached"):  # with their last rows as many as there are
         ring = played(ring, *EPISODES[name][:2])
     np.testing.assert_allclose(found(ring), [*[-6] * 3, math.nan, 2, 4, 8, math.nan, math.nan][-len(found(ring)) :])
 
 
 def test_an_episode_whose_first_rows_are_overwritten_is_what_is_left():
-    ring = played(rings.empty(1, 6, 1, 1), [9.0, 9.0, 9.0, 1.0, 1.0, 1.0], "truncated")
+    ring = played(rings.empty(1, 6, NARROW), [9.0, 9.0, 9.0, 1.0, 1.0, 1.0], "truncated")
     np.testing.assert_allclose(found(ring), [9.875, 1.75, 1.5, 1, math.nan, math.nan], rtol=1e-6)
     np.testing.assert_allclose(found(played(ring, [5.0])), [2, 2, 2, math.nan, math.nan, math.nan], rtol=1e-6)
 
@@ -114,7 +114,7 @@ def test_the_rows_of_several_lanes_are_worth_what_the_definition_says(rows):
     shape = (lanes, rows)
     fields = {"terminated": rng.random(shape) < 0.03, "truncated": rng.random(shape) < 0.06}
     ring = dataclasses.replace(
-        rings.empty(lanes, rows, 1, 1),
+        rings.empty(lanes, rows, NARROW),
         rewards=jnp.asarray(rng.choice([-1.0, 2.0], shape, p=[0.96, 0.04]), jnp.float32),
         valid=jnp.asarray(rng.random(shape) < 0.97),
         head=jnp.array([rows - 1, 5, rows // 2]),

@@ -13,11 +13,13 @@ from jaxrl.ops import losses
 from jaxrl.replay import ring as rings
 from jaxrl.replay.loading import from_dataset
 from jaxrl.replay.ring import Steps
+from jaxrl.types import Spec
 
 add = jax.jit(rings.add)
 window_at = jax.jit(rings.window_at, static_argnums=3)
 windows = jax.jit(rings.windows, static_argnums=(2, 3))
 
+PAIR = Spec(observation=1, action=2)
 ODDS = (0.12, 0.08, 0.05)  # of a step that terminates, that truncates, that is not finite
 POISON = 7e5  # fills what did not happen
 LANE = 10_000  # ids of lane l start at l * LANE
@@ -114,7 +116,7 @@ def expect(batch, row: int, steps: list[Transition], length: int) -> None:
 def test_every_window_of_a_random_history_is_the_one_of_a_plain_list(chunk, length, rows):
     rng = np.random.default_rng(chunk)
     lanes = [Reference(lane) for lane in range(3)]
-    ring = rings.empty(len(lanes), rows, observation=1, action=2)
+    ring = rings.empty(len(lanes), rows, PAIR)
     lane, start = (jnp.asarray(x.ravel()) for x in np.indices((len(lanes), rows)))
     whole = cut = 0
     for _ in range(60):
@@ -143,7 +145,7 @@ def history(*ends: str) -> Steps:
 
 
 def window(steps: Steps, start: int, length: int):
-    ring = add(rings.empty(1, 20, observation=1, action=2), steps)
+    ring = add(rings.empty(1, 20, PAIR), steps)
     return window_at(ring, jnp.array([0]), jnp.array([start]), length)
 
 
@@ -179,7 +181,7 @@ def test_a_window_from_an_invalid_step_on_is_empty():
 
 @pytest.mark.parametrize("flag", ["terminated", "truncated"])
 def test_a_window_stops_at_a_flag_also_where_the_rows_go_on(flag):
-    ring = add(rings.empty(1, 20, observation=1, action=2), history(*"......"))
+    ring = add(rings.empty(1, 20, PAIR), history(*"......"))
     ring = dataclasses.replace(ring, **{flag: ring.valid & (jnp.arange(20) == 2)[None]})
     batch = window_at(ring, jnp.array([0, 0]), jnp.array([1, 3]), 3)
     np.testing.assert_array_equal(batch.valid, [[1, 1, 0], [1, 1, 1]])
@@ -192,7 +194,7 @@ def test_the_last_action_is_repeated_after_the_end():
 
 
 def test_an_episode_goes_on_over_many_chunks():
-    ring = rings.empty(1, 20, observation=1, action=2)
+    ring = rings.empty(1, 20, PAIR)
     reference, rng = Reference(0), np.random.default_rng(0)
     for _ in range(3):
         ring = add(ring, steps_of([reference.chunk(2, rng, odds=(0, 0, 0))], 2))
@@ -208,14 +210,14 @@ def test_an_episode_goes_on_over_many_chunks():
 def two_rings() -> tuple[rings.Ring, rings.Ring]:
     """Returns a ring of unequal lanes, one of them untouched, and a longer one of a single lane."""
     rng = np.random.default_rng(5)
-    short, ring = [Reference(lane) for lane in range(3)], rings.empty(4, 30, observation=1, action=2)
+    short, ring = [Reference(lane) for lane in range(3)], rings.empty(4, 30, PAIR)
     for count in (2, 4, 1):
         chunks = [reference.chunk(count, rng) for reference in short]
         idle = ([Transition(0, 0, False, False, True)], False)
         steps = steps_of([*chunks, idle], count)
         still = jnp.arange(4)[:, None] < 3
         ring = add(ring, dataclasses.replace(steps, taken=steps.taken & still))
-    longer, other = Reference(7), rings.empty(1, 40, observation=1, action=2)
+    longer, other = Reference(7), rings.empty(1, 40, PAIR)
     for _ in range(25):
         other = add(other, steps_of([longer.chunk(3, rng)], 3))
     return ring, other
@@ -243,7 +245,7 @@ def test_starts_are_uniform_over_valid_rows_and_rings_weigh_by_their_rows():
 
 def test_an_empty_ring_is_never_drawn_from():
     full, _ = two_rings()
-    blank = rings.empty(2, 9, observation=1, action=2)
+    blank = rings.empty(2, 9, PAIR)
     blank = dataclasses.replace(blank, obs=blank.obs - 5)  # would be seen
     for both in ((full, blank), (blank, full)):
         batch = windows(both, jax.random.key(1), 500, length=3)
@@ -253,7 +255,7 @@ def test_an_empty_ring_is_never_drawn_from():
 
 
 def test_a_ring_without_any_history_gives_windows_of_no_weight():
-    batch = windows((rings.empty(2, 9, observation=1, action=2),), jax.random.key(0), 8, length=3)
+    batch = windows((rings.empty(2, 9, PAIR),), jax.random.key(0), 8, length=3)
     np.testing.assert_array_equal(batch.valid, np.zeros((8, 3)))
 
 

@@ -162,7 +162,11 @@ HARMS = {
     "one more column": (lambda p: replaced(p, masks=np.ones(189)), r"'masks' is \(\), in .*part-0.npz it is none"),
     "no actions": (lambda p: replaced(p, actions=None), "missing column 'actions'"),
     "fewer rows": (lambda p: replaced(p, actions=np.zeros((188, 2))), r"'actions' has the shape \(188, 2\)"),
-    "rank": (lambda p: replaced(p, actions=np.zeros((189, 2, 1))), r"'actions' has the shape \(189, 2, 1\)"),
+    "rank": (
+        lambda p: replaced(p, actions=np.zeros((189, 2, 1))),
+        r"'actions' must be \[rows, entries\]: its shape is \(189, 2, 1\)",
+    ),
+    "integers": (lambda p: replaced(p, actions=np.zeros((189, 2), int)), "'actions' has the dtype int64: discrete"),
     "no end": (lambda p: replaced(p, terminals=np.zeros(189)), "the last row must end an episode"),
     "open end": (lambda p: replaced(p, terminals=open_end), "the last row must end an episode"),
     "no rows": (lambda p: np.savez(p, **columns(0, 0)), "the last row must end an episode"),

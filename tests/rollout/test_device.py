@@ -158,7 +158,7 @@ def test_a_step_that_is_not_finite_is_invalid_and_undone(executed):
 
 def test_a_broken_step_ends_nothing_in_the_ring_and_leads_nowhere(executed):
     _, steps = executed
-    ring = jax.jit(rings.add)(rings.empty(6, 12, observation=2, action=1), steps)
+    ring = jax.jit(rings.add)(rings.empty(6, 12, Spec(2, 1)), steps)
     np.testing.assert_array_equal(ring.count, [4, 3, 4, 3, 2, 5])
     np.testing.assert_array_equal(ring.valid.sum(axis=1), [4, 2, 3, 1, 0, 4])
     np.testing.assert_array_equal(ring.terminated.sum(axis=1), [0, 1, 0, 0, 0, 1])
@@ -237,7 +237,7 @@ def test_replay_holds_the_dynamics_of_the_environment_and_never_a_reset():
     key_start, *keys = jax.random.split(jax.random.key(4), 41)
     rollout = ro.start(point, policy, key_start, 3)
     bank = ro.resets(point, jax.random.key(5), 3)
-    ring, add = rings.empty(3, 30, observation=2, action=2), jax.jit(rings.add)
+    ring, add = rings.empty(3, 30, Spec(2, 2)), jax.jit(rings.add)
     for key in keys:
         rollout, steps, _ = advance(point, policy, rollout, bank, key)
         ring = add(ring, steps)

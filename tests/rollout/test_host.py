@@ -330,7 +330,7 @@ def test_an_episode_that_was_cut_off_ends_as_by_the_clock():
             ended=np.array([ended, False]),
         )
 
-    replay = jax.jit(ring.add)(ring.empty(2, 12, 1, 1), steps(0, True))  # the second lane's episode is under way
+    replay = jax.jit(ring.add)(ring.empty(2, 12, Spec(1, 1)), steps(0, True))  # the second lane's episode is under way
     counters = (jnp.zeros((), jnp.int32) for _ in range(3))
     carry = training.Carry((), jax.random.key(0), training.World(None, replay), *counters)
     resumed = jitted_resume(carry).world.replay

@@ -16,8 +16,9 @@ from jaxrl.replay import ring as rings
 from jaxrl.replay.loading import from_dataset
 from jaxrl.replay.ring import windows
 from jaxrl.training import loop
-from jaxrl.training.schedule import Schedule, phases
+from jaxrl.training.schedule import Schedule, Timeline, phases
 from jaxrl.types import Phase, PyTree, Scalar, Spec, pytree
+from tests import tiny
 
 KEY = jax.random.key(0)
 ELSEWHERE = 50.0  # the data's observations, where no environment ever is
@@ -27,7 +28,7 @@ ELSEWHERE = 50.0  # the data's observations, where no environment ever is
 class ToyState:
     w: jax.Array  # [A]
     anchor: jax.Array | None = None
-    starts: int | jax.Array = 0  # how often it was told to go online
+    begun: int | jax.Array = 0  # how many phases it was told of
 
 
 @pytree
@@ -39,12 +40,12 @@ class Toy:
     noise: Scalar = 0.0
 
     def init(self, key: jax.Array, spec: Spec) -> ToyState:
-        return ToyState(jax.random.normal(key, (spec.action,)), starts=jnp.zeros((), jnp.int32))
+        return ToyState(jax.random.normal(key, (spec.action,)), begun=jnp.zeros((), jnp.int32))
 
     def sample(self, data, key):
         return windows(data, key, 8, self.chunk)
 
-    def update(self, state, batch, key):
+    def update(self, state, batch, key, data=()):
         w = state.w + self.rate * (batch.rewards.mean() - state.w) + 0.01 * jax.random.normal(key, state.w.shape)
         offline = (batch.obs[:, 0] > 40).mean()
         metrics = {"toy/w": w.mean(), "toy/offline": offline, "toy/valid": batch.valid[:, 0].mean()}
@@ -58,26 +59,54 @@ class Toy:
 
 @pytree
 class Phased(Toy):
-    """A toy that has an online phase."""
+    """A toy that keeps its weight from before the first phase that collects."""
 
-    def start_online(self, state: ToyState) -> ToyState:
-        if state.anchor is not None:
-            return state
-        return dataclasses.replace(state, anchor=jnp.copy(state.w), starts=state.starts + 1)
+    def enter(self, state: ToyState, phase: Phase) -> ToyState:
+        anchor = jnp.copy(state.w) if phase.collects and state.anchor is None else state.anchor
+        return dataclasses.replace(state, anchor=anchor, begun=state.begun + 1)
 
 
 @pytree
-class Annotating(Toy):
+class Planned(Phased):
+    """A toy with phases of its own: it learns from data, collects, and learns from what it has collected."""
+
+    def phases(self, schedule: Schedule, length: int, reward: tuple[float, float]) -> tuple[Phase, ...]:
+        learn = Phase("distill", 2, 3, False, 2, data="replay")
+        collect = Phase("collect", 2, 2, True, 0, reward, data="none", evaluated=False)
+        return (*schedule.offline("pretrain"), collect, learn)
+
+
+@pytree
+class Watching(Toy):
+    """A toy that collects and stores nothing."""
+
+    def phases(self, schedule: Schedule, length: int, reward: tuple[float, float]) -> tuple[Phase, ...]:
+        return (Phase("watch", 1, 1, True, 0, reward, data="none"),)
+
+
+@pytree
+class Deriving(Toy):
     """A toy that wants to know of each row how many transitions its ring holds."""
 
-    def annotate(self, data):
+    def derive_columns(self, data):
         known = [ring.extra or {"held": jnp.full(ring.valid.shape, ring.valid.sum())} for ring in data]
         return tuple(dataclasses.replace(ring, extra=extra) for ring, extra in zip(data, known, strict=True))
 
-    def update(self, state, batch, key):
-        state, _ = super().update(state, batch, key)
+    def update(self, state, batch, key, data=()):
+        state, _ = super().update(state, batch, key, data)
         in_data, held = batch.obs[:, 0] > 40, batch.extra["held"]
         return state, {"toy/data": (held * in_data).max(), "toy/replay": (held * ~in_data).max()}
+
+
+@pytree
+class Delayed(Toy):
+    """A toy that measures its weight in every second update alone."""
+
+    def update(self, state, batch, key, data=()):
+        state, metrics = super().update(state, batch, key, data)
+        state = dataclasses.replace(state, begun=state.begun + 1)
+        measured = jnp.where(state.begun % 2 == 0, metrics["toy/w"], jnp.nan)
+        return state, {"toy/w": measured, "toy/never": jnp.nan * measured}
 
 
 ENV = Point(horizon=7)
@@ -85,7 +114,7 @@ TOY = loop.on_device(Toy(noise=0.5))
 SCHEDULE = Schedule(
     offline_updates=6, online_steps=48, warmup_steps=10, envs=4, replay=400, updates_per_epoch=3, steps_per_epoch=24
 )
-OFFLINE, WARMUP, ONLINE = phases(SCHEDULE, chunk=2)
+OFFLINE, WARMUP, ONLINE = phases(SCHEDULE, TOY)
 
 
 @pytest.fixture(scope="module")
@@ -133,32 +162,106 @@ def close(a: PyTree, b: PyTree, **tolerance) -> None:
             Schedule(),
             5,
             (
-                Phase("offline", epochs=200, iterations=5000, collects=False, updates=1),
-                Phase("warmup", epochs=1, iterations=16, collects=True, updates=0),  # 16 * 320 >= 5000
-                Phase("online", epochs=51, iterations=62, collects=True, updates=320),  # 51 * 62 * 320 >= 1e6
+                Phase("offline", epochs=200, iterations=5000, collects=False, updates=1, data="dataset"),
+                Phase("warmup", 1, 16, True, 0, data="none", evaluated=False),  # 16 * 320 >= 5000
+                Phase("online", 51, 62, True, updates=320, data="both"),  # 51 * 62 * 320 >= 1e6
             ),
         ),
-        (Schedule(offline_updates=7, online_steps=0, updates_per_epoch=3), 5, (Phase("offline", 3, 3, False, 1),)),
-        (Schedule(offline_updates=7, online_steps=0, updates_per_epoch=50), 5, (Phase("offline", 1, 7, False, 1),)),
+        (
+            Schedule(offline_updates=7, online_steps=0, updates_per_epoch=3),
+            5,
+            (Phase("offline", 3, 3, False, 1, data="dataset"),),
+        ),
+        (
+            Schedule(offline_updates=7, online_steps=0, updates_per_epoch=50),
+            5,
+            (Phase("offline", 1, 7, False, 1, data="dataset"),),
+        ),
         (
             Schedule(offline_updates=0, online_steps=100, warmup_steps=0, envs=4, steps_per_epoch=50, utd=0.5),
             3,
-            (Phase("online", 3, 4, True, 6),),  # 12 steps per iteration, 48 per epoch
+            (Phase("online", 3, 4, True, 6, data="replay"),),  # 12 steps per iteration, 48 per epoch
         ),
         (
             Schedule(offline_updates=0, online_steps=10, warmup_steps=1, envs=8, steps_per_epoch=1000, utd=0.01),
             5,
-            (Phase("warmup", 1, 1, True, 0), Phase("online", 1, 1, True, 1)),  # one iteration and one update at least
+            (  # one iteration and one update at least
+                Phase("warmup", 1, 1, True, 0, data="none", evaluated=False),
+                Phase("online", 1, 1, True, 1, data="replay"),
+            ),
         ),
         (
             Schedule(offline_updates=0, online_steps=80, warmup_steps=0, envs=8, steps_per_epoch=1000, utd=0),
             5,
-            (Phase("online", 1, 2, True, 0),),
+            (Phase("online", 1, 2, True, 0, data="replay"),),
         ),
     ],
 )
 def test_a_schedule_is_rounded_up_to_whole_iterations_and_epochs(schedule, chunk, expected):
-    assert phases(schedule, chunk) == expected
+    assert phases(schedule, Toy(chunk)) == expected
+
+
+@pytest.mark.parametrize(
+    ("updates", "asked", "dataset", "data"),
+    [
+        (6, "auto", False, "both"),
+        (6, "replay", False, "replay"),
+        (0, "auto", False, "replay"),
+        (0, "auto", True, "both"),
+        (0, "both", False, "both"),
+        (0, "replay", True, "replay"),
+    ],
+)
+def test_online_updates_learn_from_the_dataset_where_there_is_one_unless_told_otherwise(updates, asked, dataset, data):
+    schedule = dataclasses.replace(SCHEDULE, offline_updates=updates, online_data=asked)
+    assert phases(schedule, TOY, dataset=dataset)[-1].data == data
+
+
+def test_an_agent_can_name_phases_of_its_own():
+    reward = (2.0, 1.0)
+    assert phases(SCHEDULE, Planned(), reward) == (
+        Phase("pretrain", 2, 3, False, 1, data="dataset"),
+        Phase("collect", 2, 2, True, 0, reward, "none", evaluated=False),
+        Phase("distill", 2, 3, False, 2, data="replay"),
+    )
+
+
+@pytree
+class Wrong(Toy):
+    """A toy whose phases are those of the test."""
+
+    wrong: tuple[str, ...] = ()
+
+    def phases(self, schedule, length, reward):
+        return {
+            "behaviour": (Phase("behaviour", 1, 1, True, 0, data="none"),),
+            "no epochs": (Phase("no epochs", 0, 1, True, 0, data="none"),),
+            "nothing yet": (Phase("nothing yet", 1, 1, False, 1, data="replay"),),
+            "no data": (Phase("no data", 1, 1, True, 1, data="none"),),
+            "unseen": (Phase("unseen", 1, 1, True, 0, data="none", evaluated=False),),
+        }[self.wrong[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("behaviour", "this name stands for the behaviour"),
+        ("no epochs", "needs at least one epoch of one iteration"),
+        ("nothing yet", "learns from the replay, and nothing was collected before"),
+        ("no data", "makes updates, and has no data to learn from"),
+        ("unseen", "the last phase must be evaluated"),
+    ],
+)
+def test_phases_that_no_run_can_have_are_refused(name, message):
+    with pytest.raises(UserError, match=f"phase '{name}': {message}"):
+        phases(SCHEDULE, Wrong(wrong=(name,)))
+
+
+def test_a_timeline_knows_which_phases_have_begun():
+    timeline = Timeline(phases(SCHEDULE, Planned()))
+    names = [[phase.name for phase in timeline.begun(done)] for done in range(timeline.epochs + 1)]
+    first, second, third = ["pretrain"], ["pretrain", "collect"], ["pretrain", "collect", "distill"]
+    assert names == [[], first, first, second, second, third, third]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +277,12 @@ def test_a_schedule_refuses_what_is_too_small(field, low):
 
 def test_a_schedule_must_have_something_to_do():
     with pytest.raises(UserError, match="nothing to do"):
-        Schedule(offline_updates=0, online_steps=0).check()
+        phases(Schedule(offline_updates=0, online_steps=0), TOY)
+
+
+def test_a_schedule_refuses_data_that_do_not_exist():
+    with pytest.raises(UserError, match="online_data = 'dataset': must be one of"):
+        Schedule(online_data="dataset").check()  # ty: ignore[invalid-argument-type]
 
 
 # The carry
@@ -189,6 +297,16 @@ def test_a_run_begins_with_empty_replay_and_fresh_environments():
     assert begin(schedule=dataclasses.replace(SCHEDULE, replay=40)).world.replay.obs.shape == (4, 40 // 4 + 2 + 2, 2)
     assert begin(schedule=dataclasses.replace(SCHEDULE, online_steps=0)).world is None
     assert same(begin(), carry) and not same(begin(key=jax.random.key(1)).agent, carry.agent)
+
+
+def test_nothing_is_allocated_that_no_phase_needs():
+    agent = loop.on_device(Watching())
+    carry = begin(agent)
+    assert carry.world is not None and carry.world.replay is None and carry.world.rollout is not None
+    carry, metrics = epoch(Phase("watch", 1, 3, True, 0, data="none"), carry, None, agent)
+    assert int(carry.steps) == 4 * 6 and set(metrics) >= {"collect/episodes", "digest"}
+    planned = begin(Planned(), dataclasses.replace(SCHEDULE, online_steps=0))
+    assert planned.world.replay.obs.shape == (4, 2 * 2 * 2 + 2 + 2, 2)  # for two epochs of two chunks of two steps
 
 
 def test_an_offline_epoch_counts_its_updates_and_leaves_the_world_alone(dataset):
@@ -234,23 +352,35 @@ def test_actions_are_those_of_the_agent_as_it_learns(dataset):
         np.testing.assert_allclose(stored, np.broadcast_to(acting, (4, 2, 2)), rtol=1e-6)
 
 
-def test_offline_it_learns_from_the_data_and_online_from_replay_as_well(dataset):
+def test_a_phase_learns_from_what_it_says(dataset):
+    """The share of the batches that are the dataset's: all, a part, none."""
     carry, _ = epoch(WARMUP, begin(), dataset)
     carry, metrics = epoch(OFFLINE, carry, dataset)
     assert float(metrics["toy/offline"]) == 1 and float(metrics["toy/valid"]) == 1
     carry, metrics = epoch(ONLINE, carry, dataset)
     assert 0.2 < float(metrics["toy/offline"]) < 0.9
-    carry, metrics = epoch(ONLINE, carry, None)
-    assert float(metrics["toy/offline"]) == 0
+    for given in (dataset, None):
+        carry, metrics = epoch(dataclasses.replace(ONLINE, data="replay"), carry, given)
+        assert float(metrics["toy/offline"]) == 0
+    carry, metrics = epoch(Phase("distill", 1, 3, False, 2, data="replay"), carry, None)
+    assert float(metrics["toy/offline"]) == 0 and float(metrics["toy/valid"]) == 1
+
+
+def test_a_phase_without_its_data_is_refused(dataset):
+    with pytest.raises(UserError, match="phase 'online' learns from the dataset, and there is none"):
+        epoch(ONLINE, begin(), None)
+    offline = begin(schedule=dataclasses.replace(SCHEDULE, online_steps=0))
+    with pytest.raises(UserError, match="phase 'distill' learns from the replay, and there is none"):
+        epoch(Phase("distill", 1, 3, False, 2, data="replay"), offline, dataset)
 
 
 def test_what_an_iteration_collects_it_learns_from_at_once():
-    _, metrics = epoch(dataclasses.replace(ONLINE, iterations=1), begin(), None)
+    _, metrics = epoch(dataclasses.replace(ONLINE, iterations=1, data="replay"), begin(), None)
     assert float(metrics["toy/valid"]) == 1
 
 
-def test_an_agent_that_annotates_is_told_of_its_data_and_of_what_was_just_collected(dataset):
-    agent = loop.on_device(Annotating(noise=0.5))
+def test_columns_are_derived_for_the_data_and_for_what_was_just_collected(dataset):
+    agent = loop.on_device(Deriving(noise=0.5))
     carry, metrics = epoch(OFFLINE, begin(agent), dataset, agent)
     assert (metrics["toy/data"], metrics["toy/replay"]) == (35, 0)
     for _ in range(3):
@@ -272,6 +402,24 @@ def test_metrics_are_means_over_updates_and_over_the_episodes_that_ended(dataset
     after, metrics = epoch(OFFLINE, carry, dataset)
     assert float(metrics["toy/w"]) == pytest.approx(np.mean(w), rel=1e-5)
     close(after.agent, state, rtol=1e-5)
+
+
+def test_updates_that_measure_nothing_do_not_count_in_a_mean(dataset):
+    """By hand: of four updates, the second and the fourth measure; of none, nothing is measured."""
+    agent = loop.on_device(Delayed())
+    carry = begin(agent, schedule=dataclasses.replace(SCHEDULE, online_steps=0))
+    state, metrics = jax.jit(loop.updates, static_argnums=4)(agent, carry.agent, (dataset,), KEY, 4)
+    by_hand, weights = carry.agent, []
+    for key in jax.random.split(KEY, 4):
+        key_batch, key_step = jax.random.split(key)
+        by_hand, one = agent.update(by_hand, agent.sample((dataset,), key_batch), key_step)
+        weights.append(float(one["toy/w"]))
+    assert np.isnan(weights).tolist() == [True, False, True, False]
+    assert float(metrics["toy/w"]) == pytest.approx((weights[1] + weights[3]) / 2, rel=1e-5)
+    assert np.isnan(metrics["toy/never"]) and int(state.begun) == 4
+    close(state, by_hand, rtol=1e-5)
+    unchanged, nothing = loop.updates(agent, carry.agent, (), KEY, 0)
+    assert unchanged is carry.agent and nothing == {}
 
 
 def test_collection_is_told_as_means_over_the_episodes_that_ended(dataset):
@@ -296,7 +444,7 @@ def test_collection_is_told_as_means_over_the_episodes_that_ended(dataset):
 # Phases
 
 
-def test_going_online_copies_the_anchor_exactly_once(dataset):
+def test_an_agent_is_told_of_each_phase_once(dataset):
     agent = loop.on_device(Phased())
     enter = functools.partial(loop.jitted_enter, agent)
     carry, _ = epoch(OFFLINE, enter(OFFLINE, begin(agent)), dataset, agent)
@@ -306,15 +454,27 @@ def test_going_online_copies_the_anchor_exactly_once(dataset):
     kept = np.array(carry.agent.anchor)
     carry, _ = epoch(WARMUP, carry, dataset, agent)
     carry, _ = epoch(ONLINE, enter(ONLINE, carry), dataset, agent)
-    carry = enter(ONLINE, carry)
     np.testing.assert_array_equal(carry.agent.anchor, kept)
-    assert int(carry.agent.starts) == 1 and not np.array_equal(carry.agent.w, kept)
-    assert int(enter(ONLINE, begin(agent)).agent.starts) == 1  # also without a warm-up
+    assert int(carry.agent.begun) == 3 and not np.array_equal(carry.agent.w, kept)
 
 
-def test_an_agent_without_an_online_phase_goes_on_as_it_is():
+def test_an_agent_without_stages_goes_on_as_it_is():
     before = begin()
     assert same(loop.enter(TOY, ONLINE, before), before)
+
+
+def test_stages_of_several_kinds_follow_each_other(dataset):
+    agent = loop.on_device(Planned(noise=0.5))
+    carry, history = jax.jit(lambda agent, data: loop.run(agent, ENV, SCHEDULE, KEY, data))(agent, dataset)
+    pretrain, collect, distill = history
+    assert [int(x) for x in (carry.epoch, carry.updates, carry.agent.begun)] == [6, 6 + 12, 3]
+    assert (pretrain["toy/offline"] == 1).all() and "toy/w" not in collect and (distill["toy/offline"] == 0).all()
+    assert int(carry.steps) == int(carry.world.replay.valid.sum()) > 0
+    timeline = Timeline(phases(SCHEDULE, agent))
+    for done, anchored in ((2, False), (3, True), (6, True)):
+        shapes = loop.abstract_carry(agent, ENV, SCHEDULE, timeline, done)
+        assert (shapes.agent.anchor is not None) is anchored
+    assert jax.tree.map(jnp.shape, carry) == jax.tree.map(jnp.shape, shapes)
 
 
 # The two drivers
@@ -323,7 +483,7 @@ def test_an_agent_without_an_online_phase_goes_on_as_it_is():
 def whole_run(agent, dataset, key=KEY):
     """Returns what the epoch-by-epoch driver makes of the schedule."""
     carry, history = begin(agent, key=key), []
-    for phase in phases(SCHEDULE, agent.chunk):
+    for phase in phases(SCHEDULE, agent):
         carry = loop.jitted_enter(agent, phase, carry)
         epochs = []
         for _ in range(phase.epochs):
@@ -339,11 +499,15 @@ def scanned(dataset):
     rates = jnp.array([0.125, 0.5])
     agents = jax.tree.map(lambda x: jnp.stack([x, x]), loop.on_device(Phased(noise=0.5)))
     agents = dataclasses.replace(agents, rate=rates)
-    run = lambda agent, data: loop.run(agent, ENV, SCHEDULE, KEY, data)  # noqa: E731
-    together = jax.jit(jax.vmap(run, in_axes=(0, None)))(agents, dataset)
-    alone = jax.jit(run)
-    singles = [alone(jax.tree.map(lambda x, i=i: x[i], agents), dataset) for i in range(2)]
-    assert alone._cache_size() == 1
+
+    def run_alone(agent, data):
+        return loop.run(agent, ENV, SCHEDULE, KEY, data)
+
+    together = jax.jit(jax.vmap(run_alone, in_axes=(0, None)))(agents, dataset)
+    alone = jax.jit(run_alone)
+    with tiny.compiled() as names:
+        singles = [alone(jax.tree.map(lambda x, i=i: x[i], agents), dataset) for i in range(2)]
+    assert names.count("jit(run_alone)") == 1
     return agents, together, singles
 
 
@@ -381,12 +545,14 @@ def test_two_epochs_and_three_after_a_pause_are_five_bit_for_bit(dataset):
 
 def test_other_scalars_and_later_epochs_are_the_same_program(dataset):
     carry, _ = epoch(ONLINE, begin(), dataset)
-    programs = loop.jitted_epoch._cache_size(), loop.jitted_begin._cache_size()
-    for rate in (0.1, 0.2, 0.3):
-        agent = loop.on_device(Toy(rate=rate, noise=0.1))
-        carry, _ = epoch(ONLINE, carry, dataset, agent)
-        begin(agent)
-    assert (loop.jitted_epoch._cache_size(), loop.jitted_begin._cache_size()) == programs
+    with tiny.compiled() as names:
+        for rate in (0.1, 0.2, 0.3):
+            agent = loop.on_device(Toy(rate=rate, noise=0.1))
+            carry, _ = epoch(ONLINE, carry, dataset, agent)
+            begin(agent)
+        assert not {"jit(epoch)", "jit(begin)"} & set(names)
+        epoch(ONLINE, begin(Toy(chunk=3)), dataset, loop.on_device(Toy(chunk=3)))
+    assert names.count("jit(epoch)") == names.count("jit(begin)") == 1  # a size is another program
 
 
 def test_nothing_crosses_between_host_and_device_during_an_epoch(dataset):
