@@ -124,11 +124,8 @@ def carry(path: Path, epoch: int = EPOCHS) -> dict[str, np.ndarray]:
     """Returns every leaf of a run's checkpoint by its path, random keys as numbers."""
     config = directory.read_config(path)
     agent = loop.on_device(config.agent)
-    timeline = timeline_of(config)
-    loaded = checkpoint.load(
-        path / "checkpoints",
-        lambda done: driver.abstract_carry(agent, make(config.env), config.schedule, timeline, done),
-    )
+    given = (agent, make(config.env), config.schedule, timeline_of(config))
+    loaded = checkpoint.load(path / "checkpoints", lambda done: driver.abstract_carry(*given, done, config.execution))
     assert loaded is not None and loaded[0] == epoch
     numbers = jax.tree.map(
         lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x, loaded[1]
