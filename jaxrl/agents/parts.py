@@ -6,7 +6,7 @@ observation is the caller's choice, see `types.Spec`.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from jaxrl.types import Count, NonNegative, Observation, PyTree, Widths, pytree
 
 FEWEST_FEATURES = {"fourier": 4, "sinusoidal": 2, "raw": 1}
 """The least number of time features of each kind: Fourier features range between two frequencies, and have both."""
+
+T = TypeVar("T")
 
 
 @pytree
@@ -315,3 +317,32 @@ def check_heads(agent: str, critic: Critic, value: Value) -> None:
 
 def _layers(net: Net) -> tuple[tuple[int, ...], Norm, Activation]:
     return net.hidden, net.norm, net.activation
+
+
+# Settings of agents made of parts
+
+
+def with_fields(settings: T, **values: Any) -> T:
+    """Returns settings in which every field of these names has that value, those of its parts included.
+
+    So `with_fields(agent, hidden=(64, 64), lr=1e-3)` changes all networks and all optimizers. Raises TypeError for a
+    name that occurs nowhere.
+    """
+    found: set[str] = set()
+    changed = _replaced(settings, values, found)
+    if missing := values.keys() - found:
+        raise TypeError(f"nothing in {type(settings).__name__} is called {', '.join(sorted(missing))}")
+    return changed
+
+
+def _replaced(settings: Any, values: dict[str, Any], found: set[str]) -> Any:
+    """Returns settings with these values, and adds the names that occur to those found."""
+    changed = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in values:
+            found.add(field.name)
+            changed[field.name] = values[field.name]
+        elif dataclasses.is_dataclass(value):
+            changed[field.name] = _replaced(value, values, found)
+    return dataclasses.replace(settings, **changed)

@@ -1,7 +1,7 @@
 """Named configurations of every agent: sizes for minutes on a CPU, and the published ones."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jaxrl.agents import (
     A2PR,
@@ -26,22 +26,21 @@ from jaxrl.agents import (
 from jaxrl.agents.parts import (
     Adam,
     AdamW,
-    Autoencoder,
     Critic,
-    DeterministicPolicy,
     FlowPolicy,
     GaussianPolicy,
     Net,
     OneStepPolicy,
     Value,
+    with_fields,
 )
 from jaxrl.errors import UserError, unknown
-from jaxrl.networks import Norm
 from jaxrl.ops.closed_form import ClosedForm
 from jaxrl.ops.guidance import QGuidance
 from jaxrl.runs.config import Config
 from jaxrl.training.schedule import Schedule
 
+A = TypeVar("A")
 Preset = Literal["quick", "paper"]
 
 
@@ -103,19 +102,13 @@ _ONLINE = dataclasses.replace(_MINUTES, offline_updates=0, warmup_steps=6_400)
 _LONG = Schedule(online_steps=0)
 
 
-def _td3(norm: Norm = "none", *, normalize: bool = True) -> TD3:
-    """Returns TD3 with small networks, LayerNorm in the critics where `norm` says, and high learning rates."""
-    return TD3(
-        DeterministicPolicy(Net(_SMALL, "relu", "none", "torch")),
-        Critic(Net(_SMALL, "relu", norm, "torch"), agg="min"),
-        Adam(_LR),
-        Adam(_LR),
-        normalize=normalize,
-    )
+def _small(agent: A) -> A:
+    """Returns an agent with small networks and high learning rates."""
+    return with_fields(agent, hidden=_SMALL, lr=_LR)
 
 
 PRESETS: dict[str, dict[str, Config]] = {
-    "quick": {name: Config(agent(), schedule=_MINUTES) for name, agent in AGENTS.items()}
+    "quick": {name: Config(_small(agent()), schedule=_MINUTES) for name, agent in AGENTS.items()}
     | {  # minutes on two CPU cores
         "bc": Config(BC(flow=FlowPolicy(Net(_SMALL), "fourier"), adam=Adam(_LR)), schedule=_OFFLINE),
         "fmq": Config(
@@ -146,14 +139,11 @@ PRESETS: dict[str, dict[str, Config]] = {
         "dqc": Config(
             DQC(**_NETS, lr=1e-3, backup=10, batch_size=256, discount=0.99), schedule=_OFFLINE, reward_shift=1.0
         ),
-        "td3": Config(_td3(normalize=False), env="push?reward=dense", schedule=_ONLINE),
-        "td3bc": Config(TD3BC(_td3()), schedule=_OFFLINE),
-        "rebrac": Config(ReBRAC(_td3("after", normalize=False)), schedule=_OFFLINE),
-        "prdc": Config(PRDC(_td3()), schedule=_OFFLINE),
-        "a2pr": Config(
-            A2PR(_td3(), Value(Net(_SMALL, "relu", "none", "torch")), Autoencoder(_SMALL), value_adam=Adam(_LR)),
-            schedule=_OFFLINE,
-        ),
+        "td3": Config(_small(TD3()), env="push?reward=dense", schedule=_ONLINE),
+        "td3bc": Config(_small(TD3BC()), schedule=_OFFLINE),
+        "rebrac": Config(_small(ReBRAC()), schedule=_OFFLINE),
+        "prdc": Config(_small(PRDC()), schedule=_OFFLINE),
+        "a2pr": Config(_small(A2PR()), schedule=_OFFLINE),
         "cql": Config(CQL(**_NETS, actor_lr=3e-4, critic_lr=1e-3), schedule=_OFFLINE),
         "awac": Config(AWAC(**_NETS, **_FAST, temperature=3.0), schedule=_OFFLINE),
         "odice": Config(
