@@ -44,7 +44,7 @@ def _check_number(path: str, value: Any, hint: Any) -> None:
             raise UserError(f"{path} = {value}: must be {allowed}")
 
 
-def check_at_least(settings: Any, **bounds: float) -> None:
+def check_at_least(settings: Any, **bounds: Scalar) -> None:
     """Raises UserError where a field, by its name, is below a bound that depends on other fields."""
     for name, low in bounds.items():
         value = getattr(settings, name)

@@ -35,6 +35,7 @@ class State:
     step: jax.Array  # [] int32
     normalizer: Normalizer | None = None
     online: bool = False  # of agents that learn differently there
+    anchor: PyTree | None = None  # of agents that stay near a network as it was before they went online
 
 
 def create(
@@ -77,9 +78,14 @@ def descend(
 def step(state: State, name: str, loss: Loss, optimizer: optax.GradientTransformation) -> tuple[State, Metrics]:
     """Returns the state after one gradient step of one network on a loss of its parameters."""
     gradient, metrics = jax.grad(loss, has_aux=True)(state.params[name])
+    return step_along(state, name, gradient, optimizer), metrics
+
+
+def step_along(state: State, name: str, gradient: PyTree, optimizer: optax.GradientTransformation) -> State:
+    """Returns the state after one step of one network along a gradient."""
     updates, opt = optimizer.update(gradient, state.opt[name], state.params[name])
     params = state.params | {name: optax.apply_updates(state.params[name], updates)}
-    return dataclasses.replace(state, params=params, opt=state.opt | {name: opt}), metrics
+    return dataclasses.replace(state, params=params, opt=state.opt | {name: opt})
 
 
 def follow(state: State, tau: Scalar, *slow: str) -> State:

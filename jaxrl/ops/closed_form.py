@@ -22,7 +22,8 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxrl.ops import losses
 from jaxrl.ops.guidance import Value, best_of
-from jaxrl.types import Scalar, pytree
+from jaxrl.ranges import check_at_least
+from jaxrl.types import Count, Fraction, NonNegative, Scalar, pytree
 
 NEAR_BOUND = 0.999  # actions are clipped to it before atanh
 KAPPA = 1e-7  # keeps a vanishing critic gradient a vanishing step
@@ -54,11 +55,15 @@ class ClosedForm:
     """The operator: candidates at the edge of the behaviour's level sets, of which the critic chooses."""
 
     bound: Literal["lse", "jensen", "both"] = "both"  # on the log of the mixture's sum: LogSumExp, Jensen, or both
-    delta: Scalar = 0.5  # how far the log density may fall; the lowest that is drawn
-    delta_high: Scalar = 0.5  # the highest that is drawn
-    draws: int = 1  # how many are drawn, uniformly, per action
-    stretch: Scalar = 2**0.5  # factor of LogSumExp's radius: sqrt(2) in the official code, 1 in the derivation
-    threshold: Scalar = 0.05  # weight below which a component is left out, unless it is the heaviest
+    delta: NonNegative = 0.5  # how far the log density may fall; the lowest that is drawn
+    delta_high: NonNegative = 0.5  # the highest that is drawn, at least `delta`
+    draws: Count = 1  # how many are drawn, uniformly, per action
+    stretch: NonNegative = 2**0.5  # factor of LogSumExp's radius: sqrt(2) in the official code, 1 in the derivation
+    threshold: Fraction = 0.05  # weight below which a component is left out, unless it is the heaviest
+
+    def check(self) -> None:
+        """Raises UserError for settings that do not fit each other."""
+        check_at_least(self, delta_high=self.delta)
 
     def improve(self, key: Key[Array, ""], behaviour: Mixture, value: Value) -> Float[Array, "b d"]:
         """Returns the candidate with the highest value; `value` says one [B, N] per action [B, N, D].

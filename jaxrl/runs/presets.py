@@ -27,17 +27,22 @@ from jaxrl.agents.parts import (
     Adam,
     AdamW,
     Critic,
+    FlowMapPolicy,
     FlowPolicy,
     GaussianPolicy,
+    MixturePolicy,
     Net,
     OneStepPolicy,
+    QuantileCritic,
+    SelfDistillation,
+    SquashedGaussianPolicy,
     Value,
     with_fields,
 )
 from jaxrl.errors import UserError, unknown
 from jaxrl.ops.closed_form import ClosedForm
 from jaxrl.ops.guidance import QGuidance
-from jaxrl.runs.config import Config
+from jaxrl.runs.config import Config, replaced
 from jaxrl.training.schedule import Schedule
 
 A = TypeVar("A")
@@ -59,7 +64,10 @@ _FLOW = FlowPolicy(Net(_SMALL))
 _ONE_STEP = OneStepPolicy(Net(_SMALL))
 
 
-_CRITIC = Critic(Net(_SMALL, norm="after"))
+_AFTER, _RELU, _TORCH = Net(_SMALL, norm="after"), Net(_SMALL, "relu"), Net(_SMALL, "relu", initial="torch")
+
+
+_CRITIC = Critic(_AFTER)
 
 
 def _qgf(hidden: tuple[int, ...]) -> dict[str, Any]:
@@ -69,16 +77,7 @@ def _qgf(hidden: tuple[int, ...]) -> dict[str, Any]:
     return {"flow": flow, "critic": Critic(before, agg="min"), "value": Value(before)}
 
 
-_NETS: dict[str, Any] = {"actor_hidden": _SMALL, "critic_hidden": _SMALL}
-
-
-_SINGLE: dict[str, Any] = {
-    "components": 1,
-    "operator": ClosedForm(bound="jensen", delta=0.2, delta_high=2.0, draws=10),
-}
-
-
-_FAST: dict[str, Any] = {"actor_lr": 1e-3, "critic_lr": 1e-3}
+_DRAWN = ClosedForm(bound="jensen", delta=0.2, delta_high=2.0, draws=10)
 
 
 _MINUTES = Schedule(
@@ -112,7 +111,13 @@ PRESETS: dict[str, dict[str, Config]] = {
     | {  # minutes on two CPU cores
         "bc": Config(BC(flow=FlowPolicy(Net(_SMALL), "fourier"), adam=Adam(_LR)), schedule=_OFFLINE),
         "fmq": Config(
-            FMQ(actor_hidden=_SMALL, critic_hidden=_SMALL, lr=1e-3, target_samples=4, warmup=500, curriculum=4_000),
+            FMQ(
+                actor=FlowMapPolicy(Net(_SMALL)),
+                distillation=SelfDistillation(warmup=500, curriculum=4_000),
+                critic=_CRITIC,
+                adam=AdamW(_LR),
+                target_samples=4,
+            ),
             schedule=_MINUTES,
         ),
         "iql": Config(
@@ -121,7 +126,7 @@ PRESETS: dict[str, dict[str, Config]] = {
                 backup=5,
                 actor=GaussianPolicy(Net(_SMALL)),
                 critic=dataclasses.replace(_CRITIC, agg="min"),
-                value=Value(Net(_SMALL, norm="after")),
+                value=Value(_AFTER),
                 adam=Adam(_LR),
             ),
             schedule=_OFFLINE,
@@ -137,20 +142,72 @@ PRESETS: dict[str, dict[str, Config]] = {
             QC(flow=_FLOW, policy=_ONE_STEP, critic=_CRITIC, adam=AdamW(_LR), num_samples=8), schedule=_MINUTES
         ),
         "dqc": Config(
-            DQC(**_NETS, lr=1e-3, backup=10, batch_size=256, discount=0.99), schedule=_OFFLINE, reward_shift=1.0
+            DQC(
+                backup=10,
+                flow=FlowPolicy(_AFTER),
+                critic=Critic(_AFTER, agg="min", head="bce"),
+                value=Value(_AFTER, head="bce"),
+                adam=Adam(_LR),
+                batch_size=256,
+                discount=0.99,
+            ),
+            schedule=_OFFLINE,
+            reward_shift=1.0,
         ),
         "td3": Config(_small(TD3()), env="push?reward=dense", schedule=_ONLINE),
         "td3bc": Config(_small(TD3BC()), schedule=_OFFLINE),
         "rebrac": Config(_small(ReBRAC()), schedule=_OFFLINE),
         "prdc": Config(_small(PRDC()), schedule=_OFFLINE),
         "a2pr": Config(_small(A2PR()), schedule=_OFFLINE),
-        "cql": Config(CQL(**_NETS, actor_lr=3e-4, critic_lr=1e-3), schedule=_OFFLINE),
-        "awac": Config(AWAC(**_NETS, **_FAST, temperature=3.0), schedule=_OFFLINE),
-        "odice": Config(
-            ODICE(actor_hidden=_SMALL, value_hidden=_SMALL, actor_lr=1e-3, value_lr=1e-3, trade=0.4), schedule=_OFFLINE
+        "cql": Config(
+            CQL(
+                actor=SquashedGaussianPolicy(_TORCH),
+                critic=Critic(_TORCH, agg="min"),
+                actor_adam=Adam(3e-4),
+                critic_adam=Adam(_LR),
+            ),
+            schedule=_OFFLINE,
         ),
-        "famo2o": Config(FamO2O(**_NETS, lr=1e-3), schedule=_MINUTES),
-        "cfpi": Config(CFPI(actor_hidden=_SMALL, critic_hidden=_SMALL[:2], **_FAST, **_SINGLE), schedule=_OFFLINE),
+        "awac": Config(
+            AWAC(
+                actor=GaussianPolicy(_TORCH, std="learned"),
+                critic=Critic(_TORCH, agg="min"),
+                actor_adam=Adam(_LR),
+                critic_adam=Adam(_LR),
+                temperature=3.0,
+            ),
+            schedule=_OFFLINE,
+        ),
+        "odice": Config(
+            ODICE(
+                actor=GaussianPolicy(_TORCH, std="learned"),
+                value=Critic(dataclasses.replace(_TORCH, norm="before"), agg="min", epsilon="1e-5"),
+                actor_adam=Adam(_LR),
+                value_adam=Adam(_LR),
+                trade=0.4,
+            ),
+            schedule=_OFFLINE,
+        ),
+        "famo2o": Config(
+            FamO2O(
+                family=GaussianPolicy(_RELU, std="learned"),
+                balance=GaussianPolicy(_RELU, std="learned"),
+                critic=Critic(_RELU, agg="min"),
+                value=Value(_RELU),
+                adam=Adam(_LR),
+            ),
+            schedule=_MINUTES,
+        ),
+        "cfpi": Config(
+            CFPI(
+                actor=MixturePolicy(_TORCH, components=1),
+                critic=QuantileCritic(_SMALL[:2]),
+                actor_adam=Adam(_LR),
+                critic_adam=Adam(_LR),
+                operator=_DRAWN,
+            ),
+            schedule=_OFFLINE,
+        ),
     },
     "paper": {name: Config(agent(), schedule=_LONG, data_steps=1_000_000) for name, agent in AGENTS.items()}
     | {  # the published sizes, for an accelerator
@@ -190,15 +247,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qc": {"distill": {"actor": "distill"}},
     "cfpi": {  # one Gaussian, from which the critic chooses how far to go; or a mixture, one distance, both bounds
-        "single": _SINGLE,
-        "mixture": {"components": 4, "operator": ClosedForm()},
+        "single": {"actor.components": 1, "operator": _DRAWN},
+        "mixture": {"actor.components": 4, "operator": ClosedForm()},
     },
     "cql": {  # as their papers have them for tasks with sparse rewards, which go on to learn online
         "antmaze": {"conservatism": 5.0, "lagrange": True, "gap": 0.8, "max_target": True, "lowest_gap": -200.0},
         "cal-ql": {"conservatism": 5.0, "lagrange": True, "gap": 0.8, "max_target": True, "calibrated": True},
     },
 }
-"""Named settings of an agent's fields, by agent: `jaxrl train AGENT --variant NAME`."""
+"""Named settings of an agent's fields, its parts' too, by agent: `jaxrl train AGENT --variant NAME`."""
 
 
 def preset(name: str, agent: str, variant: str | None = None) -> Config:
@@ -215,4 +272,6 @@ def preset(name: str, agent: str, variant: str | None = None) -> Config:
         raise UserError(f"variant = {variant!r}: {agent} has no variants")
     if variant not in variants:
         raise unknown(f"variant of {agent}", variant, variants)
-    return dataclasses.replace(config, agent=dataclasses.replace(config.agent, **variants[variant]))
+    for path, value in variants[variant].items():
+        config = replaced(config, f"agent.{path}", value)
+    return config
