@@ -78,8 +78,8 @@ def trajectory_weights(
     """Returns log u_i [E] float64, from undiscounted returns [E], steps [E] and first observations [E, O].
 
     "return": y_i / temperature, y the returns shifted and scaled to [0, 1]. "advantage": the same for the residuals of
-    a linear regression of the returns on the first observations. "top": 0 for the floor(fraction E) largest returns, the
-    earlier of equal ones, and -inf for the rest. Where all scores are equal, trajectories are too.
+    a linear regression of the returns on the first observations. "top": 0 for the floor(fraction E) largest returns,
+    the earlier of equal ones, and -inf for the rest. Where all scores are equal, trajectories are too.
     """
     returns, lengths = np.asarray(returns, np.float64), np.asarray(lengths)
     if returns.ndim != 1 or not len(returns) == len(lengths) == len(initial_obs) > 0:
