@@ -1,7 +1,7 @@
-"""One large run on several devices: environments, replay and batches lie across them, the agent is on each.
+"""One large run on several devices: environments, replay and batches are split among them, the agent is on each.
 
-XLA divides the work along these arrays; where gradients meet it adds the devices' parts up. Without a mesh in scope
-nothing here does anything. (Members of a sweep need none of this: `jaxrl.sweeps.population`.)
+XLA divides the work along these arrays and sums the devices' gradients. Without a mesh in scope, nothing here has an
+effect. Members of a sweep need none of this, see `jaxrl.sweeps.population`.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxrl.errors import UserError
-from jaxrl.types import PyTree, on_host
+from jaxrl.types import Agent, Env, HostEnv, PyTree, on_host, requirements
 
 AXIS = "devices"
 
 
 @contextlib.contextmanager
 def across(count: int) -> Generator[None]:
-    """A context in which runs are spread over so many devices of this process; 1 is no context at all."""
+    """A context in which runs are spread over so many devices of this process; 1 changes nothing."""
     if count == 1:
         yield
         return
@@ -29,15 +29,18 @@ def across(count: int) -> Generator[None]:
         yield
 
 
-def check(config: Any, env: Any, count: int) -> None:
-    """Raises UserError where a run cannot be spread over so many devices, before anything is built."""
-    here = len(jax.local_devices())
+def check(agent: Agent, env: Env | HostEnv, envs: int, count: int) -> None:
+    """Raises UserError where a run of so many environments cannot be spread over so many devices.
+
+    That is known before anything is built.
+    """
+    here, batch = len(jax.local_devices()), requirements(agent).batch
     if not 1 <= count <= here:
         raise UserError(f"devices = {count}: there are {here}")
     if count > 1 and on_host(env):
-        raise UserError(f"devices = {count}: the simulators of {config.env!r} step on the CPU, one device is enough")
-    for name, size in (("agent.batch_size", config.agent.batch_size), ("schedule.envs", config.schedule.envs)):
-        if size % count:
+        raise UserError(f"devices = {count}: this environment's simulators step on the CPU, one device is enough")
+    for name, size in (("the agent's batch_size", batch), ("schedule.envs", envs)):
+        if size is not None and size % count:
             raise UserError(f"{name} = {size}: must be a multiple of the {count} devices")
 
 
@@ -47,17 +50,17 @@ def several() -> bool:
 
 
 def spec_of(leaf: Any, devices: int) -> PartitionSpec:
-    """Returns how an array lies: its first axis across the devices, if it can be divided so."""
+    """Returns how an array is split: its first axis among the devices, if they divide it, else not at all."""
     return PartitionSpec(AXIS) if leaf.ndim and leaf.shape[0] % devices == 0 else PartitionSpec()
 
 
 def lay(x: Any, spec: PartitionSpec) -> Any:
-    """Returns an array as it is to lie on the devices in scope: a rule for the program, or moved there."""
+    """Returns an array placed on the devices in scope: constrained within a program, moved outside of one."""
     return jax.lax.with_sharding_constraint(x, spec) if isinstance(x, Tracer) else jax.device_put(x, spec)
 
 
 def spread(tree: PyTree) -> PyTree:
-    """Returns trees [N, ...] across the devices in scope, within a program or not."""
+    """Returns trees [N, ...] split among the devices in scope, within a program or not."""
     if not several():
         return tree
     count = jax.sharding.get_abstract_mesh().size
@@ -65,7 +68,7 @@ def spread(tree: PyTree) -> PyTree:
 
 
 def shared(tree: PyTree) -> PyTree:
-    """Returns a tree whole on each of the devices in scope, within a program or not."""
+    """Returns a tree replicated on the devices in scope, within a program or not."""
     if not several():
         return tree
     return jax.tree.map(lambda x: lay(x, PartitionSpec()), tree)

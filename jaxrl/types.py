@@ -263,6 +263,7 @@ class Requirements:
     history: int = 0  # steps before a window
     columns: tuple[str, ...] = ()  # further columns of the dataset
     unit_rewards: bool = False  # rewards in [0, 1], as values are probabilities
+    dataset: bool = False  # a dataset beside or instead of the replay, as every update looks something up in it
     kdtree: bool = False  # KD-trees of the dataset's rows, where the device is a CPU
     batch: int | None = None  # windows per update, which are divided among devices; None: it does not say
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 
 import jax
 import numpy as np
@@ -12,24 +11,24 @@ import pytest
 
 import envs
 from jaxrl import sharding
-from jaxrl.agents import TD3BC
+from jaxrl.agents.td3 import TD3
+from jaxrl.agents.td3bc import TD3BC
 from jaxrl.errors import UserError
 from jaxrl.runs import driver
 from jaxrl.training import loop
 from jaxrl.training.schedule import Schedule, phases
 from tests.known import quick_to_compile
-from tests.sweeps.test_population import dataset
+from tests.sweeps.test_population import AGENT, dataset
 
 ENV = envs.make("point")
-AGENT = TD3BC(actor_hidden=(8,), critic_hidden=(8,), batch_size=16)
-SCHEDULE = Schedule(offline_updates=0, online_steps=24, utd=0.5, warmup_steps=0, envs=4, steps_per_epoch=8)
+SCHEDULE = Schedule(offline_updates=0, online_data="both", online_steps=24, utd=0.5, warmup_steps=0, envs=4, steps_per_epoch=8)
 
 
 def epochs():
     """Returns the carry after the schedule's epochs, the metrics of each, and the evaluation's returns."""
     agent, data = loop.on_device(AGENT), sharding.shared(dataset())
     carry = driver.on_devices(loop.jitted_begin(agent, ENV, SCHEDULE, jax.random.key(0)))
-    (phase,) = phases(SCHEDULE, AGENT.chunk)
+    (phase,) = phases(SCHEDULE, AGENT)
     history = []
     for _ in range(phase.epochs):
         carry, metrics = loop.jitted_epoch(agent, ENV, phase, carry, data)
@@ -86,22 +85,17 @@ def test_without_several_devices_nothing_is_moved():
         assert not sharding.several()
 
 
-def config(batch: int = 16, envs: int = 4) -> types.SimpleNamespace:
-    schedule, agent = types.SimpleNamespace(envs=envs), types.SimpleNamespace(batch_size=batch)
-    return types.SimpleNamespace(schedule=schedule, agent=agent, env="point")
-
-
 @pytest.mark.parametrize(
-    ("given", "count", "message"),
+    ("batch", "environments", "count", "message"),
     [
-        (config(), 3, "devices = 3: there are 2"),
-        (config(), 0, "devices = 0: there are 2"),
-        (config(batch=15), 2, "agent.batch_size = 15: must be a multiple of the 2 devices"),
-        (config(envs=3), 2, "schedule.envs = 3: must be a multiple of the 2 devices"),
+        (16, 4, 3, "devices = 3: there are 2"),
+        (16, 4, 0, "devices = 0: there are 2"),
+        (15, 4, 2, "the agent's batch_size = 15: must be a multiple of the 2 devices"),
+        (16, 3, 2, "schedule.envs = 3: must be a multiple of the 2 devices"),
     ],
 )
-def test_what_cannot_be_spread_is_refused(given, count, message, monkeypatch):
+def test_what_cannot_be_spread_is_refused(batch, environments, count, message, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [None, None])
-    sharding.check(config(), ENV, 2)
+    sharding.check(AGENT, ENV, 4, 2)
     with pytest.raises(UserError, match=message):
-        sharding.check(given, ENV, count)
+        sharding.check(TD3BC(TD3(batch_size=batch)), ENV, environments, count)

@@ -43,7 +43,7 @@ class PRDC:
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return dataclasses.replace(self.td3.requires(), kdtree=self.search in ("auto", "tree"))
+        return dataclasses.replace(self.td3.requires(), dataset=True, kdtree=self.search in ("auto", "tree"))
 
     def check_data(self, transitions: int) -> None:
         """Raises UserError where neighbors among so many transitions cannot be searched as asked."""

@@ -155,7 +155,7 @@ def _train(config: Config, environment: Any, path: Path, options: TrainOptions) 
     memory.check(config, environment)
     known = {} if options.resume is None else read_json(path / "manifest.json", f"{path} is not a run directory")
     count = options.devices or known.get("devices", 1)
-    sharding.check(config, environment, count)
+    sharding.check(config.agent, environment, config.schedule.envs, count)
     drive = driver.start if options.resume is None else driver.resume
     with StopRequests() as stop, sharding.across(count):
         try:

@@ -16,7 +16,7 @@ from jaxrl.replay.kdtree import bare
 from jaxrl.replay.neighbours import with_forest
 from jaxrl.replay.ring import Ring, empty
 from jaxrl.replay.weighting import UNIFORM, Weighting, Weights, trajectory_weights, weights_of
-from jaxrl.types import Agent, Env, HostEnv, Leaf, NamesGoals, Relabels, Requires, Spec
+from jaxrl.types import Env, HostEnv, Leaf, NamesGoals, Relabels, Spec
 
 AnyEnv: TypeAlias = Env | HostEnv
 
@@ -140,11 +140,6 @@ def goal_of(spec: Spec) -> Leaf:
 
 def _entries(leaf: Leaf) -> str:
     return ", ".join(map(str, leaf.shape))
-
-
-def window_of(agent: Agent) -> int:
-    """Returns how many steps the windows have that an agent learns from: what it requires, by default its chunk."""
-    return agent.requires().window if isinstance(agent, Requires) else agent.chunk
 
 
 def check_window(sizes: Sizes, window: int) -> None:

@@ -5,7 +5,7 @@ import math
 from typing import Literal, get_args
 
 from jaxrl.errors import UserError
-from jaxrl.types import Agent, OnPolicy, Phase, Scheduling
+from jaxrl.types import Agent, OnPolicy, Phase, Scheduling, requirements
 
 OnlineData = Literal["auto", "both", "replay"]
 FROM_ZERO = ("offline_updates", "online_steps", "utd", "warmup_steps", "eval_seed")  # numbers that may be 0
@@ -137,6 +137,8 @@ def check(found: tuple[Phase, ...], agent: Agent) -> None:
             wrong = "learns from the replay, and nothing was collected before"
         elif phase.data == "none" and phase.updates and not (phase.collects and isinstance(agent, OnPolicy)):
             wrong = "makes updates, and has no data to learn from"
+        elif requirements(agent).dataset and phase.updates and not reads_dataset(phase):
+            wrong = f"{type(agent).__name__} looks up the dataset in every update: set --schedule.online-data both"
         if wrong is not None:
             raise UserError(f"phase {phase.name!r}: {wrong}")
     if not found[-1].evaluated:

@@ -17,7 +17,7 @@ from jaxrl.runs import driver
 from jaxrl.runs.config import Config
 from jaxrl.runs.datasets import load_data
 from jaxrl.training.schedule import Schedule
-from jaxrl.types import Requirements
+from jaxrl.types import Requirements, requirements
 from tests import tiny
 
 
@@ -124,7 +124,7 @@ def test_the_windows_of_an_agent_are_what_it_requires_else_its_chunk():
         def requires(self) -> Requirements:
             return Requirements(window=self.backup)
 
-    assert (loading.window_of(Plain(3)), loading.window_of(Backing(5, 25))) == (3, 25)
+    assert (requirements(Plain(3)).window, requirements(Backing(5, 25)).window) == (3, 25)
 
 
 # Goals

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import envs
-from jaxrl.agents import TD3BC
+from jaxrl.agents.parts import Adam, Critic, DeterministicPolicy, Net
+from jaxrl.agents.td3 import TD3
+from jaxrl.agents.td3bc import TD3BC
 from jaxrl.replay import ring as rings
 from jaxrl.sweeps import population
 from jaxrl.sweeps.population import RUNNING, Lift, Programs, keys_of, stacked
@@ -20,8 +22,9 @@ from jaxrl.training import loop
 from jaxrl.training.schedule import Schedule, phases
 from tests.known import quick_to_compile
 
-AGENT = TD3BC(actor_hidden=(8,), critic_hidden=(8,), batch_size=16)
-SCHEDULE = Schedule(offline_updates=0, online_steps=16, utd=0.5, warmup_steps=0, envs=4, steps_per_epoch=8)
+NET = Net((8,), "relu", "none", "torch")
+AGENT = TD3BC(TD3(DeterministicPolicy(NET), Critic(NET, agg="min"), batch_size=16, normalize=True))
+SCHEDULE = Schedule(offline_updates=0, online_data="both", online_steps=16, utd=0.5, warmup_steps=0, envs=4, steps_per_epoch=8)
 LEARNING_RATES = (1e-3, 3e-4, 3e38, 1e-2)  # the third member diverges at once
 SEEDS = (0, 1, 2, 0)
 ENV = envs.make("point")
@@ -49,7 +52,8 @@ def dataset() -> rings.Ring:
 
 
 def agents() -> list[TD3BC]:
-    return [dataclasses.replace(AGENT, critic_lr=lr) for lr in LEARNING_RATES]
+    settings = (dataclasses.replace(AGENT.td3, critic_adam=Adam(lr)) for lr in LEARNING_RATES)
+    return [TD3BC(td3) for td3 in settings]
 
 
 def together(layout, devices=None):
@@ -58,7 +62,7 @@ def together(layout, devices=None):
     everyone, data = programs.place(stacked(agents())), programs.share(dataset())
     runner = programs.begin(everyone, schedule=SCHEDULE, keys=programs.place(keys_of(SEEDS)))
     history = []
-    for phase in phases(SCHEDULE, AGENT.chunk):
+    for phase in phases(SCHEDULE, AGENT):
         runner = programs.enter(everyone, phase=phase, population=runner)
         for _ in range(phase.epochs):
             runner, metrics = programs.epoch(everyone, phase=phase, population=runner, dataset=data)
@@ -76,7 +80,7 @@ def alone(index: int):
     agent = loop.on_device(agents()[index])
     carry = loop.jitted_begin(agent, ENV, SCHEDULE, jax.random.key(SEEDS[index]))
     history = []
-    for phase in phases(SCHEDULE, AGENT.chunk):
+    for phase in phases(SCHEDULE, AGENT):
         carry = loop.jitted_enter(agent, phase, carry)
         for _ in range(phase.epochs):
             carry, metrics = loop.jitted_epoch(agent, ENV, phase, carry, dataset())
@@ -147,6 +151,20 @@ def test_diverged_members_are_not_computed_one_after_the_other(mapped):
 
 
 @pytest.mark.parametrize("layout", ["vmap", "map"])
+def test_members_learn_without_a_dataset(layout):
+    schedule = dataclasses.replace(SCHEDULE, online_data="auto")
+    programs, everyone = Programs(ENV, layout), stacked(agents()[:2])
+    members = programs.begin(everyone, schedule=schedule, keys=programs.place(keys_of(SEEDS[:2])))
+    (phase,) = phases(schedule, AGENT)
+    before = jax.device_get(members.carry.agent.params)
+    members, metrics = programs.epoch(everyone, phase=phase, population=members, dataset=None)
+    assert members.stopped.tolist() == [RUNNING, RUNNING] and np.isfinite(metrics["critic/loss"]).all()
+    assert members.carry.updates.tolist() == [phase.iterations * phase.updates] * 2
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, jax.device_get(members.carry.agent.params))
+    assert all(jax.tree.leaves(moved["critic"]))
+
+
+@pytest.mark.parametrize("layout", ["vmap", "map"])
 def test_evaluation_gives_every_member_the_same_episodes(layout):
     programs = Programs(ENV, layout)
     everyone = stacked([AGENT, AGENT])
@@ -188,7 +206,7 @@ with quick_to_compile():
     everyone, data = programs.place(t.stacked(t.agents())), programs.share(t.dataset())
     runner = programs.begin(everyone, schedule=t.SCHEDULE, keys=programs.place(t.keys_of(t.SEEDS)))
     found["members per device"] = sorted({x.sharding.shard_shape(x.shape)[0] for x in jax.tree.leaves(runner)})
-    (phase,) = t.phases(t.SCHEDULE, t.AGENT.chunk)
+    (phase,) = t.phases(t.SCHEDULE, t.AGENT)
     program = programs.epoch.lower(everyone, phase=phase, population=runner, dataset=data).compile()
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     found["collectives"] = len(re.findall(rf" ({kinds})(-start)?\\(", program.as_text()))
@@ -200,7 +218,7 @@ print(json.dumps(found))
 """
 
 
-def test_members_on_four_devices_are_those_on_one_and_have_nothing_to_say_to_each_other(mapped):
+def test_members_on_four_devices_are_those_on_one_and_do_not_communicate(mapped):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     line = [sys.executable, "-c", SHARDED]
     process = subprocess.run(line, env=os.environ | flags, capture_output=True, text=True, check=False)
