@@ -261,8 +261,7 @@ def synthesize(args: list[str]) -> int:
     ranges.check(options.generator)
     ranges.check(options.sampler)
     dataset = _judged(names[0], options.env)
-    if dataset.rewards is None:
-        raise UserError(f"dataset {dataset.path}: has no rewards: name the environment that gives them with --env")
+    generate.check(dataset)
     policy = None
     if options.policy is not None:
         config = directory.read_config(options.policy)

@@ -24,7 +24,9 @@ from tests.known import quick_to_compile
 
 NET = Net((8,), "relu", "none", "torch")
 AGENT = TD3BC(TD3(DeterministicPolicy(NET), Critic(NET, agg="min"), batch_size=16, normalize=True))
-SCHEDULE = Schedule(offline_updates=0, online_data="both", online_steps=16, utd=0.5, warmup_steps=0, envs=4, steps_per_epoch=8)
+SCHEDULE = Schedule(
+    offline_updates=0, online_data="both", online_steps=16, utd=0.5, warmup_steps=0, envs=4, steps_per_epoch=8
+)
 LEARNING_RATES = (1e-3, 3e-4, 3e38, 1e-2)  # the third member diverges at once
 SEEDS = (0, 1, 2, 0)
 ENV = envs.make("point")

@@ -182,6 +182,13 @@ def test_a_mistake_is_one_line_and_writes_nothing(model, tmp_path, monkeypatch, 
     assert mistake(line, capsys).startswith(message)
 
 
+def test_observations_in_a_dict_are_refused():
+    data = linear_system()
+    data = dataclasses.replace(data, observations={"state": data.observations}, path="x.npz")
+    with pytest.raises(UserError, match=r"x\.npz: observations are a dict \(state\); only vectors can be generated"):
+        generate.check(data)
+
+
 def test_a_policy_of_other_sizes_is_refused():
     env = types.SimpleNamespace(spec=Spec(observation=4, action=1))
     config: Any = types.SimpleNamespace(agent=Steady())
