@@ -22,8 +22,8 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxrl.ops import losses
 from jaxrl.ops.guidance import Value, best_of
-from jaxrl.ranges import check_at_least
-from jaxrl.types import Count, Fraction, NonNegative, Scalar, pytree
+from jaxrl.ranges import Count, Fraction, NonNegative, check_at_least
+from jaxrl.types import Scalar, pytree
 
 NEAR_BOUND = 0.999  # actions are clipped to it before atanh
 KAPPA = 1e-7  # keeps a vanishing critic gradient a vanishing step

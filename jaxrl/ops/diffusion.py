@@ -17,7 +17,8 @@ from typing import Annotated, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxrl.types import NonNegative, Range, pytree
+from jaxrl.ranges import NonNegative, Range
+from jaxrl.types import pytree
 
 Denoiser: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 """D(x [B, H, F], sigma [B]) -> [B, H, F]: the expected data, given noisy data x of level sigma."""

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.errors import UserError
-from jaxrl.types import Batch, Fraction, History, Observation, pytree
+from jaxrl.ranges import Fraction
+from jaxrl.types import Batch, History, Observation, pytree
 
 
 @pytree

@@ -32,10 +32,10 @@ from jaxrl.networks import MLP, apply
 from jaxrl.ops import losses, normalizer
 from jaxrl.ops.closed_form import Act
 from jaxrl.ops.normalizer import Normalizer
-from jaxrl.ranges import check_at_least
+from jaxrl.ranges import Count, NonNegative, Positive, Widths, check_at_least
 from jaxrl.replay.ring import Ring, Rings, windows
 from jaxrl.training import loop
-from jaxrl.types import Batch, Count, Metrics, NonNegative, Positive, PyTree, Scalar, Spec, Widths, pytree
+from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 Score: TypeAlias = Callable[[jax.Array, jax.Array, Scalar], tuple[jax.Array, jax.Array]]
 """The gradient (g_s [B, S], g_a [B, A]) of log p_sigma at (states [B, S], actions [B, A], sigma)."""

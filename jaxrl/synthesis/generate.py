@@ -40,10 +40,12 @@ COMPARED = 4096  # actions whose log density is averaged, spread evenly over a d
 
 
 def check(dataset: Dataset) -> None:
-    """Raises UserError for a dataset that a model cannot learn: without rewards, or with observations in a dict."""
+    """Raises UserError for a dataset that a model cannot learn: without rewards, or whose observations are no vectors."""
     if isinstance(dataset.observations, Mapping):
         names = ", ".join(dataset.observations)
         raise UserError(f"dataset {dataset.path}: observations are a dict ({names}); only vectors can be generated")
+    if dataset.observations.ndim > 2:
+        raise UserError(f"dataset {dataset.path}: observations are images; only vectors can be generated")
     if dataset.rewards is None:
         raise UserError(f"dataset {dataset.path}: has no rewards: name the environment that gives them with --env")
 

@@ -17,9 +17,10 @@ from jaxrl.errors import UserError
 from jaxrl.networks import TemporalUNet, apply
 from jaxrl.ops import diffusion, losses
 from jaxrl.ops.diffusion import LogDensity, Sampler, Scale
+from jaxrl.ranges import Count, Positive, Range
 from jaxrl.synthesis.segments import Segments
 from jaxrl.training import loop
-from jaxrl.types import Agent, Count, Density, Metrics, Positive, PyTree, Range, Scalar, Spec, pytree
+from jaxrl.types import Agent, Density, Metrics, PyTree, Scalar, Spec, pytree
 
 EPOCH = 500  # updates in one program, at most; a request to stop is answered after each
 HELD_OUT = 256  # held-out sub-trajectories on which the error is estimated after each epoch

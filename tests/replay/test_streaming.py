@@ -185,6 +185,26 @@ def test_a_file_unlike_the_others_is_named_before_anything_is_loaded(folder, har
         streaming.find(str(folder))
 
 
+def test_files_of_dicts_and_images_are_alike_in_shapes_and_dtypes(tmp_path):
+    def seen(first: int, dtype: type) -> dict[str, np.ndarray]:
+        plain = columns(first, 2)
+        image = np.zeros((42, 2, 2, 3), dtype)
+        named = {"observations/state": plain["observations"].astype(np.float64), "observations/camera": image}
+        return {name: x for name, x in (plain | named).items() if name != "observations"}
+
+    for i, dtype in enumerate((np.uint8, np.uint8, np.float32)):
+        np.savez(tmp_path / f"part-{i}.npz", **seen(1000 * i, dtype))
+    shards = streaming.find(str(tmp_path / "*[01].npz"))
+    assert shards is not None
+    sizes, loaded = shards.sizes, task.sizes_of(files.load(tmp_path / "part-0.npz"))
+    assert sizes.row("observations/camera") == jax.ShapeDtypeStruct((2, 2, 3), np.uint8)
+    assert all(sizes.row(name) == loaded.row(name) for name in ("observations/state", "actions"))
+    with pytest.raises(
+        UserError, match=r"part-2.npz: column 'observations/camera' is float32, in .*part-0.npz it is ui"
+    ):
+        streaming.find(str(tmp_path))
+
+
 # One file per epoch
 
 
