@@ -275,10 +275,7 @@ def synthesize(args: list[str]) -> int:
     ranges.check(options.generator)
     ranges.check(options.sampler)
     dataset = _judged(names[0], options.env)
-    if dataset.rewards is None:
-        raise UserError(f"dataset {dataset.path}: has no rewards: name the environment that gives them with --env")
-    if isinstance(dataset.observations, Mapping) or dataset.observations.ndim > 2:
-        raise UserError(f"dataset {dataset.path}: its observations are no vectors, and others cannot be generated yet")
+    generate.check(dataset)
     policy = None
     if options.policy is not None:
         config = directory.read_config(options.policy)

@@ -136,10 +136,18 @@ def coverage(dataset: Dataset, reference: Dataset | None = None) -> Coverage:
     return Coverage(distinct(points[:steps], *limits), steps, distinct(others[:steps], *limits))
 
 
+def _states(dataset: Dataset) -> np.ndarray:
+    """Returns observations as vectors [N, O], without images. Raises UserError where there is nothing but images."""
+    states = files.vectors(dataset.observations)
+    if not states.shape[1]:
+        raise UserError(f"dataset {dataset.path}: observations are images, whose quality is not measured")
+    return states
+
+
 def _state_actions(dataset: Dataset) -> np.ndarray:
     """Returns states beside actions [n, O + A] of the first steps."""
     rows = np.flatnonzero(~dataset.terminals)[:FIRST]
-    return np.concatenate([dataset.observations[rows], dataset.actions[rows]], axis=1)
+    return np.concatenate([_states(dataset)[rows], dataset.actions[rows]], axis=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,9 +195,9 @@ def neighbourhoods(
     neighbours = min(neighbours, int(others.min()))
     drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:queries])
 
-    units = spread(dataset.observations).normalizer
-    states, actions = units(dataset.observations[rows]), dataset.actions[rows]
-    changes = (dataset.observations[rows + 1] - dataset.observations[rows]) / units.std
+    obs, actions = _states(dataset), dataset.actions[rows]
+    units = spread(obs).normalizer
+    states, changes = units(obs[rows]), (obs[rows + 1] - obs[rows]) / units.std
     distances, found = nearest(states, bounds, drawn, neighbours)
     _, alike = nearest(np.concatenate([beta * states, actions], axis=1), bounds, drawn, neighbours)
     around = actions[np.column_stack([drawn, found])].astype(np.float64)
@@ -325,6 +333,7 @@ def measure(
     if scores is not None and dataset.rewards is None:
         raise UserError(f"dataset {dataset.path}: has no rewards that could be compared with a return: name its --env")
     first, last = files.episodes(dataset)
+    obs = _states(dataset)
     rewarded = {} if dataset.rewards is None else _reward_measures(dataset, dataset.rewards, scores)
     return Measures(
         path=dataset.path,
@@ -332,8 +341,8 @@ def measure(
         **rewarded,
         coverage=coverage(dataset, reference),
         neighbourhoods=neighbourhoods(dataset, neighbours, queries, seed) if len(first) > 1 else None,
-        constant=tuple(np.flatnonzero(spread(dataset.observations).constant).tolist()),
-        size=dataset.observations.shape[1],
+        constant=tuple(np.flatnonzero(spread(obs).constant).tolist()),
+        size=obs.shape[1],
     )
 
 

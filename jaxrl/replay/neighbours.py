@@ -17,6 +17,7 @@ A search has no gradient.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Literal, TypeAlias, get_args
 
 import jax
@@ -55,7 +56,7 @@ class Index:
 
 def with_forest(ring: Ring) -> Ring:
     """Returns the ring with KD-trees of its rows, each of which is built when it is first searched."""
-    rows = (np.asarray(x).reshape(-1, *x.shape[2:]) for x in (ring.obs, ring.actions, ring.valid))
+    rows = (np.asarray(x) for x in _rows(ring))
     return dataclasses.replace(ring, forest=Forest(*rows))
 
 
@@ -66,9 +67,17 @@ def index_of(rings: Rings, mean: jax.Array | Scalar, weight: jax.Array | Scalar)
     are one number, or one per entry of the state [S].
     """
     ring = rings[0]
-    states, actions, valid = (x.reshape(-1, *x.shape[2:]) for x in (ring.obs, ring.actions, ring.valid))
+    states, actions, valid = _rows(ring)
     mean, weight = (jnp.broadcast_to(jnp.asarray(x, states.dtype), states.shape[1:]) for x in (mean, weight))
     return Index(states, actions, valid, mean, weight, ring.forest)
+
+
+def _rows(ring: Ring) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns states [N, S], actions [N, A] and validity [N] of a ring's lanes, one after another."""
+    if isinstance(ring.obs, Mapping):
+        raise UserError(f"neighbours: observations are a dict ({', '.join(ring.obs)}); only vectors can be searched")
+    states, actions, valid = (x.reshape(-1, *x.shape[2:]) for x in (ring.obs, ring.actions, ring.valid))
+    return states, actions, valid
 
 
 def check(rows: int, batch: int, k: int = 1, method: Method = "auto", block: int = BLOCK) -> None:

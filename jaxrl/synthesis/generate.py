@@ -5,6 +5,7 @@ A model's folder holds generator.json (its settings and the digest of its data) 
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,17 @@ from jaxrl.types import Env, PyTree, Spec
 AT_ONCE = 256  # trajectories in one program
 SAVES = 10  # checkpoints of a model while it is trained
 COMPARED = 4096  # actions whose log density is averaged, spread evenly over a dataset
+
+
+def check(dataset: Dataset) -> None:
+    """Raises UserError for a dataset that a model cannot learn: without rewards, or whose observations are no vectors."""
+    if isinstance(dataset.observations, Mapping):
+        names = ", ".join(dataset.observations)
+        raise UserError(f"dataset {dataset.path}: observations are a dict ({names}); only vectors can be generated")
+    if dataset.observations.ndim > 2:
+        raise UserError(f"dataset {dataset.path}: observations are images; only vectors can be generated")
+    if dataset.rewards is None:
+        raise UserError(f"dataset {dataset.path}: has no rewards: name the environment that gives them with --env")
 
 
 def policy_for(dataset: Dataset, config: Config, env: Env, path: Path) -> TrainedAgent:

@@ -148,7 +148,19 @@ def test_constant_entries_are_named():
     assert measures.format_report(found).splitlines()[-1].endswith("2  not scaled: entries 1, 3 of 4")
 
 
-# Neighbours
+def test_arrays_of_a_dict_are_measured_side_by_side_and_images_left_out():
+    vector = dataset_of(noise((3, 9, 4)), rewards=noise((3, 9)))
+    parts = {"a": vector.observations[:, :1], "b": vector.observations[:, 1:]}
+    images = {"pixels": np.zeros((27, 2, 2, 3), np.uint8)}
+    as_dict = dataclasses.replace(vector, observations=parts | images)
+    expected, found = measures.measure(vector), measures.measure(as_dict)
+    np.testing.assert_array_equal(found.neighbourhoods.nearest, expected.neighbourhoods.nearest)
+    assert (found.coverage, found.size) == (expected.coverage, 4)
+    with pytest.raises(UserError, match="observations are images, whose quality is not measured"):
+        measures.measure(dataclasses.replace(vector, observations=images))
+
+
+# Neighbors
 
 
 @pytest.mark.parametrize(("width", "scale", "shift"), [(1, 1, 0), (2, 1, 0), (28, 1, 0), (3, 1e-3, 10), (2, 0, 1)])

@@ -24,7 +24,7 @@ from jaxrl.replay.neighbours import Index
 from jaxrl.runs import memory
 from jaxrl.runs.config import Config
 from jaxrl.runs.datasets import in_memory, load_data
-from jaxrl.types import Spec
+from jaxrl.types import Leaf, Requirements, Spec
 from tests.known import quick_to_compile
 
 EXACT = ("blocks", "tree")
@@ -337,6 +337,13 @@ def test_a_search_refuses_before_it_is_traced():
         jax.jit(functools.partial(neighbours.nearest, k=6))(random_index(5), *queries(2))
 
 
+def test_observations_in_a_dict_are_refused():
+    ring = rings.empty(1, 4, Spec((Leaf("a", (2,)), Leaf("b", (3,))), 1))
+    for search in (neighbours.with_forest, lambda ring: neighbours.index_of((ring,), 0.0, 1.0)):
+        with pytest.raises(UserError, match=r"observations are a dict \(a, b\); only vectors can be searched"):
+            search(ring)
+
+
 # Rings and runs
 
 
@@ -344,8 +351,12 @@ def test_a_search_refuses_before_it_is_traced():
 class Searching:
     """All that a run asks of an agent before it begins, and that it searches."""
 
-    searches: bool = True
+    kdtree: bool = True
     chunk: int = 1
+
+    def requires(self) -> Requirements:
+        """Returns what its data must have."""
+        return Requirements(kdtree=self.kdtree)
 
 
 def walk(path, episodes: int = 4, steps: int = 6):
@@ -398,7 +409,7 @@ def test_a_run_grows_trees_for_agents_that_search_a_single_file_on_the_cpu(tmp_p
 
     ring = laid(base)
     assert ring.forest is not None and ring.forest.trees == {}
-    assert laid(dataclasses.replace(base, agent=Searching(searches=False))).forest is None
+    assert laid(dataclasses.replace(base, agent=Searching(kdtree=False))).forest is None
     stream = laid(dataclasses.replace(base, data=str(tmp_path)))
     assert stream.at(0).forest is None  # each file would be a program of its own
     planned, copies = memory.abstract_data(base, env)

@@ -182,6 +182,15 @@ def test_a_mistake_is_one_line_and_writes_nothing(model, tmp_path, monkeypatch, 
     assert mistake(line, capsys).startswith(message)
 
 
+def test_observations_that_are_no_vectors_are_refused():
+    data = dataclasses.replace(linear_system(), path="x.npz")
+    generate.check(data)
+    with pytest.raises(UserError, match=r"x\.npz: observations are a dict \(state\); only vectors can be generated"):
+        generate.check(dataclasses.replace(data, observations={"state": data.observations}))
+    with pytest.raises(UserError, match=r"x\.npz: observations are images; only vectors can be generated"):
+        generate.check(dataclasses.replace(data, observations=np.zeros((len(data.terminals), 2, 2, 3), np.uint8)))
+
+
 def test_a_policy_of_other_sizes_is_refused():
     env = types.SimpleNamespace(spec=Spec(observation=4, action=1))
     config: Any = types.SimpleNamespace(agent=Steady())
