@@ -10,13 +10,27 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl.agents import common
-from jaxrl.agents.odice import ODICE
+from jaxrl import ranges
+from jaxrl.agents import ODICE
+from jaxrl.agents.parts import Adam, Critic, GaussianPolicy
 from jaxrl.errors import UserError
 from jaxrl.types import pytree
-from tests.known import KEY, NARROW, WIDE, Formula, batch_of, gradient_of, jitted, quick_to_compile, random_batch, same
+from tests.known import (
+    KEY,
+    WIDE,
+    batch_of,
+    formula,
+    gradient_of,
+    jitted,
+    linear_heads,
+    quick_to_compile,
+    random_batch,
+    same,
+    state_of,
+    with_fields,
+)
 
-TINY = ODICE(actor_hidden=(8,), value_hidden=(8,), batch_size=16)
+TINY = with_fields(ODICE(), hidden=(8,), batch=16)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,30 +39,37 @@ def _quick():
         yield
 
 
+def gaussian(p, s):
+    """Returns a mean m and the logarithm w of the standard deviation, of one action."""
+    mean = jnp.broadcast_to(p["mean"], (*s.shape[:-1], 1))
+    return mean, jnp.broadcast_to(p["width"], mean.shape)
+
+
+VALUE = formula(Critic(agg="min"), lambda p, s, *action: linear_heads(p["bias"], p["slope"], s[..., 0]))
+ACTOR = formula(GaussianPolicy(std="learned"), gaussian, "moments")
+
+
 @pytree
 class Known(ODICE):
-    """O-DICE with V_k(s) = b_k + c_k s, and a policy of mean m and width exp(w)."""
+    """O-DICE with V_k(s) = b_k + c_k s, which descends without Adam, and a policy of mean m and width exp(w)."""
 
-    def value(self):
-        return Formula(lambda p, s: jnp.stack([b + c * s[..., 0] for b, c in zip(p["bias"], p["slope"], strict=True)]))
-
-    def actor(self, spec):
-        def gaussian(p, s):
-            mean = jnp.broadcast_to(p["mean"], (*s.shape[:-1], spec.action))
-            return mean, jnp.broadcast_to(p["width"], mean.shape)
-
-        return Formula(gaussian)
+    value: Critic = VALUE
+    actor: GaussianPolicy = ACTOR
 
     def optimizers(self):
-        return super().optimizers() | {"value": optax.sgd(self.value_lr)}
+        return super().optimizers() | {"value": optax.sgd(self.value_adam.lr)}
+
+
+def made(**fields) -> Known:
+    """Returns the known O-DICE with these fields, those of its parts included."""
+    return with_fields(Known(), **fields) if fields else Known()
 
 
 def known(bias=(0.0, 0.0), slope=(0.0, 0.0), target=((0.0, 0.0), (0.0, 0.0)), mean=0.0, width=0.0):
     """Returns the state of `Known` with these parameters; `target` is the slow values' bias and slope."""
     value, slow = ({"bias": np.array(x), "slope": np.array(y)} for x, y in ((bias, slope), target))
     params = {"value": value, "actor": {"mean": mean, "width": width}}
-    params, slow = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (params, slow))
-    return dataclasses.replace(common.start_each(NARROW, params, Known().optimizers(), "value"), target={"value": slow})
+    return state_of(params, {"value": slow}, Known().optimizers())
 
 
 # The functions of the divergence
@@ -113,7 +134,7 @@ def by_hand(bias, slope, target, trade, eta, discount=0.9):
 
 def test_residuals_see_each_value_itself_and_the_lowest_of_the_slow_ones():
     forward, backward, *_ = by_hand(**MIXED, trade=0.5, eta=1.0)
-    state, agent = known(**MIXED), Known(discount=0.9)
+    state, agent = known(**MIXED), made(discount=0.9)
     np.testing.assert_allclose(
         jitted(Known.residual)(agent, state.params["value"], state, BATCH), forward, rtol=1e-5, atol=1e-6
     )
@@ -122,7 +143,7 @@ def test_residuals_see_each_value_itself_and_the_lowest_of_the_slow_ones():
 
 
 def test_after_the_tasks_end_nothing_is_worth_anything_and_nothing_is_learned_backwards():
-    state, agent = known(**MIXED), Known(discount=0.9)
+    state, agent = known(**MIXED), made(discount=0.9)
     ended = dataclasses.replace(BATCH, terminated=np.ones(4, bool))
     found = jitted(Known.residual)(agent, state.params["value"], state, ended)
     np.testing.assert_allclose(found[0], BATCH.rewards[:, 0] - 0.3 - 0.7 * BATCH.obs[:, 0], rtol=1e-5)
@@ -136,7 +157,7 @@ def test_after_the_tasks_end_nothing_is_worth_anything_and_nothing_is_learned_ba
 
 def descended(state, **fields):
     """Returns the gradient [K, 2] on biases and slopes that the values descend, and its metrics."""
-    gradient, metrics = jitted(Known.value_gradient)(Known(discount=0.9, **fields), state, BATCH)
+    gradient, metrics = jitted(Known.value_gradient)(made(discount=0.9, **fields), state, BATCH)
     return np.stack([gradient["bias"], gradient["slope"]], axis=1), metrics
 
 
@@ -149,7 +170,7 @@ def test_the_backward_gradient_loses_its_part_along_the_forward_one_over_all_val
     left = g_b - kappa * g_f
     if len(g_f) == 2:
         assert abs((g_f[0] * left[0]).sum()) > 1e-3  # of one value alone they are not orthogonal
-    count = {"values": len(g_f), "trade": trade, "eta": eta}
+    count = {"heads": len(g_f), "trade": trade, "eta": eta}
     found, metrics = descended(known(**parameters), **count)
     np.testing.assert_allclose(found, g_0 + g_f + left, rtol=1e-4, atol=1e-6)
     assert float(metrics["value/kappa"]) == pytest.approx(kappa, rel=1e-4)
@@ -189,16 +210,17 @@ def test_without_a_backward_gradient_the_update_is_the_semi_gradients_bit_for_bi
 
 
 def test_a_value_of_one_parameter_has_no_direction_left_but_the_forward_one():
+    LINE = formula(Critic(agg="min"), lambda p, s, *action: p["w"] * s[None, ..., 0])
+
     @pytree
     class Line(Known):
         """One value, w s."""
 
-        def value(self):
-            return Formula(lambda p, s: p["w"] * s[None, ..., 0])
+        value: Critic = LINE
 
     value = {"w": jnp.asarray(0.7)}
     state = dataclasses.replace(known(), params={"value": value}, target={"value": {"w": jnp.asarray(0.2)}})
-    agent = Line(values=1, eta=3.0)
+    agent = Line(eta=3.0)
     orthogonal, semi = (
         float(jitted(Line.value_gradient)(dataclasses.replace(agent, gradient=gradient), state, BATCH)[0]["w"])
         for gradient in ("orthogonal", "semi")
@@ -222,7 +244,7 @@ def test_the_true_gradient_is_of_one_residual_without_a_slow_value():
     going_on = discount * ~np.asarray(BATCH.terminated)
     s, after = (np.asarray(x, np.float64)[:, 0] for x in (BATCH.obs, BATCH.next_obs))
     residual = np.asarray(BATCH.rewards)[:, 0] + going_on * (bias + slope * after) - (bias + slope * s)
-    state, agent = known(**MIXED), Known(gradient="true", discount=0.9)
+    state, agent = known(**MIXED), made(gradient="true", discount=0.9)
     found = jitted(Known.residual)(agent, state.params["value"], state, BATCH)
     np.testing.assert_allclose(found, residual, rtol=1e-5, atol=1e-6)
     on_bias = 0.4 * 4 / 8 + 0.6 * (omega(residual) * (going_on - 1)).sum(axis=1) / 8
@@ -259,16 +281,16 @@ def test_the_policys_loss_is_the_weighted_likelihood_in_the_mean_over_values_and
 
 
 def test_two_equal_values_teach_the_policy_what_one_does():
-    single, metrics = jitted(Known.learn)(Known(values=1, actor_lr=0.1), known(**SINGLE), BATCH)
+    single, metrics = jitted(Known.learn)(made(heads=1, actor_adam=Adam(0.1)), known(**SINGLE), BATCH)
     twice = {name: np.concatenate([value, value], axis=-1) for name, value in SINGLE.items()}
-    twins, other = jitted(Known.learn)(Known(values=2, actor_lr=0.1), known(**twice), BATCH)
+    twins, other = jitted(Known.learn)(made(heads=2, actor_adam=Adam(0.1)), known(**twice), BATCH)
     for name in ("actor/loss", "actor/weight", "value/loss", "value/level", "value/kappa"):
         assert float(metrics[name]) == pytest.approx(float(other[name]), rel=1e-5)
     assert float(single.params["actor"]["mean"]) == pytest.approx(float(twins.params["actor"]["mean"]), rel=1e-5)
 
 
 def test_an_update_is_a_step_of_the_values_then_of_their_target_then_of_the_policy_on_the_residual_from_before():
-    agent, state = Known(value_lr=10.0, tau=0.25, discount=0.9), known(**MIXED)
+    agent, state = made(value_adam=Adam(10.0), tau=0.25, discount=0.9), known(**MIXED)
     forward, *_, g_0, g_f, g_b = by_hand(**MIXED, trade=0.6, eta=1.0)
     after, metrics = jitted(Known.learn)(agent, state, BATCH)
     assert float(metrics["actor/weight"]) == pytest.approx(np.maximum(forward, 0).mean(), rel=1e-5)
@@ -283,7 +305,7 @@ def test_an_update_is_a_step_of_the_values_then_of_their_target_then_of_the_poli
 
 
 def test_the_policys_weights_decay_through_its_gradient_and_not_beside_it():
-    agent = Known(weight_decay=1e-2, actor_lr=0.1)
+    agent = made(weight_decay=1e-2, actor_adam=Adam(0.1))
     nothing = dataclasses.replace(BATCH, rewards=BATCH.rewards - 99)  # no residual is positive
     after, metrics = jitted(Known.learn)(agent, known(**MIXED, mean=0.3, width=-0.5), nothing)
     assert float(metrics["actor/weight"]) == 0
@@ -295,9 +317,9 @@ def test_the_policys_weights_decay_through_its_gradient_and_not_beside_it():
 def test_values_do_not_decay_and_rows_that_did_not_happen_teach_nothing():
     nothing = dataclasses.replace(BATCH, valid=jnp.zeros((4, 1)))
     state = known(**MIXED, mean=0.3)
-    after, _ = jitted(Known.learn)(Known(weight_decay=0.0, value_lr=1.0), state, nothing)
+    after, _ = jitted(Known.learn)(made(weight_decay=0.0, value_adam=Adam(1.0)), state, nothing)
     assert same(after.params, state.params)
-    decayed, _ = jitted(Known.learn)(Known(weight_decay=0.1, value_lr=1.0), state, nothing)
+    decayed, _ = jitted(Known.learn)(made(weight_decay=0.1, value_adam=Adam(1.0)), state, nothing)
     assert same(decayed.params["value"], state.params["value"]) and not same(decayed.params, state.params)
 
 
@@ -319,19 +341,19 @@ def test_it_acts_on_a_clipped_sample_and_in_evaluation_on_the_clipped_mean():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"actor_hidden": (8, 0)}, "ODICE.actor_hidden"),
-        ({"value_hidden": (0,)}, "ODICE.value_hidden"),
-        ({"values": 0}, "ODICE.values = 0: must be at least 1"),
-        ({"actor_lr": -1.0}, "ODICE.actor_lr = -1.0: must be at least 0"),
-        ({"value_lr": -1.0}, "ODICE.value_lr = -1.0: must be at least 0"),
+        ({"hidden": (8, 0)}, "ODICE.actor.net.hidden = (8, 0): must be at least 1"),
+        ({"value": with_fields(ODICE().value, hidden=(0,))}, "ODICE.value.net.hidden = (0,): must be at least 1"),
+        ({"heads": 0}, "ODICE.value.heads = 0: must be at least 1"),
+        ({"actor_adam": Adam(-1.0)}, "ODICE.actor_adam.lr = -1.0: must be at least 0"),
+        ({"value_adam": Adam(-1.0)}, "ODICE.value_adam.lr = -1.0: must be at least 0"),
         ({"weight_decay": -1.0}, "ODICE.weight_decay = -1.0: must be at least 0"),
         ({"eta": -1.0}, "ODICE.eta = -1.0: must be at least 0"),
         ({"max_weight": -1.0}, "ODICE.max_weight = -1.0: must be at least 0"),
         ({"trade": 1.5}, "ODICE.trade = 1.5: must be in [0, 1]"),
-        ({"discount": 1.5}, "ODICE.discount = 1.5: must be in [0, 1]"),
-        ({"tau": -0.1}, "ODICE.tau = -0.1: must be in [0, 1]"),
+        ({"discount": 1.5}, "ODICE.transitions.discount = 1.5: must be in [0, 1]"),
+        ({"tau": -0.1}, "ODICE.value.tau = -0.1: must be in [0, 1]"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(fields, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        ODICE(**fields).check()
+        ranges.check(with_fields(ODICE(), **fields))

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxrl.agents.common import flat_actions
 
 from jaxrl.agents import DQC
-from jaxrl.networks import apply, repeat_for
+from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Value, Windows
+from jaxrl.networks import repeat_for
 from jaxrl.ops import flow, losses
 from jaxrl.types import Batch
 from tests.golden.recorded import Recorded
@@ -17,30 +17,22 @@ from tests.golden.recorded import Recorded
 def replay(r: Recorded) -> dict[str, Any]:
     """Returns all that the file expects."""
     h = r.hparams
+    critic = Critic(r.net("action_critic"), r.critics("action_critic"), h["q_agg"], "bce", h["tau"])
     agent = DQC(
-        chunk=h["policy_chunk_size"],
-        backup=h["backup_horizon"],
-        chunk_critic=h["use_chunk_critic"],
-        actor_hidden=r.hidden("actor_bc"),
-        critic_hidden=r.hidden("action_critic"),
-        activation=r.activation("action_critic"),
-        actor_norm=r.norm("actor_bc"),
-        critic_norm=r.norm("action_critic"),
-        critics=r.critics("action_critic"),
-        agg=h["q_agg"],
-        lr=h["lr"],
-        discount=h["discount"],
-        tau=h["tau"],
+        Windows(h["policy_chunk_size"], h["backup_horizon"], discount=h["discount"]),
+        FlowPolicy(r.net("actor_bc"), steps=h["flow_steps"], **r.time("actor_bc")),
+        critic,
+        Value(r.net("value"), "bce"),
+        h["use_chunk_critic"],
+        Adam(h["lr"]),
         kappa_d=h["kappa_d"],
         distill=h["distill_method"],
         kappa_b=h["kappa_b"],
         implicit_backup=h["implicit_backup_type"],
-        flow_steps=h["flow_steps"],
         num_samples=h["best_of_n"],
         valid_index="flat",
-        **r.time("actor_bc"),
     )
-    nets = {"actor": "actor_bc", "critic": "action_critic", "value": "value"}
+    nets = {"flow": "actor_bc", "critic": "action_critic", "value": "value"}
     nets |= {"chunk_critic": "chunk_critic"} if agent.chunk_critic else {}
     state = r.state(agent, r.spec(r["batch/high_value_goals"].shape[1]), nets, "critic", "target_action_critic")
     batch = windows(r)
@@ -94,24 +86,26 @@ def windows(r: Recorded) -> Batch:
 
 def intermediate(agent: DQC, state, batch: Batch, draws) -> dict[str, Any]:
     """Returns the intermediate quantities of the first update."""
-    params = state.params
-    short = flat_actions(batch, agent.chunk)
+    params, seen, head = state.params, state.spec.critic(batch.obs), agent.critic.head
+    short = agent.windows.actions(batch)
     x_t = flow.interpolate(draws["x0"], short, draws["t"])
-    q, v = apply(agent.critic(), params["critic"], batch.obs, short), apply(agent.value(), params["value"], batch.obs)
-    distilled, backed_up = agent.distillation_target(state, batch), agent.backup_target(state, batch)
+    q, v = agent.critic.outputs(params["critic"], seen, short), agent.value.output(params["value"], seen)
+    distilled = agent.distillation_target(state, batch)
+    backed_up = agent.critic.value(state.target["critic"], seen, short)
+    velocity = agent.flow.velocity(params["flow"], state.spec.behaviour(batch.obs))
     values = {
-        "next_v": losses.value_of(apply(agent.value(), params["value"], batch.next_obs), agent.head),
+        "next_v": agent.value.value(params["value"], state.spec.critic(batch.next_obs)),
         "nstep_target": agent.td_target(state, batch),
         "distill_target": distilled if agent.chunk_critic else distilled[0],
         "action_critic_logit": q,
-        "distill_weight": losses.tilt_weight(q, distilled, agent.kappa_d, agent.head),
+        "distill_weight": losses.tilt_weight(q, distilled, agent.kappa_d, head),
         "target_action_q": backed_up,
         "value_logit": v,
-        "backup_weight": losses.tilt_weight(v, backed_up, agent.kappa_b, agent.head),
-        "valid_weight": agent.short_weight(batch),
+        "backup_weight": losses.tilt_weight(v, backed_up, agent.kappa_b, head),
+        "valid_weight": agent.weights(batch)[1],
         "bc_x_t": x_t,
-        "bc_velocity_pred": agent.velocity(state.spec, params["actor"], batch.obs)(x_t, draws["t"], draws["t"]),
+        "bc_velocity_pred": velocity(x_t, draws["t"], draws["t"]),
     }
     if agent.chunk_critic:
-        values["chunk_critic_logit"] = apply(agent.critic(), params["chunk_critic"], batch.obs, flat_actions(batch))
+        values["chunk_critic_logit"] = agent.critic.outputs(params["chunk_critic"], seen, agent.whole.actions(batch))
     return values

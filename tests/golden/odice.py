@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.agents import ODICE
+from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Transitions
 from jaxrl.types import Batch, Spec
 from tests.golden.recorded import Recorded, distance, norm
 
@@ -17,16 +18,14 @@ NETS = {"value": "value", "actor": "policy"}
 def replay(r: Recorded) -> dict[str, Any]:
     """Returns all that the file expects."""
     h = r.hparams
+    value = r.net("value")
     agent = ODICE(
-        actor_hidden=r.hidden("policy"),
-        value_hidden=r.hidden("value"),
-        value_norm=r.norm("value"),
-        values=r.critics("value") or 1,
-        actor_lr=h["policy_lr"],
-        value_lr=h["value_lr"],
+        Transitions(discount=h["discount"]),
+        GaussianPolicy(dataclasses.replace(ODICE().actor.net, hidden=r.hidden("policy")), std="learned"),
+        Critic(value, r.critics("value") or 1, agg="min", tau=h["beta"], epsilon="1e-5"),
+        Adam(h["policy_lr"]),
+        Adam(h["value_lr"]),
         weight_decay=h["weight_decay"],
-        discount=h["discount"],
-        tau=h["beta"],
         gradient=GRADIENTS[h["kind"]],
         trade=h["Lambda"],
         eta=h["eta"],
