@@ -3,82 +3,19 @@
 import dataclasses
 from typing import Any, Literal, TypeVar
 
-from jaxrl.agents import (
-    A2PR,
-    AGENTS,
-    AWAC,
-    BC,
-    CFPI,
-    CQL,
-    DQC,
-    FMQ,
-    FQL,
-    IQL,
-    ODICE,
-    PRDC,
-    QC,
-    QGF,
-    TD3,
-    TD3BC,
-    FamO2O,
-    ReBRAC,
-)
-from jaxrl.agents.parts import (
-    Adam,
-    AdamW,
-    Critic,
-    FlowMapPolicy,
-    FlowPolicy,
-    GaussianPolicy,
-    MixturePolicy,
-    Net,
-    OneStepPolicy,
-    QuantileCritic,
-    SelfDistillation,
-    SquashedGaussianPolicy,
-    Value,
-    with_fields,
-)
+from jaxrl.agents import AGENTS, AWAC, CFPI, CQL, DQC, FMQ, FQL, IQL, ODICE, QC, QGF, TD3, FamO2O
+from jaxrl.agents.parts import Adam, MixturePolicy, QuantileCritic, SelfDistillation, with_fields
 from jaxrl.errors import UserError, unknown
 from jaxrl.ops.closed_form import ClosedForm
 from jaxrl.ops.guidance import QGuidance
 from jaxrl.runs.config import Config, replaced
 from jaxrl.training.schedule import Schedule
+from jaxrl.types import Agent
 
-A = TypeVar("A")
+A = TypeVar("A", bound=Agent)
 Preset = Literal["quick", "paper"]
 
-
-_SMALL = (128, 128, 128)
-
-
-_WIDE = (1024, 1024, 1024, 1024)
-
-
-_LR = 1e-3  # of all networks in minutes
-
-
-_FLOW = FlowPolicy(Net(_SMALL))
-
-
-_ONE_STEP = OneStepPolicy(Net(_SMALL))
-
-
-_AFTER, _RELU, _TORCH = Net(_SMALL, norm="after"), Net(_SMALL, "relu"), Net(_SMALL, "relu", initial="torch")
-
-
-_CRITIC = Critic(_AFTER)
-
-
-def _qgf(hidden: tuple[int, ...]) -> dict[str, Any]:
-    """Returns QGF's networks with these widths."""
-    before = Net(hidden, norm="before")
-    flow = FlowPolicy(Net(hidden, norm="before_but_last"), "sinusoidal", 16)
-    return {"flow": flow, "critic": Critic(before, agg="min"), "value": Value(before)}
-
-
 _DRAWN = ClosedForm(bound="jensen", delta=0.2, delta_high=2.0, draws=10)
-
 
 _MINUTES = Schedule(
     offline_updates=12_000,
@@ -90,146 +27,51 @@ _MINUTES = Schedule(
     steps_per_epoch=6_400,
     eval_every=2,
 )
-
-
 _OFFLINE = dataclasses.replace(_MINUTES, online_steps=0)
-
-
 _ONLINE = dataclasses.replace(_MINUTES, offline_updates=0, warmup_steps=6_400)
 
 
-_LONG = Schedule(online_steps=0)
+def _quick(agent: A, schedule: Schedule = _OFFLINE, **parts: Any) -> Config[A]:
+    """Returns a configuration for minutes on two CPU cores: small networks, high learning rates, but for some parts."""
+    small = with_fields(agent, hidden=(128, 128, 128), lr=1e-3)
+    return Config(dataclasses.replace(small, **parts), schedule=schedule)  # ty: ignore[invalid-argument-type]
 
 
-def _small(agent: A) -> A:
-    """Returns an agent with small networks and high learning rates."""
-    return with_fields(agent, hidden=_SMALL, lr=_LR)
+def _paper(agent: A, schedule: Schedule | None = None) -> Config[A]:
+    """Returns a configuration of the published sizes, for an accelerator; offline, unless a schedule is given."""
+    return Config(agent, schedule=schedule or Schedule(online_steps=0), data_steps=1_000_000)
 
 
 PRESETS: dict[str, dict[str, Config]] = {
-    "quick": {name: Config(_small(agent()), schedule=_MINUTES) for name, agent in AGENTS.items()}
-    | {  # minutes on two CPU cores
-        "bc": Config(BC(flow=FlowPolicy(Net(_SMALL), "fourier"), adam=Adam(_LR)), schedule=_OFFLINE),
-        "fmq": Config(
-            FMQ(
-                actor=FlowMapPolicy(Net(_SMALL)),
-                distillation=SelfDistillation(warmup=500, curriculum=4_000),
-                critic=_CRITIC,
-                adam=AdamW(_LR),
-                target_samples=4,
-            ),
-            schedule=_MINUTES,
-        ),
-        "iql": Config(
-            IQL(
-                chunk=5,
-                backup=5,
-                actor=GaussianPolicy(Net(_SMALL)),
-                critic=dataclasses.replace(_CRITIC, agg="min"),
-                value=Value(_AFTER),
-                adam=Adam(_LR),
-            ),
-            schedule=_OFFLINE,
-        ),
-        "qgf": Config(
-            QGF(**_qgf(_SMALL), flow_adam=Adam(_LR), critic_adam=Adam(_LR), value_adam=Adam(_LR)), schedule=_OFFLINE
-        ),
-        "fql": Config(
-            FQL(chunk=5, backup=5, flow=_FLOW, policy=_ONE_STEP, critic=_CRITIC, adam=Adam(_LR), alpha=3.0),
-            schedule=_MINUTES,
-        ),
-        "qc": Config(
-            QC(flow=_FLOW, policy=_ONE_STEP, critic=_CRITIC, adam=AdamW(_LR), num_samples=8), schedule=_MINUTES
-        ),
-        "dqc": Config(
-            DQC(
-                backup=10,
-                flow=FlowPolicy(_AFTER),
-                critic=Critic(_AFTER, agg="min", head="bce"),
-                value=Value(_AFTER, head="bce"),
-                adam=Adam(_LR),
-                batch_size=256,
-                discount=0.99,
-            ),
-            schedule=_OFFLINE,
-            reward_shift=1.0,
-        ),
-        "td3": Config(_small(TD3()), env="push?reward=dense", schedule=_ONLINE),
-        "td3bc": Config(_small(TD3BC()), schedule=_OFFLINE),
-        "rebrac": Config(_small(ReBRAC()), schedule=_OFFLINE),
-        "prdc": Config(_small(PRDC()), schedule=_OFFLINE),
-        "a2pr": Config(_small(A2PR()), schedule=_OFFLINE),
-        "cql": Config(
-            CQL(
-                actor=SquashedGaussianPolicy(_TORCH),
-                critic=Critic(_TORCH, agg="min"),
-                actor_adam=Adam(3e-4),
-                critic_adam=Adam(_LR),
-            ),
-            schedule=_OFFLINE,
-        ),
-        "awac": Config(
-            AWAC(
-                actor=GaussianPolicy(_TORCH, std="learned"),
-                critic=Critic(_TORCH, agg="min"),
-                actor_adam=Adam(_LR),
-                critic_adam=Adam(_LR),
-                temperature=3.0,
-            ),
-            schedule=_OFFLINE,
-        ),
-        "odice": Config(
-            ODICE(
-                actor=GaussianPolicy(_TORCH, std="learned"),
-                value=Critic(dataclasses.replace(_TORCH, norm="before"), agg="min", epsilon="1e-5"),
-                actor_adam=Adam(_LR),
-                value_adam=Adam(_LR),
-                trade=0.4,
-            ),
-            schedule=_OFFLINE,
-        ),
-        "famo2o": Config(
-            FamO2O(
-                family=GaussianPolicy(_RELU, std="learned"),
-                balance=GaussianPolicy(_RELU, std="learned"),
-                critic=Critic(_RELU, agg="min"),
-                value=Value(_RELU),
-                adam=Adam(_LR),
-            ),
-            schedule=_MINUTES,
-        ),
-        "cfpi": Config(
-            CFPI(
-                actor=MixturePolicy(_TORCH, components=1),
-                critic=QuantileCritic(_SMALL[:2]),
-                actor_adam=Adam(_LR),
-                critic_adam=Adam(_LR),
-                operator=_DRAWN,
-            ),
-            schedule=_OFFLINE,
-        ),
+    "quick": {name: _quick(agent()) for name, agent in AGENTS.items()}
+    | {
+        "awac": _quick(AWAC(temperature=3.0)),
+        "cfpi": _quick(CFPI(actor=MixturePolicy(components=1), operator=_DRAWN), critic=QuantileCritic((128, 128))),
+        "cql": _quick(CQL(), actor_adam=Adam(3e-4)),
+        "dqc": dataclasses.replace(_quick(DQC(backup=10, batch_size=256, discount=0.99)), reward_shift=1.0),
+        "famo2o": _quick(FamO2O(), _MINUTES),
+        "fmq": _quick(FMQ(distillation=SelfDistillation(warmup=500, curriculum=4_000), target_samples=4), _MINUTES),
+        "fql": _quick(FQL(chunk=5, backup=5, alpha=3.0), _MINUTES),
+        "iql": _quick(IQL(chunk=5, backup=5)),
+        "odice": _quick(ODICE(trade=0.4)),
+        "qc": _quick(QC(num_samples=8), _MINUTES),
+        "td3": dataclasses.replace(_quick(TD3(), _ONLINE), env="push?reward=dense"),
     },
-    "paper": {name: Config(agent(), schedule=_LONG, data_steps=1_000_000) for name, agent in AGENTS.items()}
-    | {  # the published sizes, for an accelerator
-        "bc": Config(BC(), schedule=_LONG, data_steps=1_000_000),
-        "fmq": Config(FMQ(), data_steps=1_000_000),
-        "iql": Config(IQL(), schedule=_LONG, data_steps=1_000_000),
-        "qgf": Config(
-            QGF(**_qgf(_WIDE), batch_size=1024, discount=0.999),
-            schedule=dataclasses.replace(_LONG, offline_updates=500_000),
-            data_steps=1_000_000,
+    "paper": {name: _paper(agent()) for name, agent in AGENTS.items()}
+    | {
+        "dqc": dataclasses.replace(_paper(DQC()), reward_shift=1.0),
+        "famo2o": _paper(FamO2O(), Schedule()),
+        "fmq": _paper(FMQ(), Schedule()),
+        "fql": _paper(FQL(), Schedule()),
+        "qc": _paper(QC(), Schedule()),
+        "qgf": _paper(
+            with_fields(QGF(batch_size=1024, discount=0.999), hidden=(1024, 1024, 1024, 1024)),
+            Schedule(offline_updates=500_000, online_steps=0),
         ),
-        "fql": Config(FQL(), data_steps=1_000_000),
-        "qc": Config(QC(), data_steps=1_000_000),
-        "dqc": Config(DQC(), schedule=_LONG, data_steps=1_000_000, reward_shift=1.0),
-        "td3": Config(TD3(), schedule=Schedule(offline_updates=0, warmup_steps=25_000)),
-        "cql": Config(CQL(), schedule=_LONG, data_steps=1_000_000),
-        "awac": Config(AWAC(), schedule=_LONG, data_steps=1_000_000),
-        "odice": Config(ODICE(), schedule=_LONG, data_steps=1_000_000),
-        "famo2o": Config(FamO2O(), data_steps=1_000_000),
-        "cfpi": Config(CFPI(), schedule=_LONG, data_steps=1_000_000),
+        "td3": _paper(TD3(), Schedule(offline_updates=0, warmup_steps=25_000)),
     },
 }
+"""By name, then by agent. An agent that is not named here learns offline."""
 
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
