@@ -43,9 +43,9 @@ class MLP(nn.Module):
     epsilon: float = 1e-6  # of LayerNorm
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns [..., widths[-1]]."""
-        *hidden, last = self.widths
+    def __call__(self, obs: Observation) -> jax.Array:
+        """Returns [..., widths[-1]] for observations, or vectors [..., n]."""
+        x, (*hidden, last) = joined(obs), self.widths
         for i, width in enumerate(hidden):
             x = _dense(width, x.shape[-1], self.initial)(x)
             if self.norm == "before" or (self.norm == "before_but_last" and i + 1 < len(hidden)):

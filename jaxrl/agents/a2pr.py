@@ -23,8 +23,9 @@ from jaxrl.agents.parts import Adam, Autoencoder, Critic, DeterministicPolicy, N
 from jaxrl.agents.td3 import TD3, climb
 from jaxrl.errors import UserError
 from jaxrl.ops import losses
+from jaxrl.ranges import NonNegative
 from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, NonNegative, Observation, PyTree, Requirements, Spec, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, pytree
 
 
 @pytree
@@ -75,9 +76,7 @@ class A2PR:
         """Returns a batch of transitions."""
         return self.td3.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of critics, value and autoencoder and, every `delay`-th time, of the actor."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: noise of the target actions and of the autoencoder's latents."""

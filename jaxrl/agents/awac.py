@@ -17,24 +17,11 @@ import jax.numpy as jnp
 
 from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
-from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net
+from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Transitions
 from jaxrl.ops import losses
-from jaxrl.replay.hindsight import Goals
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Metrics,
-    NonNegative,
-    Observation,
-    Positive,
-    PyTree,
-    Requirements,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.ranges import NonNegative, Positive
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
 
 _NET = Net((256, 256, 256), "relu", "none", "torch")
 
@@ -45,21 +32,18 @@ class AWAC:
 
     chunk: ClassVar[int] = 1
 
+    transitions: Transitions = Transitions()
     actor: GaussianPolicy = GaussianPolicy(_NET, std="learned")  # pi(a | s)
     critic: Critic = Critic(_NET, agg="min")  # Q_1(s, a) and Q_2(s, a)
     actor_adam: Adam = Adam()
     critic_adam: Adam = Adam()
-    batch_size: Count = 256  # transitions per update
-    discount: Fraction = 0.99  # gamma, per environment step
-    tau: Fraction = 0.005  # Polyak rate of the target critics
     temperature: Positive = 1 / 3  # of the advantage; 0.1 where rewards are sparse
     max_weight: NonNegative = 100.0  # bound of the weights
     normalize: bool = True  # whether observations are normalized by the data's mean and spread
-    goals: Goals = Goals()  # how goals are drawn where the task has some
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return Requirements(batch=self.batch_size)
+        return self.transitions.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -78,11 +62,9 @@ class AWAC:
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of transitions."""
-        return windows(data, key, self.batch_size, 1, self.goals)
+        return self.transitions.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of the critics, then of the actor, then of the target."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the noise of the policy at the next states, and at the states."""
@@ -97,14 +79,14 @@ class AWAC:
         after, metrics = learner.step(state, "critic", loss, self.critic_adam.transformation())
         loss = lambda actor: self.actor_loss(actor, after, batch, draws)  # noqa: E731
         improved, more = learner.step(after, "actor", loss, self.actor_adam.transformation())
-        return learner.counted(learner.follow(improved, self.tau, "critic")), {**metrics, **more}
+        return learner.counted(learner.follow(improved, self.critic.tau, "critic")), {**metrics, **more}
 
     def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
         """Returns y [B], the reward and the lower target critic's value of the policy's next action."""
         spec, next_obs = state.spec, batch.next_obs
         action = self.actor.sample(state.params["actor"], spec.actor(next_obs), draws["next_noise"])
         next_value = self.critic.value(state.target["critic"], spec.critic(next_obs), action)
-        return losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        return self.transitions.target(batch, next_value)
 
     def critic_loss(self, critic: PyTree, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the TD loss, summed over the critics (Eq. 4)."""

@@ -24,25 +24,14 @@ import jax.numpy as jnp
 
 from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
-from jaxrl.agents.parts import Adam, MixturePolicy, QuantileCritic
+from jaxrl.agents.parts import Adam, MixturePolicy, QuantileCritic, Transitions
 from jaxrl.errors import UserError
 from jaxrl.networks import repeat_for
 from jaxrl.ops import closed_form, losses
 from jaxrl.ops.closed_form import ClosedForm
-from jaxrl.replay.hindsight import Goals
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Metrics,
-    NonNegative,
-    Observation,
-    PyTree,
-    Requirements,
-    Spec,
-    pytree,
-)
+from jaxrl.ranges import NonNegative
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, pytree
 
 
 @pytree
@@ -51,22 +40,19 @@ class CFPI:
 
     chunk: ClassVar[int] = 1
 
+    transitions: Transitions = Transitions()
     actor: MixturePolicy = MixturePolicy()  # the behaviour, p(a | s)
     critic: QuantileCritic = QuantileCritic()  # Z_1(s, a, level) and Z_2(s, a, level)
     actor_adam: Adam = Adam(1e-4)
     critic_adam: Adam = Adam()
-    batch_size: Count = 256  # transitions per update
-    discount: Fraction = 0.99  # gamma, per environment step
-    tau: Fraction = 0.005  # Polyak rate of the target critics
     pessimism: NonNegative = 1.0  # beta_LB: standard deviations between the critics' mean and the value
     operator: ClosedForm = ClosedForm()  # how actions are improved
     exploration: NonNegative = 0.1  # standard deviation of the noise on actions, but in evaluation
     normalize: bool = True  # whether observations are normalized by the data's mean and spread
-    goals: Goals = Goals()  # how goals are drawn where the task has some
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return Requirements(batch=self.batch_size)
+        return self.transitions.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -85,11 +71,9 @@ class CFPI:
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of transitions, with the actions that follow them."""
-        return windows(data, key, self.batch_size, 1, self.goals)
+        return self.transitions.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of the behaviour and one of the critics."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update, which become the levels here and at the next state."""
@@ -103,7 +87,7 @@ class CFPI:
         evaluate = lambda critic: self.critic_loss(critic, state, batch, draws)  # noqa: E731
         state, metrics = learner.step(state, "actor", imitate, self.actor_adam.transformation())
         state, more = learner.step(state, "critic", evaluate, self.critic_adam.transformation())
-        return learner.counted(learner.follow(state, self.tau, "critic")), {**metrics, **more}
+        return learner.counted(learner.follow(state, self.critic.tau, "critic")), {**metrics, **more}
 
     def actor_loss(self, actor: PyTree, state: State, batch: Batch) -> tuple[jax.Array, Metrics]:
         """Returns -log p(a | s)."""
@@ -122,7 +106,7 @@ class CFPI:
         level, _ = levels(draws["levels"])
         next_level, share = levels(draws["target_levels"])
         next_z = quantiles(state.target["critic"], spec.critic(batch.next_obs), batch.next_action, next_level)
-        reward, factor = losses.chunk_return(batch.rewards, batch.steps, self.discount)
+        reward, factor = losses.chunk_return(batch.rewards, batch.steps, self.transitions.discount)
         target = reward[None, :, None] + (factor * (1 - batch.terminated))[None, :, None] * next_z
         z = quantiles(critic, spec.critic(batch.obs), batch.actions[:, 0], level)
         loss = jax.vmap(losses.quantile_huber, (0, 0, None, None))(z, target, level, share)

@@ -22,28 +22,14 @@ import optax
 
 from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
-from jaxrl.agents.parts import Adam, Critic, Net, SquashedGaussianPolicy
+from jaxrl.agents.parts import Adam, Critic, Net, SquashedGaussianPolicy, Transitions
 from jaxrl.errors import UserError
 from jaxrl.networks import repeat_for
 from jaxrl.ops import losses
-from jaxrl.replay.hindsight import Goals
+from jaxrl.ranges import Count, Fraction, NonNegative, Positive
 from jaxrl.replay.returns import returns_to_go
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Metrics,
-    NonNegative,
-    Observation,
-    Positive,
-    PyTree,
-    Requirements,
-    Scalar,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, count_of, pytree
 
 RETURN = "return_to_go"  # the column that Cal-QL adds to data and replay
 _NET = Net((256, 256, 256), "relu", "none", "torch")
@@ -55,13 +41,11 @@ class CQL:
 
     chunk: ClassVar[int] = 1
 
+    transitions: Transitions = Transitions()
     actor: SquashedGaussianPolicy = SquashedGaussianPolicy(_NET)  # pi(a | s)
     critic: Critic = Critic(_NET, agg="min")  # Q_1(s, a) and Q_2(s, a)
     actor_adam: Adam = Adam(3e-5)  # of the policy and the entropy's weight
     critic_adam: Adam = Adam()  # of the critics and the conservative term's weight
-    batch_size: Count = 256  # transitions per update
-    discount: Fraction = 0.99  # gamma, per environment step
-    tau: Fraction = 0.005  # Polyak rate of the target critics
     conservatism: NonNegative = 10.0  # weight of the conservative term
     samples: Count = 10  # actions of each kind in that term
     soft: Positive = 1.0  # temperature of its soft maximum
@@ -72,11 +56,10 @@ class CQL:
     calibrated: bool = False  # Cal-QL
     mixing: Fraction = 0.5  # share of a batch that comes from the dataset, where there is a replay as well
     normalize: bool = True  # whether observations are normalized by the data's mean and spread
-    goals: Goals = Goals()  # how goals are drawn where the task has some
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return Requirements(batch=self.batch_size)
+        return self.transitions.requires()
 
     def optimizers(self) -> dict[str, optax.GradientTransformation]:
         """Returns each network's optimizer."""
@@ -104,17 +87,15 @@ class CQL:
 
     def derive_columns(self, data: Rings) -> Rings:
         """Returns the data with their rows' returns to go, for Cal-QL; unchanged where they already have these."""
-        columns = lambda ring: {**ring.extra, RETURN: returns_to_go(ring, self.discount)}  # noqa: E731
+        columns = lambda ring: {**ring.extra, RETURN: returns_to_go(ring, self.transitions.discount)}  # noqa: E731
         missing = [self.calibrated and RETURN not in ring.extra for ring in data]
         return tuple(dataclasses.replace(r, extra=columns(r)) if m else r for r, m in zip(data, missing, strict=True))
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of transitions."""
-        return windows(data, key, self.batch_size, 1, self.goals, self.mixing)
+        return self.transitions.sample(data, key, self.mixing)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of each network, and of the target critics."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: uniform actions, and noise of the policy's."""
@@ -134,7 +115,7 @@ class CQL:
         gradient, metrics = jax.grad(self.loss, has_aux=True)(state.params, state, batch, draws)
         for name, optimizer in self.optimizers().items():
             state = learner.step_along(state, name, gradient[name], optimizer)
-        return learner.counted(learner.follow(state, self.tau, "critic")), metrics
+        return learner.counted(learner.follow(state, self.critic.tau, "critic")), metrics
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the sum of all losses, each of which moves one network, and metrics."""
@@ -170,7 +151,7 @@ class CQL:
         action, _ = self.sampled(state, batch.next_obs, draws["target"])
         next_obs = state.spec.critic(repeat_for(action, batch.next_obs))
         next_value = self.critic.value(state.target["critic"], next_obs, action).max(axis=-1)
-        return losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        return self.transitions.target(batch, next_value)
 
     def soft_maximum(self, critic: PyTree, state: State, batch: Batch, draws: Draws) -> jax.Array:
         """Returns the soft maximum of each critic [2, B] over actions here, weighted by how they were sampled."""

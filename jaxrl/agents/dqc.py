@@ -17,31 +17,20 @@ Deliberate differences from the official code:
 - Targets stay 1e-6 away from 0 and 1 before their logit is taken, where the official value loss can become infinite.
 """
 
+import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl.agents import learner
-from jaxrl.agents.learner import CutWindows, Draws, State
-from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value, check_heads
+from jaxrl.agents.learner import Draws, State
+from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value, Windows, check_heads
 from jaxrl.networks import repeat_for
 from jaxrl.ops import guidance, losses
-from jaxrl.ranges import check_at_least
-from jaxrl.replay.hindsight import Goals
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Metrics,
-    Observation,
-    PyTree,
-    Requirements,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.ranges import Count, Fraction
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
 
 Tilt = Literal["expectile", "quantile"]
 
@@ -52,34 +41,37 @@ _NET = Net((1024, 1024, 1024, 1024), norm="after")
 class DQC:
     """Decoupled Q-chunking: long critic, short policy."""
 
-    chunk: Count = 5  # h_a: actions per decision, executed open loop
-    backup: Count = 25  # h: actions that the chunk critic sees, steps of the return, at least `chunk`
+    windows: Windows = Windows(chunk=5, backup=25, batch=4096, discount=0.999)
     flow: FlowPolicy = FlowPolicy(_NET)  # the behaviour, v(s, a_t, t)
     critic: Critic = Critic(_NET, agg="min", head="bce")  # Q_j(s, a) over h_a actions, and the chunk critic over h
     value: Value = Value(_NET, head="bce")  # V(s)
     chunk_critic: bool = True  # whether there is a critic over all h actions
     adam: Adam = Adam()
-    batch_size: Count = 4096  # windows per update
-    discount: Fraction = 0.999  # gamma, per environment step
-    tau: Fraction = 0.005  # Polyak rate of the target critic
     kappa_d: Fraction = 0.8  # optimism about how a chunk continues
     distill: Tilt = "expectile"  # which statistic kappa_d is a level of
     kappa_b: Fraction = 0.93  # optimism about the action
     implicit_backup: Tilt = "quantile"  # which statistic kappa_b is a level of
     num_samples: Count = 32  # N: proposals of which the best is acted on
-    cut_windows: CutWindows = "keep"  # whether windows that termination cuts short train the critics
     valid_index: Literal["step", "flat"] = "step"  # where the mask is looked up
-    goals: Goals = Goals()  # how goals are drawn where the task has some
+
+    @property
+    def chunk(self) -> int:
+        """h_a, the actions of one decision."""
+        return self.windows.chunk
+
+    @property
+    def whole(self) -> Windows:
+        """The windows as the chunk critic sees them: with all h actions."""
+        return dataclasses.replace(self.windows, chunk=self.windows.backup)
 
     def check(self) -> None:
         """Raises UserError for settings that do not fit each other."""
-        check_at_least(self, backup=self.chunk)
         check_heads("DQC", self.critic, self.value)
-        self.goals.check_head(self.critic.head)
+        self.windows.goals.check_head(self.critic.head)
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return Requirements(window=self.backup, unit_rewards=self.critic.head == "bce", batch=self.batch_size)
+        return self.windows.requires(self.critic.head)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -91,16 +83,16 @@ class DQC:
             "value": self.value.init(key_value, spec.critic(obs)),
         }
         if self.chunk_critic:
-            params["chunk_critic"] = self.critic.init(key_chunk, spec.critic(obs), jnp.zeros(self.backup * spec.action))
+            params["chunk_critic"] = self.critic.init(
+                key_chunk, spec.critic(obs), jnp.zeros(self.windows.backup * spec.action)
+            )
         return learner.create(spec, params, self.adam.transformation(), "critic")
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of windows, their goals relabelled where the task has goals (section 4)."""
-        return windows(data, key, self.batch_size, self.backup, self.goals)
+        return self.windows.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after one joint gradient step and one Polyak step."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the flow's noise and times."""
@@ -111,39 +103,38 @@ class DQC:
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
         """Returns the state after the update with these random numbers."""
         loss = lambda params: self.loss(params, state, batch, draws)  # noqa: E731
-        return learner.descend(state, loss, self.adam.transformation(), self.tau, "critic")
+        return learner.descend(state, loss, self.adam.transformation(), self.critic.tau, "critic")
 
     def td_target(self, state: State, batch: Batch) -> jax.Array:
         """Returns y [B]: the return within the window and the online value after it."""
         next_value = self.value.value(state.params["value"], state.spec.critic(batch.next_obs))
-        y = losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        y = self.windows.target(batch, next_value)
         return losses.bounded(y, self.critic.head)
 
     def distillation_target(self, state: State, batch: Batch) -> jax.Array:
         """Returns what each head of the short critic learns, [K, B]: its own chunk head, or the TD target."""
         if not self.chunk_critic:
             return jnp.broadcast_to(self.td_target(state, batch)[None], (self.critic.heads, len(batch.actions)))
-        chunk = learner.flat_actions(batch)
+        chunk = self.whole.actions(batch)
         return self.critic.values(state.params["chunk_critic"], state.spec.critic(batch.obs), chunk)
 
     def weights(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the weights [B] of windows in losses that depend on all h actions, and on the first h_a."""
         if self.valid_index == "flat":
-            short = batch.valid[:, min(self.chunk * batch.actions.shape[-1], self.backup) - 1]
+            short = batch.valid[:, min(self.chunk * batch.actions.shape[-1], self.windows.backup) - 1]
             return jnp.ones(len(batch.valid)), short
-        whole = learner.critic_weight(batch, self.backup, self.cut_windows)
-        return whole, learner.critic_weight(batch, self.chunk, self.cut_windows)
+        return self.whole.weight(batch), self.windows.weight(batch)
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the sum of all losses and what each of them is, in the paper's order."""
-        seen, a, head = state.spec.critic(batch.obs), learner.flat_actions(batch, self.chunk), self.critic.head
+        seen, a, head = state.spec.critic(batch.obs), self.windows.actions(batch), self.critic.head
         whole, short = self.weights(batch)
         metrics = {}
 
         # the chunk critic: the cross entropy of Q(s, a) over all h actions against y
         if self.chunk_critic:
-            chunk, y = learner.flat_actions(batch), self.td_target(state, batch)
-            error = self.critic.error(params["chunk_critic"], seen, chunk, y)
+            y = self.td_target(state, batch)
+            error = self.critic.error(params["chunk_critic"], seen, self.whole.actions(batch), y)
             metrics["chunk_critic/loss"] = losses.masked_mean(error.mean(axis=0), whole)
 
         # the short critic: an optimistic summary of the chunk critic over how chunks continue
@@ -163,7 +154,7 @@ class DQC:
         if self.valid_index == "flat":
             metrics["actor/flow_loss"] = losses.masked_mean(error.mean(axis=-1), short)
         else:
-            metrics["actor/flow_loss"] = losses.masked_mean(error, learner.step_mask(batch, self.chunk))
+            metrics["actor/flow_loss"] = losses.masked_mean(error, self.windows.mask(batch))
 
         return sum(metrics.values(), jnp.zeros(())), metrics
 

@@ -16,25 +16,11 @@ import jax.numpy as jnp
 
 from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
-from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Value
+from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Transitions, Value
 from jaxrl.ops import losses
-from jaxrl.ranges import check_at_least
-from jaxrl.replay.hindsight import Goals
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Metrics,
-    NonNegative,
-    Observation,
-    Phase,
-    PyTree,
-    Requirements,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.ranges import Fraction, NonNegative, check_at_least
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, Phase, PyTree, Requirements, Spec, count_of, pytree
 
 FEATURES = 6  # of the balance, as the family sees it
 
@@ -47,19 +33,16 @@ class FamO2O:
 
     chunk: ClassVar[int] = 1
 
+    transitions: Transitions = Transitions()
     family: GaussianPolicy = GaussianPolicy(_NET, std="learned")  # pi_u(a | s, e(b)), its mean still to be squashed
     balance: GaussianPolicy = GaussianPolicy(_NET, std="learned")  # pi_b(x | s), of a number still to be squashed
     critic: Critic = Critic(_NET, agg="min")  # Q_1(s, a) and Q_2(s, a)
     value: Value = Value(_NET)  # V(s)
     adam: Adam = Adam()  # of each network
-    batch_size: Count = 256  # transitions per update
-    discount: Fraction = 0.99  # gamma, per environment step
-    tau: Fraction = 0.005  # Polyak rate of the target critics
     expectile: Fraction = 0.9  # level of the value's expectile
     lowest: NonNegative = 8.0  # the least inverse temperature of the advantage in the family
     highest: NonNegative = 14.0  # and the greatest
     max_weight: NonNegative = 100.0  # bound of the imitation's weights
-    goals: Goals = Goals()  # how goals are drawn where the task has some
 
     def check(self) -> None:
         """Raises UserError for settings that do not fit each other."""
@@ -67,7 +50,7 @@ class FamO2O:
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return Requirements(batch=self.batch_size)
+        return self.transitions.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -88,11 +71,9 @@ class FamO2O:
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of transitions."""
-        return windows(data, key, self.batch_size, 1, self.goals)
+        return self.transitions.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of each network in turn, and of the target critics."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: of choosing a balance, acting on it, and one to train."""
@@ -115,7 +96,7 @@ class FamO2O:
             for name in names:
                 state = learner.step_along(state, name, gradient[name], self.adam.transformation())
             metrics |= more
-        return learner.counted(learner.follow(state, self.tau, "critic")), metrics
+        return learner.counted(learner.follow(state, self.critic.tau, "critic")), metrics
 
     def q(self, state: State, batch: Batch, action: jax.Array) -> jax.Array:
         """Returns the lower target critic's value [B] of actions [B, A]."""
@@ -131,7 +112,7 @@ class FamO2O:
     def td_target(self, state: State, batch: Batch) -> jax.Array:
         """Returns y [B], the reward and the value after it."""
         next_value = self.value.value(state.params["value"], state.spec.critic(batch.next_obs))
-        return losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        return self.transitions.target(batch, next_value)
 
     def critic_loss(self, params: PyTree, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the TD loss, summed over the critics."""

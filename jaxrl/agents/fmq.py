@@ -9,7 +9,7 @@ then regresses onto the anchor's velocity moved by a bounded step along the norm
 Eq. 12). Actions are the best of N one-step samples, or in evaluation those of a beam search (Algorithm 2).
 
 Deliberate differences from the official code:
-- A window that termination cuts short trains the critic too (`cut_windows="keep"`), as nothing after it matters; the
+- A window that termination cuts short trains the critic too (`windows.cut="keep"`), as nothing after it matters; the
   official code drops it ("drop"). Windows cut by truncation are dropped by both: their chunk was not executed.
 - After a window's end its last action is repeated, where the official code reads on into the next episode.
 - The heads are aggregated by mean offline and by min online, as the official scripts (not their agent file) do.
@@ -26,45 +26,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.agents import learner
-from jaxrl.agents.learner import CutWindows, Draws, State
-from jaxrl.agents.parts import AdamW, Critic, FlowMapPolicy, SelfDistillation
+from jaxrl.agents.learner import Draws, State
+from jaxrl.agents.parts import AdamW, Critic, FlowMapPolicy, SelfDistillation, Windows
 from jaxrl.errors import UserError
 from jaxrl.networks import repeat_for
 from jaxrl.ops import flow, guidance, losses
 from jaxrl.ops.flow import AverageVelocity
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Metrics,
-    NonNegative,
-    Observation,
-    Phase,
-    PyTree,
-    Requirements,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.ranges import Count, NonNegative
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, Phase, PyTree, Requirements, Spec, count_of, pytree
 
 
 @pytree
 class FMQ:
     """Flow-map policy with Q-guidance, offline to online."""
 
-    chunk: Count = 5  # H: actions per decision, executed open loop
+    windows: Windows = Windows(chunk=5, backup=5)
     actor: FlowMapPolicy = FlowMapPolicy()  # u(s, a_r, r, t)
     distillation: SelfDistillation = SelfDistillation()  # how it learns the data
     critic: Critic = Critic()  # Q_j(s, a); its `agg` holds offline
     adam: AdamW = AdamW()
-    batch_size: Count = 256  # windows per update
-    discount: Fraction = 0.99  # gamma, per environment step
-    tau: Fraction = 0.005  # Polyak rate of the target critic
     num_samples: Count = 32  # N: one-step samples of which the best is acted on
     target_samples: Count = 32  # N in the TD target
     online_agg: losses.Aggregate = "min"  # how the critics are combined online
-    cut_windows: CutWindows = "keep"  # whether windows that termination cuts short train the critic
     eta: NonNegative = 1.0  # trust-region radius, in units of velocity over the flat chunk
     beta: NonNegative = 0.3  # how strongly the radius shrinks where the critics disagree (Eq. 13); 0: not at all
     gradient_of: guidance.GradientOf = "first"  # which aggregate of the critics is climbed in training
@@ -74,6 +58,11 @@ class FMQ:
     test_sampler: Literal["best_of_n", "beam_search"] = "best_of_n"  # how actions are chosen in evaluation
     beam: guidance.BeamSearch = guidance.BeamSearch()  # Algorithm 2, if chosen
 
+    @property
+    def chunk(self) -> int:
+        """H, the actions of one decision."""
+        return self.windows.chunk
+
     def check(self) -> None:
         """Raises UserError for settings that do not fit each other, or have no effect."""
         for name, weight in (("esd_weight", self.esd_weight), ("diagonal_weight", self.diagonal_weight)):
@@ -82,7 +71,7 @@ class FMQ:
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return Requirements(window=self.chunk, unit_rewards=self.critic.head == "bce", batch=self.batch_size)
+        return self.windows.requires(self.critic.head)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial, offline state."""
@@ -102,7 +91,7 @@ class FMQ:
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of H-step windows, uniform over data and replay together."""
-        return windows(data, key, self.batch_size, self.chunk)
+        return self.windows.sample(data, key)
 
     def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after one joint gradient step on actor and critic, then one Polyak step."""
@@ -122,23 +111,23 @@ class FMQ:
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
         """Returns the state after the update with these random numbers."""
         loss = lambda params: self.loss(params, state, batch, draws)  # noqa: E731
-        return learner.descend(state, loss, self.adam.transformation(), self.tau, "critic")
+        return learner.descend(state, loss, self.adam.transformation(), self.critic.tau, "critic")
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the sum of the losses of critic and actor in the state's phase, and metrics."""
         critic, metrics = self.critic_loss(params["critic"], state, batch, draws)
-        u, a = self.actor.velocity(params["actor"], state.spec.actor(batch.obs)), learner.flat_actions(batch)
+        u, a = self.actor.velocity(params["actor"], state.spec.actor(batch.obs)), self.windows.actions(batch)
         # offline the actor learns the data as a flow map, on the diagonal and, once the warm-up is over, off it
         if state.anchor is None:
-            diagonal, off = self.distillation.losses(u, a, learner.step_mask(batch), draws, state.step)
+            diagonal, off = self.distillation.losses(u, a, self.windows.mask(batch), draws, state.step)
             actor = diagonal + (state.step > self.distillation.warmup) * off
-            return critic + actor, metrics | {"actor/diagonal_loss": diagonal, "actor/distillation_loss": off}
+            return critic + actor, {**metrics, "actor/diagonal_loss": diagonal, "actor/distillation_loss": off}
         # online it regresses onto the anchor moved along grad Q
         actor, more = self.guided_loss(u, state, batch, draws)
         if self.flow_losses_online:
-            diagonal, off = self.distillation.losses(u, a, learner.step_mask(batch), draws, state.step)
+            diagonal, off = self.distillation.losses(u, a, self.windows.mask(batch), draws, state.step)
             actor = actor + self.diagonal_weight * diagonal + self.esd_weight * off
-        return critic + actor, metrics | more
+        return critic + actor, {**metrics, **more}
 
     def judge(self, state: State) -> Critic:
         """Returns the critic as it is combined in the state's phase."""
@@ -146,27 +135,27 @@ class FMQ:
 
     def critic_loss(self, critic: PyTree, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the chunked TD loss (Eq. 8) and its metrics."""
-        obs, next_obs, a = state.spec.critic(batch.obs), state.spec.critic(batch.next_obs), learner.flat_actions(batch)
+        obs, next_obs, a = state.spec.critic(batch.obs), state.spec.critic(batch.next_obs), self.windows.actions(batch)
         next_action = self.choose(state, batch.next_obs, draws["next_noise"])
         next_value = self.judge(state).value(state.target["critic"], next_obs, next_action)
-        y = losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        y = self.windows.target(batch, next_value)
         y, output = losses.bounded(y, self.critic.head), self.critic.outputs(critic, obs, a)
         error = losses.regression(output, y[None], self.critic.head)
-        whole = learner.critic_weight(batch, self.chunk, self.cut_windows)
+        whole = self.windows.weight(batch)
         loss = losses.masked_mean(error, jnp.broadcast_to(whole[None], error.shape))
         q = losses.value_of(output, self.critic.head).mean()
         return loss, {"critic/loss": loss, "critic/q": q, "critic/target_max": y.max()}
 
     def guided_loss(self, u: AverageVelocity, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the loss of the actor u against the anchor's velocity moved along grad Q (Eq. 12, Algorithm 1)."""
-        a, r, heads = learner.flat_actions(batch), draws["guided_r"], self.heads(state, batch.obs)
+        a, r, heads = self.windows.actions(batch), draws["guided_r"], self.heads(state, batch.obs)
         a_r, end = flow.interpolate(draws["guided_x0"], a, r), jnp.ones_like(r)
         u_off = self.actor.velocity(state.anchor, state.spec.actor(batch.obs))(a_r, r, end)
         a_off = jnp.clip(a_r + (1 - r) * u_off, -1, 1)
         radius = guidance.adaptive_radius(self.eta, self.beta, heads(a_off))
         direction = guidance.ascent_direction(heads, a_off, self.gradient_of)
         u_star, u_now = guidance.trust_region_target(u_off, direction, radius), u(a_r, r, end)
-        loss = losses.masked_mean(jnp.square(u_now - u_star), learner.step_mask(batch))
+        loss = losses.masked_mean(jnp.square(u_now - u_star), self.windows.mask(batch))
         drift = jnp.linalg.norm(u_now - u_off, axis=-1).mean()
         return loss, {"actor/fmq_loss": loss, "actor/drift": drift, "actor/radius": radius.mean()}
 

@@ -20,22 +20,10 @@ import optax
 
 from jaxrl.agents import learner
 from jaxrl.agents.learner import State
-from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net
-from jaxrl.replay.hindsight import Goals
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Metrics,
-    NonNegative,
-    Observation,
-    PyTree,
-    Requirements,
-    Scalar,
-    Spec,
-    pytree,
-)
+from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Transitions
+from jaxrl.ranges import Fraction, NonNegative
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, pytree
 
 
 @pytree
@@ -44,25 +32,22 @@ class ODICE:
 
     chunk: ClassVar[int] = 1
 
+    transitions: Transitions = Transitions()
     actor: GaussianPolicy = GaussianPolicy(Net((1024, 1024), "relu", "none", "torch"), std="learned")  # pi(a | s)
     # V_k(s), with no layer norm on the antmazes, and of one head on the harder ones
     value: Critic = Critic(Net((256, 256), "relu", "before", "torch"), agg="min", epsilon="1e-5")
     actor_adam: Adam = Adam(2e-4)
     value_adam: Adam = Adam(2e-4)
     weight_decay: NonNegative = 1e-4  # of the policy, as part of its gradient
-    batch_size: Count = 256  # transitions per update
-    discount: Fraction = 0.99  # gamma, per environment step
-    tau: Fraction = 0.005  # Polyak rate of the target values
     gradient: Literal["orthogonal", "semi", "true"] = "orthogonal"  # which gradient the residual has
     trade: Fraction = 0.6  # lambda: residuals against the mean value; to be tuned per task
     eta: NonNegative = 1.0  # weight of the backward gradient; to be tuned per task
     divergence: Literal["chi_square", "reverse_kl"] = "chi_square"  # between the policy's visits and the data's
     max_weight: NonNegative = 100.0  # bound of the policy's weights
-    goals: Goals = Goals()  # how goals are drawn where the task has some
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return Requirements(batch=self.batch_size)
+        return self.transitions.requires()
 
     def optimizers(self) -> dict[str, optax.GradientTransformation]:
         """Returns each network's optimizer."""
@@ -82,7 +67,7 @@ class ODICE:
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of transitions."""
-        return windows(data, key, self.batch_size, 1, self.goals)
+        return self.transitions.sample(data, key)
 
     def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after a step of the values, of their targets, and of the policy; nothing is random."""
@@ -93,7 +78,7 @@ class ODICE:
         optimizers, residual = self.optimizers(), self.residual(state.params["value"], state, batch)
         gradient, metrics = self.value_gradient(state, batch)
         state = learner.step_along(state, "value", gradient, optimizers["value"])
-        state = learner.follow(state, self.tau, "value")
+        state = learner.follow(state, self.value.tau, "value")
         loss = lambda actor: self.actor_loss(actor, state, batch, residual)  # noqa: E731
         state, more = learner.step(state, "actor", loss, optimizers["actor"])
         return learner.counted(state), {**metrics, **more}
@@ -109,7 +94,7 @@ class ODICE:
 
     def bellman(self, value: jax.Array, next_value: jax.Array, batch: Batch) -> jax.Array:
         """Returns r + gamma V(s') - V(s), of shape [K, B]."""
-        bootstrap = jnp.where(batch.terminated[None], 0.0, self.discount * next_value)
+        bootstrap = jnp.where(batch.terminated[None], 0.0, self.transitions.discount * next_value)
         return batch.rewards[:, :1].T + bootstrap - value
 
     def residual(self, params: PyTree, state: State, batch: Batch) -> jax.Array:

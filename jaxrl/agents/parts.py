@@ -6,7 +6,7 @@ observation is the caller's choice, see `types.Spec`.
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,18 @@ from jaxrl.errors import UserError
 from jaxrl.networks import TIME_FEATURES, Activation, Init, Norm, TimeFeatures, apply
 from jaxrl.ops import flow, losses
 from jaxrl.ops.closed_form import Mixture
-from jaxrl.ranges import check_at_least
-from jaxrl.types import Count, Natural, NonNegative, Observation, PyTree, Range, Widths, pytree
+from jaxrl.ranges import Count, Fraction, Natural, NonNegative, Range, Widths, check_at_least
+from jaxrl.replay.hindsight import Goals
+from jaxrl.replay.ring import Rings, windows
+from jaxrl.types import Batch, Observation, PyTree, Requirements, Scalar, pytree
 
 FEWEST_FEATURES = {"fourier": 4, "sinusoidal": 2, "raw": 1}
 """The least number of time features of each kind: Fourier features range between two frequencies, and have both."""
 
 T = TypeVar("T")
+
+CutWindows: TypeAlias = Literal["keep", "drop"]
+"""Whether windows that an episode's end cuts short train the critic."""
 
 
 @pytree
@@ -57,6 +62,76 @@ class AdamW:
     def transformation(self) -> optax.GradientTransformation:
         """Returns it as optax has it."""
         return optax.adamw(self.lr, weight_decay=self.weight_decay)
+
+
+# Data
+
+
+@pytree
+class Windows:
+    """What one update learns from: windows of the data, and the returns in them."""
+
+    chunk: Count = 1  # H: actions per decision, executed open loop
+    backup: Count = 1  # steps of a window and of the return in the TD target, at least `chunk`
+    batch: Count = 256  # windows per update
+    discount: Fraction = 0.99  # gamma, per environment step
+    cut: CutWindows = "keep"  # whether windows that termination cuts short train the critic
+    goals: Goals = Goals()  # how goals are drawn where the task has some
+
+    def check(self) -> None:
+        """Raises UserError where the return is shorter than a chunk."""
+        check_at_least(self, backup=self.chunk)
+
+    def requires(self, head: losses.Head = "mse") -> Requirements:
+        """Returns what the data must have, for values of a kind."""
+        return Requirements(window=self.backup, unit_rewards=head == "bce", batch=self.batch)
+
+    def sample(self, data: Rings, key: jax.Array, share: Scalar | None = None) -> Batch:
+        """Returns a batch of windows, uniform over the rows of all rings, or with a `share` of it from the first."""
+        return windows(data, key, self.batch, self.backup, self.goals, share)
+
+    def actions(self, batch: Batch) -> jax.Array:
+        """Returns the first `chunk` actions of each window as flat chunks [B, H * A]."""
+        return batch.actions[:, : self.chunk].reshape(len(batch.actions), -1)
+
+    def mask(self, batch: Batch) -> jax.Array:
+        """Returns 1 for the entries of `actions(batch)` that were executed and 0 for the others, [B, H * A]."""
+        return jnp.repeat(batch.valid[:, : self.chunk], batch.actions.shape[-1], axis=-1)
+
+    def weight(self, batch: Batch) -> jax.Array:
+        """Returns the weight [B] of each window in the critic's loss.
+
+        "keep": 1 where all `chunk` actions that the critic sees happened, or the task ended on the way, after which
+        nothing matters. "drop": 1 where the whole window happened, as in the official code of QC and its relatives.
+        """
+        if self.cut == "drop":
+            return batch.valid[:, -1]
+        return jnp.maximum(batch.valid[:, self.chunk - 1], batch.terminated)
+
+    def target(self, batch: Batch, next_value: jax.Array) -> jax.Array:
+        """Returns the TD target [B]: the discounted return of each window, and the value [B] after it."""
+        return losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+
+
+@pytree
+class Transitions:
+    """What one update of a one-step method learns from: transitions of the data."""
+
+    batch: Count = 256  # transitions per update
+    discount: Fraction = 0.99  # gamma, per environment step
+    goals: Goals = Goals()  # how goals are drawn where the task has some
+
+    def requires(self, head: losses.Head = "mse") -> Requirements:
+        """Returns what the data must have, for values of a kind."""
+        return Requirements(unit_rewards=head == "bce", batch=self.batch)
+
+    def sample(self, data: Rings, key: jax.Array, share: Scalar | None = None) -> Batch:
+        """Returns a batch of transitions, uniform over all rings, or with a `share` of it from the first."""
+        return windows(data, key, self.batch, 1, self.goals, share)
+
+    def target(self, batch: Batch, next_value: jax.Array) -> jax.Array:
+        """Returns the TD target [B]: the reward, and the discounted value [B] after it."""
+        return losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
 
 
 # Policies
@@ -324,6 +399,7 @@ class Critic:
     heads: Count = 2  # number of critics
     agg: losses.Aggregate = "mean"  # how they are combined
     head: losses.Head = "mse"  # whether their outputs are values, or logits of probabilities
+    tau: Fraction = 0.005  # Polyak rate of their targets
     epsilon: Literal["1e-6", "1e-5"] = "1e-6"  # added to LayerNorm's variance, by default in flax and in PyTorch
 
     @property
@@ -369,6 +445,7 @@ class QuantileCritic:
     heads: Annotated[int, Range(2)] = 2  # number of critics
     levels: Count = 32  # levels of which a value is the mean
     train_levels: Count = 8  # levels per transition in the loss, random
+    tau: Fraction = 0.005  # Polyak rate of their targets
 
     @property
     def network(self) -> networks.QuantileCritic:

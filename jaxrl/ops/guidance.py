@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxrl.ops.flow import AverageVelocity, euler, euler_from, interpolate
-from jaxrl.types import Count, Natural, NonNegative, Scalar, pytree
+from jaxrl.ranges import Count, Natural, NonNegative
+from jaxrl.types import Scalar, pytree
 
 Heads: TypeAlias = Callable[[jax.Array], jax.Array]
 Value: TypeAlias = Callable[[jax.Array], jax.Array]

@@ -4,19 +4,15 @@ import dataclasses
 from typing import Any, Literal, TypeVar
 
 from jaxrl.agents import AGENTS, AWAC, CFPI, CQL, DQC, FMQ, FQL, IQL, ODICE, QC, QGF, TD3, FamO2O
-from jaxrl.agents.parts import Adam, MixturePolicy, QuantileCritic, SelfDistillation, with_fields
+from jaxrl.agents.parts import Adam, MixturePolicy, QuantileCritic, SelfDistillation, Windows, with_fields
 from jaxrl.errors import UserError, unknown
 from jaxrl.ops.closed_form import ClosedForm
-from jaxrl.ops.guidance import QGuidance
-from jaxrl.runs.config import Config, replaced
+from jaxrl.runs.config import Config
 from jaxrl.training.schedule import Schedule
-from jaxrl.types import Agent
 
-A = TypeVar("A", bound=Agent)
 Preset = Literal["quick", "paper"]
-
+A = TypeVar("A")
 _DRAWN = ClosedForm(bound="jensen", delta=0.2, delta_high=2.0, draws=10)
-
 _MINUTES = Schedule(
     offline_updates=12_000,
     online_steps=64_000,
@@ -29,75 +25,79 @@ _MINUTES = Schedule(
 )
 _OFFLINE = dataclasses.replace(_MINUTES, online_steps=0)
 _ONLINE = dataclasses.replace(_MINUTES, offline_updates=0, warmup_steps=6_400)
+_LONG = Schedule(online_steps=0)
 
 
-def _quick(agent: A, schedule: Schedule = _OFFLINE, **parts: Any) -> Config[A]:
-    """Returns a configuration for minutes on two CPU cores: small networks, high learning rates, but for some parts."""
-    small = with_fields(agent, hidden=(128, 128, 128), lr=1e-3)
-    return Config(dataclasses.replace(small, **parts), schedule=schedule)  # ty: ignore[invalid-argument-type]
+def _small(agent: A) -> A:
+    """Returns an agent with small networks and high learning rates."""
+    return with_fields(agent, hidden=(128, 128, 128), lr=1e-3)
 
 
-def _paper(agent: A, schedule: Schedule | None = None) -> Config[A]:
-    """Returns a configuration of the published sizes, for an accelerator; offline, unless a schedule is given."""
-    return Config(agent, schedule=schedule or Schedule(online_steps=0), data_steps=1_000_000)
+def _published(agent: Any, schedule: Schedule = _LONG, reward_shift: float = 0.0) -> Config:
+    """Returns the configuration of an agent with its published sizes, by default for offline training alone."""
+    return Config(agent, schedule=schedule, data_steps=1_000_000, reward_shift=reward_shift)
 
 
 PRESETS: dict[str, dict[str, Config]] = {
-    "quick": {name: _quick(agent()) for name, agent in AGENTS.items()}
-    | {
-        "awac": _quick(AWAC(temperature=3.0)),
-        "cfpi": _quick(CFPI(actor=MixturePolicy(components=1), operator=_DRAWN), critic=QuantileCritic((128, 128))),
-        "cql": _quick(CQL(), actor_adam=Adam(3e-4)),
-        "dqc": dataclasses.replace(_quick(DQC(backup=10, batch_size=256, discount=0.99)), reward_shift=1.0),
-        "famo2o": _quick(FamO2O(), _MINUTES),
-        "fmq": _quick(FMQ(distillation=SelfDistillation(warmup=500, curriculum=4_000), target_samples=4), _MINUTES),
-        "fql": _quick(FQL(chunk=5, backup=5, alpha=3.0), _MINUTES),
-        "iql": _quick(IQL(chunk=5, backup=5)),
-        "odice": _quick(ODICE(trade=0.4)),
-        "qc": _quick(QC(num_samples=8), _MINUTES),
-        "td3": dataclasses.replace(_quick(TD3(), _ONLINE), env="push?reward=dense"),
-    },
-    "paper": {name: _paper(agent()) for name, agent in AGENTS.items()}
-    | {
-        "dqc": dataclasses.replace(_paper(DQC()), reward_shift=1.0),
-        "famo2o": _paper(FamO2O(), Schedule()),
-        "fmq": _paper(FMQ(), Schedule()),
-        "fql": _paper(FQL(), Schedule()),
-        "qc": _paper(QC(), Schedule()),
-        "qgf": _paper(
-            with_fields(QGF(batch_size=1024, discount=0.999), hidden=(1024, 1024, 1024, 1024)),
-            Schedule(offline_updates=500_000, online_steps=0),
+    "quick": {name: Config(_small(agent()), schedule=_OFFLINE) for name, agent in AGENTS.items()}
+    | {  # minutes on two CPU cores
+        "fmq": Config(
+            _small(FMQ(target_samples=4, distillation=SelfDistillation(warmup=500, curriculum=4_000))),
+            schedule=_MINUTES,
         ),
-        "td3": _paper(TD3(), Schedule(offline_updates=0, warmup_steps=25_000)),
+        "iql": Config(_small(IQL(Windows(chunk=5, backup=5))), schedule=_OFFLINE),
+        "fql": Config(_small(FQL(Windows(chunk=5, backup=5), alpha=3.0)), schedule=_MINUTES),
+        "qc": Config(_small(QC(num_samples=8)), schedule=_MINUTES),
+        "dqc": Config(_small(DQC(Windows(chunk=5, backup=10))), schedule=_OFFLINE, reward_shift=1.0),
+        "td3": Config(_small(TD3()), env="push?reward=dense", schedule=_ONLINE),
+        "cql": Config(dataclasses.replace(_small(CQL()), actor_adam=Adam(3e-4)), schedule=_OFFLINE),
+        "awac": Config(_small(AWAC(temperature=3.0)), schedule=_OFFLINE),
+        "odice": Config(_small(ODICE(trade=0.4)), schedule=_OFFLINE),
+        "famo2o": Config(_small(FamO2O()), schedule=_MINUTES),
+        "cfpi": Config(
+            dataclasses.replace(
+                _small(CFPI(actor=MixturePolicy(components=1), operator=_DRAWN)), critic=QuantileCritic((128, 128))
+            ),
+            schedule=_OFFLINE,
+        ),
+    },
+    "paper": {name: _published(agent()) for name, agent in AGENTS.items()}
+    | {  # the published sizes, for an accelerator
+        "fmq": _published(FMQ(), schedule=Schedule()),
+        "qgf": _published(
+            with_fields(QGF(), hidden=(1024, 1024, 1024, 1024), batch=1024, discount=0.999),
+            schedule=dataclasses.replace(_LONG, offline_updates=500_000),
+        ),
+        "fql": _published(FQL(), schedule=Schedule()),
+        "qc": _published(QC(), schedule=Schedule()),
+        "dqc": _published(DQC(), reward_shift=1.0),
+        "td3": Config(TD3(), schedule=Schedule(offline_updates=0, warmup_steps=25_000)),
+        "famo2o": _published(FamO2O(), schedule=Schedule()),
     },
 }
-"""By name, then by agent. An agent that is not named here learns offline."""
-
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "dqc": {  # the special cases that its paper compares with, all without the chunk critic
-        "qc": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 5, "backup": 5},
-        "qc-ns": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 5, "backup": 25},
-        "ns": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 1, "backup": 25},
-        "os": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 1, "backup": 1},
+        name: {"chunk_critic": False, "kappa_d": 0.5, "windows": {"chunk": chunk, "backup": backup}}
+        for name, chunk, backup in (("qc", 5, 5), ("qc-ns", 5, 25), ("ns", 1, 25), ("os", 1, 1))
     },
-    "qgf": {  # what its paper compares the gradient at the foreseen action with
-        "jacobian": {"guide": QGuidance(gradient="jacobian")},
-        "noisy": {"guide": QGuidance(gradient="noisy")},
-        "bptt": {"guide": QGuidance(gradient="bptt")},
-        "grad-step": {"guide": QGuidance(gradient="after")},
+    "qgf": {  # what its paper compares the gradient at the one-step denoised action with
+        "jacobian": {"guide": {"gradient": "jacobian"}},
+        "noisy": {"guide": {"gradient": "noisy"}},
+        "bptt": {"guide": {"gradient": "bptt"}},
+        "grad-step": {"guide": {"gradient": "after"}},
     },
     "qc": {"distill": {"actor": "distill"}},
     "cfpi": {  # one Gaussian, from which the critic chooses how far to go; or a mixture, one distance, both bounds
-        "single": {"actor.components": 1, "operator": _DRAWN},
-        "mixture": {"actor.components": 4, "operator": ClosedForm()},
+        "single": {"actor": {"components": 1}, "operator": _DRAWN},
+        "mixture": {"actor": {"components": 4}, "operator": ClosedForm()},
     },
     "cql": {  # as their papers have them for tasks with sparse rewards, which go on to learn online
         "antmaze": {"conservatism": 5.0, "lagrange": True, "gap": 0.8, "max_target": True, "lowest_gap": -200.0},
         "cal-ql": {"conservatism": 5.0, "lagrange": True, "gap": 0.8, "max_target": True, "calibrated": True},
     },
 }
-"""Named settings of an agent's fields, its parts' too, by agent: `jaxrl train AGENT --variant NAME`."""
+"""Named settings of an agent's fields, and of its parts', by agent: `jaxrl train AGENT --variant NAME`."""
 
 
 def preset(name: str, agent: str, variant: str | None = None) -> Config:
@@ -114,6 +114,10 @@ def preset(name: str, agent: str, variant: str | None = None) -> Config:
         raise UserError(f"variant = {variant!r}: {agent} has no variants")
     if variant not in variants:
         raise unknown(f"variant of {agent}", variant, variants)
-    for path, value in variants[variant].items():
-        config = replaced(config, f"agent.{path}", value)
-    return config
+    return dataclasses.replace(config, agent=_replaced(config.agent, variants[variant]))
+
+
+def _replaced(settings: Any, values: dict[str, Any]) -> Any:
+    """Returns settings with other values of some fields; a dict stands for values of the fields of a part."""
+    parts = {name: _replaced(getattr(settings, name), value) for name, value in values.items() if type(value) is dict}
+    return dataclasses.replace(settings, **values | parts)

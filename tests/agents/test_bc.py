@@ -18,7 +18,7 @@ from jaxrl.types import Batch, Spec
 from tests.known import KEY, bias_of, state_of, with_fields
 
 SPEC = Spec(observation=2, action=2)
-LINEAR = BC(chunk=3, flow=FlowPolicy(Net(()), "fourier"), batch_size=64)
+LINEAR = BC(chunk=3, flow=FlowPolicy(Net(()), "fourier"), batch=64)
 SIZE = 6
 
 
@@ -120,7 +120,7 @@ def test_acting_reads_each_rows_own_observation():
 
 
 def test_a_single_chunk_of_data_is_learned_by_heart():
-    agent = BC(chunk=2, flow=FlowPolicy(Net((32, 32)), "fourier"), adam=Adam(5e-3), batch_size=64)
+    agent = BC(chunk=2, flow=FlowPolicy(Net((32, 32)), "fourier"), adam=Adam(5e-3), batch=64)
     chunk = jnp.array([[0.7, -0.2], [-0.5, 0.1]])
     batch = dataclasses.replace(
         batch_of(64),
@@ -142,8 +142,8 @@ def test_a_single_chunk_of_data_is_learned_by_heart():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"chunk": 0}, "BC.chunk = 0: must be at least 1"),
-        ({"batch_size": 0}, "BC.batch_size = 0: must be at least 1"),
+        ({"chunk": 0}, "BC.windows.chunk = 0: must be at least 1"),
+        ({"batch_size": 0}, "BC.windows.batch = 0: must be at least 1"),
         ({"hidden": (8, 0)}, "BC.flow.net.hidden = (8, 0): must be at least 1"),
         ({"steps": 0}, "BC.flow.steps = 0: must be at least 1"),
         ({"time_size": 3}, "FlowPolicy.time_size = 3: must be at least 4"),

@@ -28,7 +28,7 @@ SMALL = {
     "hidden": (32, 32),
     "chunk": 3,
     "backup": 3,
-    "batch_size": 16,
+    "batch": 16,
     "num_samples": 4,
     "target_samples": 4,
     "warmup": 0,
@@ -120,7 +120,7 @@ def test_it_is_an_agent_of_frozen_fields_whose_defaults_pass_its_own_check(name)
 
 
 @every_agent
-@pytest.mark.parametrize("field", ["chunk", "batch_size"])
+@pytest.mark.parametrize("field", ["chunk", "batch"])
 def test_it_refuses_a_size_of_zero_by_name(name, field):
     agent = AGENTS[name]()
     if not values_of(agent, field):
@@ -307,9 +307,9 @@ def having(*fields: str):
 @having("chunk", "backup")
 def test_a_backup_shorter_than_the_chunk_is_refused_by_name(name):
     cls = AGENTS[name]
-    with pytest.raises(UserError, match=f"{cls.__name__}.backup = 3: must be at least 4"):
-        ranges.check(cls(chunk=4, backup=3))
-    ranges.check(cls(chunk=4, backup=4))
+    with pytest.raises(UserError, match=f"{cls.__name__}.windows.backup = 3: must be at least 4"):
+        ranges.check(with_fields(cls(), chunk=4, backup=3))
+    ranges.check(with_fields(cls(), chunk=4, backup=4))
 
 
 @having("chunk", "backup")
@@ -418,7 +418,7 @@ def bandit_data() -> rings.Ring:
 @functools.cache
 def bandit_player(name: str) -> dict[str, np.ndarray]:
     """Returns 1000 actions of the agent before and after learning from the data, in each of its phases."""
-    fields = {"chunk": 1, "backup": 1, "batch_size": 128, "num_samples": 16, "target_samples": 1, "curriculum": 500}
+    fields = {"chunk": 1, "backup": 1, "batch": 128, "num_samples": 16, "target_samples": 1, "curriculum": 500}
     near = ClosedForm(delta=0.01, delta_high=0.01)  # a bump is narrow
     judgement = {"eta": 0.1, "temperature": 0.1, "max_weight": 1e6, "trade": 0.5, "operator": near}  # of small rewards
     agent, data = small(name, **fields, lr=3e-3, **judgement), bandit_data()

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl import ranges
 from jaxrl.agents.fql import FQL
-from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, OneStepPolicy
+from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, OneStepPolicy, Windows
 from jaxrl.errors import UserError
 from tests.known import (
     KEY,
@@ -30,7 +30,7 @@ from tests.known import (
     with_fields,
 )
 
-TINY = with_fields(FQL(), hidden=(8,), batch_size=16, steps=2)
+TINY = with_fields(FQL(), hidden=(8,), batch=16, steps=2)
 KNOWN = FQL(
     flow=formula(FlowPolicy(steps=1), lambda p, s, x, t: (p["point"] - x) / (1 - t)),
     policy=formula(OneStepPolicy(), lambda p, s, z: p["shift"] + p["scale"] * z),
@@ -116,9 +116,9 @@ ENDS = {  # whole, terminated after one step, truncated after one
 }
 
 
-@pytest.mark.parametrize(("cut_windows", "weight"), [("keep", [1, 1, 0]), ("drop", [1, 0, 0])])
-def test_windows_that_are_cut_short_train_the_critic_only_if_termination_cut_them(cut_windows, weight):
-    agent = with_fields(KNOWN, chunk=2, backup=2, cut_windows=cut_windows, discount=0.5)
+@pytest.mark.parametrize(("cut", "weight"), [("keep", [1, 1, 0]), ("drop", [1, 0, 0])])
+def test_windows_that_are_cut_short_train_the_critic_only_if_termination_cut_them(cut, weight):
+    agent = with_fields(KNOWN, chunk=2, backup=2, cut=cut, discount=0.5)
     loss = metrics_of(agent, known(target=(4.0, 4.0)), batch_of(**ENDS), drawn(3, 2))["critic/loss"]
     assert loss == pytest.approx((np.array([2.5, 1, 3]) ** 2 * weight).sum() / 3)
 
@@ -266,7 +266,7 @@ def test_the_joint_loss_weighs_the_distillation_by_alpha():
 
 
 def test_the_target_follows_the_critic_from_before_the_step():
-    agent = dataclasses.replace(TINY, tau=0.25, adam=Adam(0.01))
+    agent = with_fields(TINY, tau=0.25, adam=Adam(0.01))
     state, batch = jax.jit(agent.init, static_argnums=1)(KEY, WIDE), random_batch(1, length=1)
     update = jax.jit(agent.update)
     after, _ = update(state, batch, KEY)
@@ -309,7 +309,7 @@ def test_acting_takes_one_clipped_step_of_the_policy_in_training_as_in_evaluatio
 @pytest.mark.parametrize(
     ("agent", "message"),
     [
-        (FQL(chunk=2), "FQL.backup = 1: must be at least 2"),
+        (FQL(Windows(chunk=2)), "FQL.windows.backup = 1: must be at least 2"),
         (FQL(flow=FlowPolicy(Net((8, 0)))), "FQL.flow.net.hidden = (8, 0): must be at least 1"),
         (FQL(policy=OneStepPolicy(Net((0,)))), "FQL.policy.net.hidden = (0,): must be at least 1"),
         (FQL(critic=Critic(Net((0,)))), "FQL.critic.net.hidden = (0,): must be at least 1"),
@@ -318,8 +318,8 @@ def test_acting_takes_one_clipped_step_of_the_policy_in_training_as_in_evaluatio
         (FQL(critic=Critic(heads=0)), "FQL.critic.heads = 0: must be at least 1"),
         (FQL(adam=Adam(-1.0)), "FQL.adam.lr = -1.0: must be at least 0"),
         (FQL(alpha=-1.0), "FQL.alpha = -1.0: must be at least 0"),
-        (FQL(discount=1.5), "FQL.discount = 1.5: must be in [0, 1]"),
-        (FQL(tau=-0.1), "FQL.tau = -0.1: must be in [0, 1]"),
+        (FQL(Windows(discount=1.5)), "FQL.windows.discount = 1.5: must be in [0, 1]"),
+        (FQL(critic=Critic(tau=-0.1)), "FQL.critic.tau = -0.1: must be in [0, 1]"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(agent, message):

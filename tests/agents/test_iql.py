@@ -11,7 +11,7 @@ import pytest
 
 from jaxrl import ranges
 from jaxrl.agents.iql import IQL
-from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Value
+from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Value, Windows
 from jaxrl.errors import UserError
 from jaxrl.ops import losses
 from jaxrl.types import Spec
@@ -32,7 +32,7 @@ from tests.known import (
     with_fields,
 )
 
-TINY = with_fields(IQL(), hidden=(8,), batch_size=16)
+TINY = with_fields(IQL(), hidden=(8,), batch=16)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,7 +58,7 @@ KNOWN = IQL(
 )
 """IQL with Q_j(s, a) = b_j + c_j (sum of the chunk), V(s) = v + s, and a Gaussian of mean m and width 1."""
 WIDTH_IS_LEARNED = dataclasses.replace(KNOWN, actor=gaussian("learned", 1))
-OF_TWO_ACTIONS = dataclasses.replace(KNOWN, chunk=2, backup=2, actor=gaussian("learned", 2))
+OF_TWO_ACTIONS = with_fields(KNOWN, chunk=2, backup=2, actor=gaussian("learned", 2))
 TWO = gaussian("unit", 2)
 
 
@@ -119,14 +119,14 @@ def target(agent, state, batch) -> list[float]:
 def test_the_critic_learns_the_reward_and_the_online_value_after_it():
     state = known(bias=(1.0, 2.0), v=3.0, target=(50.0, 50.0))
     batch = batch_of([[2.0], [2.0]], terminated=[False, True], next_obs=[[7.0], [7.0]])
-    agent = dataclasses.replace(KNOWN, discount=0.9)
+    agent = with_fields(KNOWN, discount=0.9)
     assert target(agent, state, batch) == pytest.approx([2 + 0.9 * 10, 2])
     loss = parts(agent, state, batch)["critic/loss"]
     assert loss == pytest.approx(((10**2 + 9**2) + (1**2 + 0**2)) / 2)  # the sum over the heads
 
 
 def test_returns_of_several_steps_bootstrap_where_the_window_ends():
-    state, agent = known(v=8.0), dataclasses.replace(KNOWN, chunk=1, backup=5, discount=0.5)
+    state, agent = known(v=8.0), with_fields(KNOWN, chunk=1, backup=5, discount=0.5)
     assert target(agent, state, batch_of(np.ones((1, 5)))) == pytest.approx([1.9375 + 8 / 32])
     batch = batch_of(np.ones((1, 5)), valid=[[1, 1, 0, 0, 0]])
     assert target(agent, state, batch) == pytest.approx([1.5 + 8 / 4])
@@ -151,11 +151,11 @@ ENDS = {  # whole, terminated after one step, truncated after one
 
 
 @pytest.mark.parametrize(
-    ("chunk", "cut_windows", "weight"), [(2, "keep", [1, 1, 0]), (2, "drop", [1, 0, 0]), (1, "keep", [1, 1, 1])]
+    ("chunk", "cut", "weight"), [(2, "keep", [1, 1, 0]), (2, "drop", [1, 0, 0]), (1, "keep", [1, 1, 1])]
 )
-def test_windows_that_are_cut_short_count_in_all_losses_only_as_far_as_they_should(chunk, cut_windows, weight):
-    agent = dataclasses.replace(KNOWN, actor={1: KNOWN.actor, 2: TWO}[chunk], chunk=chunk, backup=2)
-    agent = dataclasses.replace(agent, cut_windows=cut_windows, discount=0.5, expectile=0.5, alpha=0.0)
+def test_windows_that_are_cut_short_count_in_all_losses_only_as_far_as_they_should(chunk, cut, weight):
+    agent = with_fields(KNOWN, actor={1: KNOWN.actor, 2: TWO}[chunk], chunk=chunk, backup=2)
+    agent = with_fields(agent, cut=cut, discount=0.5, expectile=0.5, alpha=0.0)
     found = parts(agent, known(v=4.0), batch_of(**ENDS))
     wanted = np.array([1.5 + 1, 1, 1 + 2])  # where a window of a single step is whole, its own discount counts
     assert found["critic/loss"] == pytest.approx(2 * (wanted**2 * weight).sum() / 3)
@@ -269,7 +269,7 @@ def test_weighted_imitation_needs_no_random_number_and_climbing_with_a_width_doe
 
 
 def test_the_target_follows_the_critic_from_before_the_step():
-    agent = dataclasses.replace(TINY, tau=0.25)
+    agent = with_fields(TINY, tau=0.25)
     state = jax.jit(agent.init, static_argnums=1)(KEY, Spec(3, 2))
     update, batch = jax.jit(agent.update), random_batch(1, length=1)
     after, metrics = update(state, batch, KEY)
@@ -315,7 +315,7 @@ def test_of_several_samples_the_one_that_the_lowest_head_likes_is_taken():
 @pytest.mark.parametrize(
     ("agent", "message"),
     [
-        (IQL(chunk=3), "IQL.backup = 1: must be at least 3"),
+        (IQL(Windows(chunk=3)), "IQL.windows.backup = 1: must be at least 3"),
         (IQL(actor=GaussianPolicy(Net((8, 0)))), "IQL.actor.net.hidden = (8, 0): must be at least 1"),
         (IQL(critic=Critic(Net((0,)))), "IQL.critic.net.hidden = (0,): must be at least 1"),
         (IQL(value=Value(Net((0,)))), "IQL.value.net.hidden = (0,): must be at least 1"),
@@ -325,8 +325,8 @@ def test_of_several_samples_the_one_that_the_lowest_head_likes_is_taken():
         (IQL(adam=Adam(-1.0)), "IQL.adam.lr = -1.0: must be at least 0"),
         (IQL(alpha=-1.0), "IQL.alpha = -1.0: must be at least 0"),
         (IQL(eval_temperature=-1.0), "IQL.eval_temperature"),
-        (IQL(discount=1.5), "IQL.discount = 1.5: must be in [0, 1]"),
-        (IQL(tau=-0.1), "IQL.tau = -0.1: must be in [0, 1]"),
+        (IQL(Windows(discount=1.5)), "IQL.windows.discount = 1.5: must be in [0, 1]"),
+        (IQL(critic=Critic(tau=-0.1)), "IQL.critic.tau = -0.1: must be in [0, 1]"),
         (IQL(expectile=jnp.array([0.5, 1.1])), "IQL.expectile"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 
 from jaxrl import ranges
 from jaxrl.agents import FQL, QC
-from jaxrl.agents.parts import AdamW, Critic, FlowPolicy, Net, OneStepPolicy
+from jaxrl.agents.parts import AdamW, Critic, FlowPolicy, Net, OneStepPolicy, Windows
 from jaxrl.errors import UserError
 from tests.known import (
     KEY,
@@ -33,7 +33,7 @@ from tests.known import (
     with_fields,
 )
 
-TINY = with_fields(QC(), chunk=2, backup=3, hidden=(8,), batch_size=16, num_samples=4, steps=2)
+TINY = with_fields(QC(), chunk=2, backup=3, hidden=(8,), batch=16, num_samples=4, steps=2)
 KNOWN = QC(
     chunk=1,
     backup=1,
@@ -136,8 +136,8 @@ def test_a_window_cut_short_trains_the_flow_as_far_as_it_goes_and_the_critic_if_
     steps = sum(valid)
     y = sum(0.5**i for i in range(steps)) + 0.5**steps * 8 * (not terminated)
     state = known(target=heads((8.0, 8.0)))
-    for cut_windows, weight in weights.items():
-        agent = made(5, discount=0.5, cut_windows=cut_windows)
+    for cut, weight in weights.items():
+        agent = made(5, discount=0.5, cut=cut)
         found = metrics_of(agent, state, batch, drawn(size=5))
         assert found["critic/loss"] == pytest.approx(weight * y**2)
         assert found["actor/flow_loss"] == pytest.approx(0.25 * steps / 5)  # five entries, whether they happened or not
@@ -266,7 +266,10 @@ def test_each_loss_moves_its_own_network_alone(actor):
 
 def test_single_actions_distilled_are_flow_q_learning():
     fields = {"hidden": (8,), "alpha": 7.0, "tau": 0.1, "steps": 3}
-    chunked, plain = with_fields(QC(chunk=1, backup=1, actor="distill"), **fields), with_fields(FQL(), **fields)
+    chunked, plain = (
+        with_fields(QC(Windows(chunk=1, backup=1), actor="distill"), **fields),
+        with_fields(FQL(), **fields),
+    )
     batch = random_batch(0, length=1)
     state = jax.jit(plain.init, static_argnums=1)(KEY, WIDE)
     theirs = dataclasses.replace(state, opt=chunked.adam.transformation().init(state.params))
@@ -285,7 +288,7 @@ def test_single_actions_distilled_are_flow_q_learning():
 
 
 def test_the_target_follows_the_critic_from_before_the_step():
-    agent = dataclasses.replace(TINY, tau=0.25)
+    agent = with_fields(TINY, tau=0.25)
     state, batch = jax.jit(agent.init, static_argnums=1)(KEY, WIDE), random_batch(1)
     update = jax.jit(agent.update)
     after, metrics = update(state, batch, KEY)
@@ -327,7 +330,7 @@ def test_every_random_number_of_an_update_is_its_own():
 @pytest.mark.parametrize(
     ("agent", "message"),
     [
-        (QC(chunk=6), "QC.backup = 5: must be at least 6"),
+        (QC(Windows(chunk=6)), "QC.windows.backup = 5: must be at least 6"),
         (QC(flow=FlowPolicy(Net((8, 0)))), "QC.flow.net.hidden = (8, 0): must be at least 1"),
         (QC(policy=OneStepPolicy(Net((0,)))), "QC.policy.net.hidden = (0,): must be at least 1"),
         (QC(critic=Critic(Net((0,)))), "QC.critic.net.hidden = (0,): must be at least 1"),
@@ -338,8 +341,8 @@ def test_every_random_number_of_an_update_is_its_own():
         (QC(adam=AdamW(-1.0)), "QC.adam.lr = -1.0: must be at least 0"),
         (QC(adam=AdamW(weight_decay=-1.0)), "QC.adam.weight_decay = -1.0: must be at least 0"),
         (QC(alpha=-1.0), "QC.alpha = -1.0: must be at least 0"),
-        (QC(discount=1.5), "QC.discount = 1.5: must be in [0, 1]"),
-        (QC(tau=-0.1), "QC.tau = -0.1: must be in [0, 1]"),
+        (QC(Windows(discount=1.5)), "QC.windows.discount = 1.5: must be in [0, 1]"),
+        (QC(critic=Critic(tau=-0.1)), "QC.critic.tau = -0.1: must be in [0, 1]"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(agent, message):

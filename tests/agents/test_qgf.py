@@ -15,7 +15,7 @@ import pytest
 from envs.point import BUMPS, Bandit
 from jaxrl import ranges
 from jaxrl.agents import BC, QGF
-from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value
+from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value, Windows
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
 from jaxrl.ops.guidance import QGuidance
@@ -40,7 +40,7 @@ from tests.known import (
     with_fields,
 )
 
-TINY = with_fields(QGF(), chunk=2, backup=3, hidden=(8,), batch_size=16)
+TINY = with_fields(QGF(), chunk=2, backup=3, hidden=(8,), batch=16)
 KNOWN = QGF(
     chunk=1,
     backup=1,
@@ -126,9 +126,9 @@ ENDS = {  # whole, terminated after one step, truncated after one
 }
 
 
-@pytest.mark.parametrize(("cut_windows", "weight"), [("keep", [1, 1, 0]), ("drop", [1, 0, 0])])
-def test_windows_that_are_cut_short_train_critic_and_value_only_if_termination_cut_them(cut_windows, weight):
-    agent = made(2, cut_windows=cut_windows, discount=0.5, expectile=0.5)
+@pytest.mark.parametrize(("cut", "weight"), [("keep", [1, 1, 0]), ("drop", [1, 0, 0])])
+def test_windows_that_are_cut_short_train_critic_and_value_only_if_termination_cut_them(cut, weight):
+    agent = made(2, cut=cut, discount=0.5, expectile=0.5)
     found = parts(agent, known(v=4.0), batch_of(**ENDS))
     wanted = np.array([1.5 + 1, 1, 1 + 2])
     assert found["critic/loss"] == pytest.approx((wanted**2 * weight).sum() / 3)
@@ -240,7 +240,7 @@ PLAYER = QGF(
     flow_adam=Adam(3e-3),
     critic_adam=Adam(3e-3),
     value_adam=Adam(3e-3),
-    batch_size=128,
+    batch=128,
     tau=0.02,
 )
 OBS = jnp.ones((500, 1))
@@ -308,7 +308,7 @@ def test_no_weight_is_the_behaviour_flow_bit_for_bit():
 @pytest.mark.parametrize(
     ("agent", "message"),
     [
-        (QGF(chunk=6), "QGF.backup = 5: must be at least 6"),
+        (QGF(Windows(chunk=6)), "QGF.windows.backup = 5: must be at least 6"),
         (QGF(flow=FlowPolicy(Net((8, 0)))), "QGF.flow.net.hidden = (8, 0): must be at least 1"),
         (QGF(critic=Critic(Net((0,)))), "QGF.critic.net.hidden = (0,): must be at least 1"),
         (QGF(value=Value(Net((0,)))), "QGF.value.net.hidden = (0,): must be at least 1"),
