@@ -21,6 +21,7 @@ import envs
 from experiments.neighbours.ways import peak_memory
 from experiments.tables import machine
 from jaxrl.agents import FMQ
+from jaxrl.agents.parts import with_fields
 from jaxrl.errors import UserError
 from jaxrl.runs import driver, memory
 from jaxrl.runs.config import Config
@@ -32,7 +33,7 @@ from jaxrl.training.loop import Carry
 from jaxrl.types import Phase
 
 What: TypeAlias = Literal["offline", "online", "evaluation"]
-SMALL: dict[str, Any] = {"actor_hidden": (32, 32), "critic_hidden": (32, 32), "batch_size": 64}
+SMALL: dict[str, Any] = {"hidden": (32, 32), "batch": 64}
 CASES: dict[str, tuple[dict[str, Any], int]] = {"quick": ({}, 1), "small": (SMALL, 5)}
 """By name, in what the agent differs from the default run's, and how many times as long its epochs are here."""
 
@@ -165,7 +166,7 @@ def trial(study: Members, case: str, what: What) -> Trial:
     config = dataclasses.replace(preset("quick", "fmq"), env=study.env)
     assert isinstance(config.agent, FMQ)
     sizes, longer = CASES[case]
-    config = dataclasses.replace(config, agent=dataclasses.replace(config.agent, **sizes))
+    config = dataclasses.replace(config, agent=with_fields(config.agent, **sizes))
     env = envs.make(config.env)
     run = driver.prepare(config, env, load_data(config, env))
     offline, online = run.timeline.phases

@@ -27,6 +27,7 @@ from experiments.bench.members import Program, alike, compiled
 from experiments.bench.products import operations
 from experiments.tables import machine
 from jaxrl.agents import ReBRAC
+from jaxrl.agents.parts import with_fields
 from jaxrl.errors import UserError
 from jaxrl.sweeps.population import Programs, stacked
 from jaxrl.training import loop as train
@@ -84,8 +85,7 @@ class Loop:
 
     def __init__(self, study: Peer, width: int) -> None:
         """Makes as many steps without updates as one call of a program makes with them."""
-        hidden = (width, width)
-        agent = ReBRAC(actor_hidden=hidden, critic_hidden=hidden, critic_norm="none", batch_size=study.batch, delay=1)
+        agent = with_fields(ReBRAC(), hidden=(width, width), norm="none", batch=study.batch, delay=1)
         self.env: Any = envs.make(f"brax/{study.env}?backend={study.backend}")
         self.agent = train.on_device(agent)
         self.schedule = Schedule(
@@ -97,7 +97,7 @@ class Loop:
             replay=study.replay,
             steps_per_epoch=study.iterations * study.envs,
         )
-        filling, self.phase = phases(self.schedule, agent.chunk)
+        filling, self.phase = phases(self.schedule, agent)
         self.carry = train.jitted_begin(self.agent, self.env, self.schedule, jax.random.key(0))
         self.carry = train.jitted_epoch(self.agent, self.env, filling, self.carry, None)[0]
 

@@ -123,7 +123,7 @@ def measured(study: Pieces) -> dict[str, Any]:
     def updates(state: Any, data: Any, key: jax.Array) -> Any:
         def update(state: Any, key: jax.Array) -> tuple[Any, None]:
             key_batch, key_step = jax.random.split(key)
-            return run.agent.update(state, run.agent.sample((data,), key_batch), key_step)[0], None
+            return run.agent.update(state, run.agent.sample((data,), key_batch), key_step, (data,))[0], None
 
         return lax.scan(update, state, jax.random.split(key, 100))[0]
 
@@ -131,7 +131,7 @@ def measured(study: Pieces) -> dict[str, Any]:
     found["offline_updates_per_second"] = 1 / seconds
 
     def one(state: Any, data: Any, key: jax.Array) -> Any:
-        return run.agent.update(state, run.agent.sample((data,), key), key)[0]
+        return run.agent.update(state, run.agent.sample((data,), key), key, (data,))[0]
 
     arguments = (carry.agent, run.data, jax.random.key(1))
     bare, flops = best_seconds(bare_products(one, *arguments)), operations(one, *arguments)

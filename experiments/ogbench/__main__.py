@@ -99,19 +99,16 @@ class Study:
 
 def methods(study: Study, task: Task) -> dict[str, Any]:
     """Returns the agents, by name."""
-    common = {"batch_size": study.batch_size, "lr": study.lr}
-    nets = common | {"actor_hidden": study.hidden, "critic_hidden": study.hidden, "discount": task.discount}
-    short = nets | {"chunk": 5, "backup": 5}
-    rates = {"actor_lr": study.lr, "critic_lr": study.lr, "value_lr": study.lr}
-    tilt = {"kappa_b": task.kappa_b, "kappa_d": task.kappa_d, "agg": task.agg}
-    return {
-        "bc": BC(hidden=study.hidden, chunk=5, **common),
-        "iql": IQL(**short),
-        "qgf": QGF(**{name: value for name, value in short.items() if name != "lr"}, **rates),
-        "fql": FQL(**short, alpha=task.alpha),
-        "qc": QC(**short, num_samples=4),
-        "dqc": DQC(**nets, **tilt, chunk=5, backup=25),
+    sizes = {"hidden": study.hidden, "batch": study.batch_size, "lr": study.lr, "chunk": 5, "discount": task.discount}
+    short = {
+        "bc": BC(),
+        "iql": IQL(),
+        "qgf": QGF(),
+        "fql": FQL(alpha=task.alpha),
+        "qc": QC(num_samples=4),
     }
+    long = with_fields(DQC(kappa_b=task.kappa_b, kappa_d=task.kappa_d), agg=task.agg, backup=25, **sizes)
+    return {name: with_fields(agent, backup=5, **sizes) for name, agent in short.items()} | {"dqc": long}
 
 
 def main(study: Study) -> None:

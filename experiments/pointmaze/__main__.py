@@ -49,7 +49,7 @@ def main(study: Study) -> None:
     schedule = dataclasses.replace(
         base.schedule, offline_updates=study.updates, online_steps=0, eval_every=4, eval_episodes=study.episodes
     )
-    agent = dataclasses.replace(base.agent, discount=0.995)
+    agent = with_fields(base.agent, discount=0.995)
     base = dataclasses.replace(base, agent=agent, schedule=schedule)
     dataset = load_data(base, env)
     results: dict[str, Any] = {"manifest": machine(dataset.digest), "seeds": []}

@@ -47,8 +47,9 @@ from jaxrl.training import loop
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 ENV = "point?horizon=20"
 SWEEP = (
-    "--agent.chunk=2 --agent.batch-size=64 --agent.num-samples=4 --agent.target-samples=4 --agent.warmup=50 "
-    "--agent.curriculum=500 --agent.actor-hidden 32 32 --agent.critic-hidden 32 32 --agent.lr 1e-3 1e-2 1e3 "
+    "--agent.windows.chunk=2 --agent.windows.batch=64 --agent.num-samples=4 --agent.target-samples=4 "
+    "--agent.distillation.warmup=50 --agent.distillation.curriculum=500 --agent.actor.net.hidden 32 32 "
+    "--agent.critic.net.hidden 32 32 --agent.adam.lr 1e-3 1e-2 1e3 "
     "--agent.eta 0.3 1.0 --seeds 2 --schedule.offline-updates=1200 --schedule.updates-per-epoch=50 "
     "--schedule.online-steps=1280 --schedule.steps-per-epoch=80 --schedule.envs=8 --schedule.utd=0.5 "
     "--schedule.eval-every=4 --schedule.eval-episodes=10 --rungs 0.5 --keep 0.5 --layout=map "
