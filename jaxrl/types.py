@@ -145,6 +145,7 @@ def _shapes_the_program(hint: Any) -> bool:
 
 T = TypeVar("T")
 State = TypeVar("State")
+SeenState = TypeVar("SeenState", contravariant=True)
 
 
 @dataclass_transform(frozen_default=True)
@@ -374,18 +375,18 @@ class Scheduling(Protocol):
 
 
 @runtime_checkable
-class Remembering(Protocol[State]):
+class Remembering(Protocol[SeenState]):
     """An agent that acts with a memory per environment, or whose decisions leave more behind than actions.
 
     `extras` such as log-probabilities, values, raw actions or denoising chains are stored with the steps.
     """
 
-    def start(self, state: State, obs: Observation, key: jax.Array) -> PyTree:
+    def start(self, state: SeenState, obs: Observation, key: jax.Array) -> PyTree:
         """Returns the memory at the start of episodes, leaves [B, ...]."""
         ...
 
     def decide(
-        self, state: State, memory: PyTree, obs: Observation, key: jax.Array, *, greedy: bool = False
+        self, state: SeenState, memory: PyTree, obs: Observation, key: jax.Array, *, greedy: bool = False
     ) -> tuple[PyTree, jax.Array, dict[str, jax.Array]]:
         """Returns the new memory, chunks [B, H, A] in [-1, 1], and extras [B, ...] by name."""
         ...
@@ -406,10 +407,10 @@ class OnPolicy(Protocol[State]):
 
 
 @runtime_checkable
-class Density(Protocol[State]):
+class Density(Protocol[SeenState]):
     """An agent that knows how likely its actions are."""
 
-    def log_density(self, state: State, obs: Observation, action: jax.Array) -> jax.Array:
+    def log_density(self, state: SeenState, obs: Observation, action: jax.Array) -> jax.Array:
         """Returns log pi(a | s) [N] of observations [N, O] and actions [N, A]."""
         ...
 

@@ -138,7 +138,7 @@ class RealTime:
     delay: Natural = 0  # d, steps from a query to its answer
 
     def __call__(self, policy: Policy) -> Policy:
-        """Returns the policy that is queried every h steps, with a delay. Raises UserError where chunks are too short."""
+        """Returns the policy that is queried every h steps, with a delay. Raises UserError for chunks too short."""
         length, delay = executed(self.execute, policy.chunk), self.delay
         check_delay(delay, length, policy.chunk)
         if delay == 0:

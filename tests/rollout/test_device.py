@@ -309,7 +309,8 @@ def test_dicts_are_evaluated_and_collected_as_arrays_are():
     rollouts = [ro.start(e, policy, key, 4) for e in (plain, env)]
     for seed in range(4):
         found = [
-            advance(e, policy, r, ro.resets(e, key, 3), jax.random.key(seed)) for e, r in zip((plain, env), rollouts)
+            advance(e, policy, r, ro.resets(e, key, 3), jax.random.key(seed))
+            for e, r in zip((plain, env), rollouts, strict=True)
         ]
         rollouts = [rollout for rollout, _, _ in found]
         np.testing.assert_array_equal(rollouts[1].states.obs["clock"], rollouts[0].states.obs)
