@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # modules of this package are also imported in worker process
 
 AnyEnv: TypeAlias = "Env | HostEnv"
 
+PARTS, HOST_PARTS = ("spec", "horizon", "reset", "step"), ("spec", "horizon", "tasks", "builder")
+
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
@@ -129,15 +131,19 @@ def _own(target: str, options: dict[str, Any]) -> AnyEnv:
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown(f"function of module {module_name!r}", attribute, callables)
     env = _call(target, builder, (), options)
-    needed = ("spec", "horizon", "tasks") if hasattr(env, "builder") else ("spec", "horizon", "reset", "step")
-    missing = [part for part in needed if not hasattr(env, part)]
-    if missing:
+    if missing := missing_parts(env):
         raise UserError(
             f"environment {target!r}: {attribute} returned {type(env).__name__}, which lacks {', '.join(missing)}; "
             "an environment has spec, horizon, reset(key) and step(state, action), "
             "or, if it steps on the CPU, spec, horizon, tasks and builder()"
         )
     return env
+
+
+def missing_parts(env: object) -> list[str]:
+    """Returns what an object lacks to be an environment, one that steps on the CPU if it has a `builder`."""
+    has = dir(env)
+    return [part for part in (HOST_PARTS if "builder" in has else PARTS) if part not in has]
 
 
 def _call(name: str, builder: Callable[..., AnyEnv], args: tuple, options: dict[str, Any]) -> AnyEnv:

@@ -1,6 +1,7 @@
 """Does an environment keep the contract? One finding per rule, each failure with what would mend it."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from envs import HOST_PARTS, PARTS, missing_parts
+from jaxrl.rollout import spaces
 from jaxrl.rollout.workers import Pool
-from jaxrl.types import Env, EnvState, HostEnv, Spec, on_host
+from jaxrl.types import Drawable, Env, EnvState, HasBehaviours, HostEnv, Observation, Relabels, Spec, on_host
 
 STEPS, COPIES = 64, 8  # of the rollout that is looked at
 SHOWN = 3  # places named in one finding, at most
+DISCRETE = f"it takes the number of a choice: discrete actions are not supported, {spaces.CONTINUOUS}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,25 +47,38 @@ def check(env: Any) -> list[Finding]:
 
 
 def _sizes(env: Any) -> Iterator[Finding]:
-    parts = ("spec", "horizon", "tasks", "builder") if on_host(env) else ("spec", "horizon", "reset", "step")
-    missing = [part for part in parts if not hasattr(env, part)]
+    parts, missing = HOST_PARTS if on_host(env) else PARTS, missing_parts(env)
     yield Finding(f"has {', '.join(parts[:-1])} and {parts[-1]}", f"add {', '.join(missing)}" if missing else "")
     if missing:
         return
-    spec = env.spec
-    sizes_fit = (
-        isinstance(spec, Spec) and spec.observation > 0 and spec.action > 0 and 0 <= spec.goal < spec.observation
-    )
-    yield Finding(
-        "spec holds sizes",
-        "" if sizes_fit else f"{spec!r} must be a jaxrl.types.Spec with positive sizes and goal < observation",
-    )
+    yield Finding("spec holds sizes", _misfit(env.spec))
     whole = isinstance(env.horizon, int) and env.horizon > 0
     yield Finding("horizon is a positive int", "" if whole else f"it is {env.horizon!r}")
     yield Finding(
         "can be a static argument of jit",
         "" if _hashable(env) else "it has no hash: make it a dataclass with frozen=True, eq=False",
     )
+
+
+def _misfit(spec: Any) -> str:
+    """Returns what is wrong with the sizes of an environment; empty if nothing is."""
+    if not isinstance(spec, Spec) or not spec.action > 0:
+        return f"{spec!r} must be a jaxrl.types.Spec with positive sizes"
+    if isinstance(spec.observation, int):
+        if not 0 <= spec.goal < spec.observation:
+            return f"{spec!r} must have positive sizes and goal < observation"
+        keys = spec.actor_keys or spec.critic_keys
+        return f"it names the keys {', '.join(keys)}, but observations are one array" if keys else ""
+    leaves = {leaf.name: leaf for leaf in spec.observation}
+    if not leaves or len(leaves) < len(spec.observation):
+        return f"{spec!r} must list the arrays of an observation, each under a name of its own"
+    for leaf in spec.observation:
+        if leaf.dtype not in ("float32", "uint8") or (leaf.dtype == "uint8" and len(leaf.shape) != 3):
+            return f"{leaf!r}: arrays are float32, or images of dtype uint8 with the shape (height, width, channels)"
+    if unknown := [key for key in (*spec.actor_keys, *spec.critic_keys) if key not in leaves]:
+        return f"key {unknown[0]!r} is none of the arrays {', '.join(leaves)}"
+    goal = math.prod(leaves["goal"].shape) if "goal" in leaves else 0
+    return "" if spec.goal == goal else f"goal is {spec.goal}, the array 'goal' has {goal} entries: both must agree"
 
 
 def _simulations(env: HostEnv) -> Iterator[Finding]:
@@ -71,24 +88,46 @@ def _simulations(env: HostEnv) -> Iterator[Finding]:
     chunks[1] = 1
     try:
         with Pool(env.builder(), env.horizon, workers=1) as pool:
+            (problem,) = pool.map(spaces.unlike, [env.builder()])
+            yield Finding("actions are continuous, in [-1, 1]", problem)
+            if problem:
+                return
             start = pool.reset("check", slots, seeds, np.full(4, min(env.tasks, 1)))
             seen = pool.execute("check", slots, np.repeat(chunks, 2, axis=0))
     except Exception as error:
         yield Finding("simulators run in a worker process", _because(error))
         return
     yield Finding("simulators run in a worker process")
-    entries = start.shape[1:]
-    fits = entries == (env.spec.observation,)
+    found, wanted = _shapes(start, 1), _shapes(env.spec.example())
+    theirs = ", ".join(f"{place} {_described(leaf)}" if place else str(leaf[0]) for place, leaf in found.items())
     yield Finding(
-        "observations have the size of spec", "" if fits else f"theirs is {entries}: flatten, or correct spec"
+        "observations have the size of spec",
+        "" if found == wanted else f"theirs is {theirs}: flatten, or correct spec",
     )
-    finite = np.isfinite(start).all() and seen["valid"][seen["taken"]].all()
+    finite = _finite(start, 0) and seen["valid"][seen["taken"]].all()
     yield Finding("all numbers are finite", "" if finite else "a step gave a number that is not: end the episode there")
-    same = (start == start[0]).all() and (seen["obs"][::2] == seen["obs"][1::2]).all()
+    same = _equal(start, jax.tree.map(lambda x: np.broadcast_to(x[0], x.shape), start))
+    same &= _equal(*(jax.tree.map(lambda x, first=first: x[first::2], seen["obs"]) for first in (0, 1)))
     yield Finding(
         "an episode depends on its seed and its actions alone",
         "" if same else "two differ: draw from a generator that reset(seed=...) makes, or from NumPy's global stream",
     )
+
+
+def _shapes(obs: Observation, lead: int = 0) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Returns shape and dtype of the arrays of observations by their place, without so many leading axes."""
+    return {jax.tree_util.keystr(path): (x.shape[lead:], x.dtype) for path, x in jax.tree.leaves_with_path(obs)}
+
+
+def _finite(obs: Observation, lead: int) -> np.ndarray:
+    """Returns whether all numbers of observations are finite, for each entry of their leading axes."""
+    finite = [np.isfinite(x).reshape(*x.shape[:lead], -1).all(-1) for x in jax.tree.leaves(obs)]
+    return np.logical_and.reduce(finite)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
 
 
 def _states(env: Env) -> Iterator[Finding]:
@@ -114,7 +153,8 @@ def _states(env: Env) -> Iterator[Finding]:
     try:
         step = jax.eval_shape(env.step, reset, action)
     except Exception as error:
-        yield Finding("step(state, action) can be traced", _because(error))
+        number = _takes_a_number(env, reset)
+        yield Finding("step(state, action) can be traced", DISCRETE if number else _because(error))
         return
     yield Finding("step(state, action) can be traced")
     yield Finding("shapes and dtypes are those of the contract", _misshapen(env.spec, reset))
@@ -136,13 +176,13 @@ def _rollouts(env: Env) -> Iterator[Finding]:
         return
     yield Finding("vmap and scan work")
 
-    finite = np.isfinite(seen.obs).all(-1) & np.isfinite(seen.reward) & np.isfinite(start.obs).all(-1)[None]
+    finite = _finite(seen.obs, 2) & np.isfinite(seen.reward) & _finite(start.obs, 1)[None]
     advice = "guard divisions and square roots by a small number, or shorten the simulator's time step"
     yield Finding("finite under random actions", _first(~finite[:, 2:], advice))
     yield Finding("finite under actions at the bounds", _first(~finite[:, :2], advice))
-    same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*map(jax.tree.leaves, (seen, again)), strict=True))
     yield Finding(
-        "the same key and actions give the same episode", "" if same else "take all randomness from the key of reset"
+        "the same key and actions give the same episode",
+        "" if _equal(seen, again) else "take all randomness from the key of reset",
     )
     late = env.horizon + np.arange(-1, 1)[:, None]  # the clock that the rollout's last two steps were started with
     clock = np.concatenate(
@@ -181,21 +221,30 @@ def _rollout(env: Env, keys: jax.Array, actions: jax.Array) -> tuple[EnvState, E
 
 def _extras(env: Any, start: EnvState, seen: EnvState, actions: jax.Array) -> Iterator[Finding]:
     """Looks at the optional methods that are there."""
-    if hasattr(env, "behaviour"):
+    if isinstance(env, HasBehaviours):
         key = jax.random.key(0)
         behaviour, state = env.behaviour("good"), jax.jit(env.reset)(key)
         _, action = behaviour.act(behaviour.start(state, key), state, key)
         fits = action.shape == (env.spec.action,) and bool(jnp.all(jnp.abs(action) <= 1.0))
         yield Finding("behaviour acts within the bounds", "" if fits else f"it returns {action}: clip to [-1, 1]")
-    if hasattr(env, "relabel"):
-        reward, _ = env.relabel(start.obs, np.asarray(actions[0]), seen.obs[0])
+    if isinstance(env, Relabels):
+        reward, _ = env.relabel(start.obs, np.asarray(actions[0]), jax.tree.map(lambda x: x[0], seen.obs))
         fits = np.shape(reward) == (COPIES,) and np.allclose(reward, seen.reward[0], atol=1e-5)
         yield Finding(
             "relabel gives the reward of step", "" if fits else f"it gives {reward} where step gave {seen.reward[0]}"
         )
-    if hasattr(env, "draw"):
-        size = env.draw(start.obs[0], 32).size
+    if isinstance(env, Drawable):
+        size = env.draw(jax.tree.map(lambda x: x[0], start.obs), 32).size
         yield Finding("draw returns a picture of the size asked for", "" if size == (32, 32) else f"it is {size}")
+
+
+def _takes_a_number(env: Env, state: EnvState) -> bool:
+    """Returns whether an environment can be stepped with the number of a choice."""
+    try:
+        jax.eval_shape(env.step, state, jax.ShapeDtypeStruct((), jnp.int32))
+    except Exception:
+        return False
+    return True
 
 
 def _hashable(env: Env) -> bool:
@@ -219,18 +268,20 @@ def _same_program(first: Any, again: Any) -> bool:
 
 
 def _misshapen(spec: Spec, state: EnvState) -> str:
-    flag = ((), jnp.dtype(bool))
-    wanted = {
-        "obs": ((spec.observation,), jnp.dtype("float32")),
-        "reward": ((), jnp.dtype("float32")),
-        "terminated": flag,
-        "truncated": flag,
-        "success": flag,
-        "steps": ((), jnp.dtype("int32")),
-    }
-    found = {name: (getattr(state, name).shape, getattr(state, name).dtype) for name in wanted}
-    wrong = [f"{n} is {d}{list(s)}, must be {wanted[n][1]}{list(wanted[n][0])}" for n, (s, d) in found.items()]
-    return "; ".join(line for line, name in zip(wrong, found, strict=True) if found[name] != wanted[name])
+    flag, number, clock = jnp.dtype(bool), jnp.dtype("float32"), jnp.dtype("int32")
+    wanted = {f"obs{place}": leaf for place, leaf in _shapes(spec.example()).items()}
+    wanted |= {"reward": ((), number), "steps": ((), clock)}
+    wanted |= dict.fromkeys(("terminated", "truncated", "success"), ((), flag))
+    named = {"reward": state.reward, "steps": state.steps, "terminated": state.terminated}
+    named |= {"truncated": state.truncated, "success": state.success}
+    found = {f"obs{place}": leaf for place, leaf in _shapes(state.obs).items()}
+    found |= {name: (leaf.shape, leaf.dtype) for name, leaf in named.items()}
+    places = [place for place in wanted | found if wanted.get(place) != found.get(place)]
+    return "; ".join(f"{p} is {_described(found.get(p))}, must be {_described(wanted.get(p))}" for p in places)
+
+
+def _described(leaf: tuple[tuple[int, ...], Any] | None) -> str:
+    return f"{leaf[1]}{list(leaf[0])}" if leaf else "absent"
 
 
 def _differences(reset: EnvState, step: EnvState) -> str:

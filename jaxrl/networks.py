@@ -43,9 +43,9 @@ class MLP(nn.Module):
     epsilon: float = 1e-6  # of LayerNorm
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns [..., widths[-1]]."""
-        *hidden, last = self.widths
+    def __call__(self, obs: Observation) -> jax.Array:
+        """Returns [..., widths[-1]] for observations, or vectors [..., n]."""
+        x, (*hidden, last) = joined(obs), self.widths
         for i, width in enumerate(hidden):
             x = _dense(width, x.shape[-1], self.initial)(x)
             if self.norm == "before" or (self.norm == "before_but_last" and i + 1 < len(hidden)):
@@ -130,12 +130,13 @@ class Velocity(nn.Module):
     activation: Activation = "gelu"
     time: TimeFeatures = "fourier"
     time_size: int = TIME_FEATURES
+    initial: Init = "glorot"
 
     @nn.compact
     def __call__(self, obs: Observation, x: jax.Array, *times: jax.Array) -> jax.Array:
         """Returns [..., size] for observations [..., O], noisy chunks [..., size] and times [..., 1] each."""
         features = [time_features(t, self.time, self.time_size) for t in times]
-        layers = MLP((*self.hidden, self.size), self.norm, self.activation)
+        layers = MLP((*self.hidden, self.size), self.norm, self.activation, initial=self.initial)
         return layers(joined(obs, x, *features))
 
 
@@ -263,9 +264,13 @@ class Gaussian(nn.Module):
     initial: Init = "glorot"
 
     @nn.compact
-    def __call__(self, obs: Observation) -> tuple[jax.Array, jax.Array]:
-        """Returns mean and logarithm of the standard deviation, [..., size] each, for observations [..., O]."""
-        mean = MLP((*self.hidden, self.size), self.norm, self.activation, 1e-2, self.initial)(joined(obs))
+    def __call__(self, obs: Observation, *more: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns mean and logarithm of the standard deviation, [..., size] each.
+
+        For observations [..., O], and what else the mean depends on.
+        """
+        layers = MLP((*self.hidden, self.size), self.norm, self.activation, 1e-2, self.initial)
+        mean = layers(joined(obs, *more))
         if self.unit_width:
             return mean, jnp.zeros_like(mean)
         log_std = jnp.clip(self.param("log_std", nn.initializers.zeros, (self.size,)), -5, 2)
@@ -325,7 +330,9 @@ class Squashed(nn.Module):
 
     size: int
     hidden: Sequence[int]
+    norm: Norm = "none"
     activation: Activation = "relu"
+    initial: Init = "torch"
 
     @nn.compact
     def __call__(self, obs: Observation) -> tuple[jax.Array, jax.Array]:
@@ -333,9 +340,8 @@ class Squashed(nn.Module):
 
         At first that deviation is near exp(-1), so that actions do not crowd at the box's sides.
         """
-        mean, log_std = jnp.split(
-            MLP((*self.hidden, 2 * self.size), "none", self.activation, 1.0, "torch")(joined(obs)), 2, axis=-1
-        )
+        layers = MLP((*self.hidden, 2 * self.size), self.norm, self.activation, initial=self.initial)
+        mean, log_std = jnp.split(layers(joined(obs)), 2, axis=-1)
         return mean, jnp.clip(log_std - 1, -20, 2)
 
 

@@ -3,12 +3,35 @@
 import dataclasses
 import math
 import typing
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 
 from jaxrl.errors import UserError
-from jaxrl.types import Checks, Range, Scalar
+from jaxrl.types import Checks, Scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The closed interval that the numbers of a field lie in; None leaves a side open. See `check`."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        """Returns it as people say it."""
+        if self.high is None:
+            return f"at least {self.low}"
+        return f"at most {self.high}" if self.low is None else f"in [{self.low}, {self.high}]"
+
+
+Count: TypeAlias = Annotated[int, Range(1)]
+Natural: TypeAlias = Annotated[int, Range(0)]
+Widths: TypeAlias = Annotated[tuple[int, ...], Range(1)]
+"""Sizes of hidden layers, of which there may be none."""
+Fraction: TypeAlias = Annotated[Scalar, Range(0, 1)]
+NonNegative: TypeAlias = Annotated[Scalar, Range(0)]
+Positive: TypeAlias = Annotated[Scalar, Range(1e-6)]
 
 
 def check(settings: Any, name: str | None = None) -> None:
@@ -44,7 +67,7 @@ def _check_number(path: str, value: Any, hint: Any) -> None:
             raise UserError(f"{path} = {value}: must be {allowed}")
 
 
-def check_at_least(settings: Any, **bounds: float) -> None:
+def check_at_least(settings: Any, **bounds: Scalar) -> None:
     """Raises UserError where a field, by its name, is below a bound that depends on other fields."""
     for name, low in bounds.items():
         value = getattr(settings, name)

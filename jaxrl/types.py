@@ -145,7 +145,7 @@ def _shapes_the_program(hint: Any) -> bool:
 
 T = TypeVar("T")
 State = TypeVar("State")
-SeenState = TypeVar("SeenState", contravariant=True)
+GivenState = TypeVar("GivenState", contravariant=True)
 
 
 @dataclass_transform(frozen_default=True)
@@ -168,32 +168,6 @@ def pytree(cls: type[T]) -> type[T]:
     static = [name for name in names if _shapes_the_program(hints[name])]
     leaves = [name for name in names if name not in static]
     return jax.tree_util.register_dataclass(cls, data_fields=leaves, meta_fields=static)
-
-
-# Numbers, with their range where they are declared
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """The closed interval that the numbers of a field lie in; None leaves a side open. See `ranges.check`."""
-
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        """Returns it as people say it."""
-        if self.high is None:
-            return f"at least {self.low}"
-        return f"at most {self.high}" if self.low is None else f"in [{self.low}, {self.high}]"
-
-
-Count: TypeAlias = Annotated[int, Range(1)]
-Natural: TypeAlias = Annotated[int, Range(0)]
-Widths: TypeAlias = Annotated[tuple[int, ...], Range(1)]
-"""Sizes of hidden layers, of which there may be none."""
-Fraction: TypeAlias = Annotated[Scalar, Range(0, 1)]
-NonNegative: TypeAlias = Annotated[Scalar, Range(0)]
-Positive: TypeAlias = Annotated[Scalar, Range(1e-6)]
 
 
 @pytree
@@ -375,18 +349,18 @@ class Scheduling(Protocol):
 
 
 @runtime_checkable
-class Remembering(Protocol[SeenState]):
+class Remembering(Protocol[GivenState]):
     """An agent that acts with a memory per environment, or whose decisions leave more behind than actions.
 
     `extras` such as log-probabilities, values, raw actions or denoising chains are stored with the steps.
     """
 
-    def start(self, state: SeenState, obs: Observation, key: jax.Array) -> PyTree:
+    def start(self, state: GivenState, obs: Observation, key: jax.Array) -> PyTree:
         """Returns the memory at the start of episodes, leaves [B, ...]."""
         ...
 
     def decide(
-        self, state: SeenState, memory: PyTree, obs: Observation, key: jax.Array, *, greedy: bool = False
+        self, state: GivenState, memory: PyTree, obs: Observation, key: jax.Array, *, greedy: bool = False
     ) -> tuple[PyTree, jax.Array, dict[str, jax.Array]]:
         """Returns the new memory, chunks [B, H, A] in [-1, 1], and extras [B, ...] by name."""
         ...
@@ -407,10 +381,10 @@ class OnPolicy(Protocol[State]):
 
 
 @runtime_checkable
-class Density(Protocol[SeenState]):
+class Density(Protocol[GivenState]):
     """An agent that knows how likely its actions are."""
 
-    def log_density(self, state: SeenState, obs: Observation, action: jax.Array) -> jax.Array:
+    def log_density(self, state: GivenState, obs: Observation, action: jax.Array) -> jax.Array:
         """Returns log pi(a | s) [N] of observations [N, O] and actions [N, A]."""
         ...
 

@@ -17,6 +17,7 @@ import optax
 
 from jaxrl.agents import learner
 from jaxrl.agents.learner import State
+from jaxrl.agents.parts import with_fields as with_fields
 from jaxrl.data.files import Dataset
 from jaxrl.ops import normalizer
 from jaxrl.replay.loading import from_dataset
@@ -28,22 +29,6 @@ NARROW = Spec(observation=1, action=1)
 WIDE = Spec(observation=3, action=2)
 
 T = TypeVar("T")
-
-
-def with_fields(settings: T, **values: Any) -> T:
-    """Returns settings in which every field of these names has that value, in the parts as well.
-
-    Names that occur nowhere are ignored.
-    """
-    assert dataclasses.is_dataclass(settings)
-    changed = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name in values:
-            changed[field.name] = values[field.name]
-        elif dataclasses.is_dataclass(value):
-            changed[field.name] = with_fields(value, **values)
-    return dataclasses.replace(settings, **changed)
 
 
 def values_of(settings: Any, name: str) -> list[Any]:
@@ -172,6 +157,32 @@ def one_layer_each(agent: Any, spec: Spec = NARROW, target: dict | None = None, 
     unchanged = normalizer.identity(spec.example())
     params, slow = filled(zero.params, layers), filled(zero.target, layers | (target or {}))
     return dataclasses.replace(zero, params=params, target=slow, normalizer=unchanged)
+
+
+def metrics_of(agent: Any, state: State, batch: Batch, draws: dict) -> dict[str, float]:
+    """Returns what an agent's joint loss consists of."""
+    return {
+        name: float(value)
+        for name, value in jitted(type(agent).loss)(agent, state.params, state, batch, draws)[1].items()
+    }
+
+
+def slopes_of(agent: Any, state: State, batch: Batch, draws: dict, through_state: bool = True) -> dict[str, dict]:
+    """Returns the gradients of each part of an agent's joint loss, by metric and network.
+
+    With `through_state` a gradient also passes through the parameters that the state holds, unless it is stopped.
+    """
+
+    def parts(params: dict[str, PyTree]) -> Any:
+        held = dataclasses.replace(state, params=params) if through_state else state
+        return agent.loss(params, held, batch, draws)[1]
+
+    return jax.jit(jax.jacrev(parts))(state.params)
+
+
+def reached(slopes: dict[str, PyTree]) -> set[str]:
+    """Returns the networks whose gradient is not 0 everywhere."""
+    return {name for name, leaves in slopes.items() if any(np.any(leaf) for leaf in jax.tree.leaves(leaves))}
 
 
 def bias_of(net: PyTree) -> np.ndarray:

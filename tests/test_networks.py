@@ -1,12 +1,28 @@
 """Facts about jaxrl.networks: the forward passes as plain numpy, the initialisation, the order of the inputs."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrl import networks
-from jaxrl.networks import MLP, Critic, Gaussian, Squashed, Value, Velocity
+from jaxrl.networks import (
+    MLP,
+    Critic,
+    Deterministic,
+    Encoder,
+    Gaussian,
+    ImageEncoder,
+    QuantileCritic,
+    Squashed,
+    TemporalUNet,
+    Value,
+    Velocity,
+    neighbours,
+)
 
 
 def normalise(x, scale, bias):
@@ -168,3 +184,159 @@ def test_observations_are_repeated_for_each_candidate():
     obs = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     repeated = networks.repeat_for(jnp.zeros((2, 3, 7)), obs)
     np.testing.assert_array_equal(repeated, [[[1, 2]] * 3, [[3, 4]] * 3])
+
+
+# Dicts of vectors and images
+
+
+def convolved(x, kernel, bias):
+    """Returns a 3x3 convolution of an image [H, W, C] that keeps its size, in numpy."""
+    padded = np.pad(x, [(1, 1), (1, 1), (0, 0)])
+    height, width, _ = x.shape
+    parts = [padded[i : i + height, j : j + width] @ kernel[i, j] for i in range(3) for j in range(3)]
+    return sum(parts) + bias
+
+
+def pooled(x):
+    """Returns the maxima of an image [2h, 2w, C] over windows of 3x3 that begin at every other pixel."""
+    padded = np.pad(x, [(0, 1), (0, 1), (0, 0)], constant_values=-np.inf)
+    height, width, _ = x.shape
+    return np.max([padded[i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)], axis=0)
+
+
+def test_an_image_is_scaled_and_goes_through_residual_blocks():
+    network, images = ImageEncoder((2, 3), 1, 5), np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), np.uint8)
+    images = np.pad(images, [(0, 0), (0, 0), (0, 2), (0, 0)])
+    params = shaken(jax.jit(network.init)(jax.random.key(0), images[0]))
+    net, wanted = params["params"], []
+    for image in images:
+        x = image.astype(np.float32) / 255
+        for first in (0, 3):
+            x = pooled(convolved(x, **net[f"Conv_{first}"]))
+            change = convolved(np.maximum(x, 0), **net[f"Conv_{first + 1}"])
+            x = x + convolved(np.maximum(change, 0), **net[f"Conv_{first + 2}"])
+        wanted.append(ACTIVATIONS["gelu"](np.maximum(x, 0).ravel() @ net["Dense_0"]["kernel"] + net["Dense_0"]["bias"]))
+    np.testing.assert_allclose(jax.jit(network.apply)(params, images), wanted, atol=2e-5)
+    one = jax.jit(network.apply)(params, images[0])
+    np.testing.assert_allclose(one, wanted[0], atol=2e-5)
+
+
+@pytest.fixture
+def small_encoders(monkeypatch):
+    """Has networks encode images by few channels, and programs compiled without most optimizations: in less time."""
+    monkeypatch.setattr(networks, "ImageEncoder", functools.partial(ImageEncoder, (2,), 1, 4))
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def seen(*lead: int) -> dict[str, jax.Array]:
+    """Returns observations of two vectors and an image between them in the order of names."""
+    rng = np.random.default_rng(1)
+    return {
+        "velocity": jnp.asarray(rng.normal(size=(*lead, 2)), jnp.float32),
+        "angle": jnp.asarray(rng.normal(size=(*lead, 3)), jnp.float32),
+        "image": jnp.asarray(rng.integers(0, 256, (*lead, 8, 8, 3)), jnp.uint8),
+    }
+
+
+@pytest.mark.usefixtures("small_encoders")
+def test_a_dict_is_joined_in_the_order_of_names_with_the_features_of_its_images():
+    network, obs = Value((4,), "none", "relu"), seen(5)
+    params = shaken(jax.jit(network.init)(jax.random.key(0), obs))
+    assert set(params["params"]) == {"MLP_0", "encoder_image"}
+    features = networks.ImageEncoder().apply({"params": params["params"]["encoder_image"]}, obs["image"])
+    together = np.concatenate([obs["angle"], features, obs["velocity"]], axis=-1)
+    wanted = forward(params["params"]["MLP_0"], together, "none", "relu")[..., 0]
+    np.testing.assert_allclose(jax.jit(network.apply)(params, obs), wanted, rtol=1e-4, atol=1e-4)
+
+
+CHUNK, TIME = jnp.zeros(2), jnp.zeros(1)
+MODULES = {
+    "velocity": (Velocity(2, (4,)), (CHUNK, TIME), ("MLP_0",)),
+    "critic": (Critic(2, (4,)), (CHUNK,), ("VmapMLP_0",)),
+    "critic of states": (Critic(2, (4,)), (), ("VmapMLP_0",)),
+    "quantiles": (QuantileCritic(2, (4,)), (CHUNK, jnp.zeros(3)), ("Vmap_Quantiles_0",)),
+    "value": (Value((4,)), (), ("MLP_0",)),
+    "deterministic": (Deterministic(2, (4,)), (), ("MLP_0",)),
+    "encoder": (Encoder(2, (4,)), (CHUNK,), ("MLP_0",)),
+    "gaussian": (Gaussian(2, (4,)), (), ("MLP_0",)),
+    "squashed": (Squashed(2, (4,)), (), ("MLP_0",)),
+}
+
+
+@pytest.mark.usefixtures("small_encoders")
+@pytest.mark.parametrize("name", MODULES)
+def test_every_network_sees_dicts_and_its_gradient_reaches_the_encoder(name):
+    network, others, parts = MODULES[name]
+    array = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros(5), *others)["params"]
+    assert tuple(array) == parts  # arrays ask for no further parameters
+    params = jax.jit(network.init)(jax.random.key(0), seen(), *others)
+    assert set(params["params"]) == {*parts, "encoder_image"}
+    batch = [jnp.broadcast_to(x, (5, *x.shape)) for x in others]
+
+    @jax.jit
+    def both(params, obs):
+        out = lambda params: network.apply(params, obs, *batch)  # noqa: E731
+        total = lambda params: sum(jnp.square(x).sum() for x in jax.tree.leaves(out(params)))  # noqa: E731
+        return out(params), jax.grad(total)(params)
+
+    found, slope = both(params, seen(5))
+    turned, _ = both(params, jax.tree.map(lambda x: x[::-1], seen(5)))
+    rows = (lambda x: x[:, ::-1]) if name.startswith(("critic", "quantiles")) else (lambda x: x[::-1])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(rows(x), y, rtol=1e-4, atol=1e-5), found, turned)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(slope["params"]["encoder_image"]))
+
+
+@pytest.mark.usefixtures("small_encoders")
+def test_an_image_is_encoded_once_for_all_candidates():
+    network, obs, action = Critic(2, (4,)), seen(5), jnp.asarray(np.random.default_rng(2).normal(size=(5, 7, 2)))
+    params, apply = jax.jit(network.init)(jax.random.key(0), obs, action[:, 0]), jax.jit(network.apply)
+    repeated = networks.repeat_for(action, obs)
+    assert jax.tree.map(jnp.shape, repeated) == {"velocity": (5, 7, 2), "angle": (5, 7, 3), "image": (5, 1, 8, 8, 3)}
+    scores = apply(params, repeated, action)
+    each = [apply(params, obs, action[:, i]) for i in range(7)]
+    np.testing.assert_allclose(scores, np.stack(each, axis=-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_encoders")
+def test_the_first_of_an_ensemble_keeps_the_encoder_that_all_share():
+    network, obs, action = Critic(3, (4,)), seen(5), jnp.ones((5, 2))
+    params = jax.jit(network.init)(jax.random.key(0), obs, action)
+    alone = jax.jit(Critic(1, (4,)).apply)(networks.first_of(params), obs, action)
+    np.testing.assert_allclose(alone[0], jax.jit(network.apply)(params, obs, action)[0], rtol=1e-5)
+    of_array = jax.jit(Critic(3, (4,)).init)(jax.random.key(0), obs["angle"], action)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[:1]), networks.first_of(of_array), of_array)
+
+
+# The network of trajectories
+
+
+def test_neighbours_are_what_a_convolution_sees():
+    x = jnp.array([[[1.0, -1.0], [2.0, -2.0], [3.0, -3.0]]])
+    np.testing.assert_array_equal(neighbours(x, 2)[0], [[1, -1, 2, -2], [2, -2, 3, -3], [3, -3, 0, 0]])
+    np.testing.assert_array_equal(
+        neighbours(x, 3)[0], [[0, 0, 1, -1, 2, -2], [1, -1, 2, -2, 3, -3], [2, -2, 3, -3, 0, 0]]
+    )
+
+
+@pytest.mark.parametrize("length", [4, 5, 7, 32])
+def test_the_u_net_has_the_published_layers_for_any_length(length):
+    features, widths = 6, (16, 24, 32)
+    x, t = jnp.zeros((2, length, features)), jnp.zeros((2, 1))
+    net = TemporalUNet(widths)
+    params = jax.eval_shape(net.init, jax.random.key(0), x, t)
+    assert jax.eval_shape(net.apply, params, x, t).shape == x.shape
+
+    def dense(inputs, outputs):
+        return (inputs + 1) * outputs
+
+    def block(inputs, width, reach, timed):
+        return dense(reach * inputs, width) + 2 * width + timed * dense(widths[0], width)
+
+    count = dense(widths[0] // 4, widths[0]) + dense(widths[0], widths[0]) + dense(widths[0], features)
+    for inputs, width in zip((features, *widths), widths, strict=False):
+        count += block(inputs, width, 3, True) + block(width, width, 3, False)
+    for below, width in zip(widths[1:], widths, strict=False):
+        count += block(below, width, 2, True) + block(2 * width, width, 3, False) + block(width, width, 3, False)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count

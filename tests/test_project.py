@@ -165,3 +165,12 @@ def test_the_public_surface_is_there_and_is_imported_when_it_is_used():
         jaxrl.nothing  # noqa: B018
     light = "import sys, jaxrl; print(sorted({'jax', 'flax', 'tyro', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", light], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_agents_need_no_dataset_readers_pictures_checkpoints_or_command_line():
+    code = (
+        "import sys, jaxrl.agents; heavy = ('matplotlib', 'tyro', 'orbax', 'h5py', 'PIL', 'jaxrl.data');"
+        "print(sorted(name for name in sys.modules if name.startswith(heavy)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -21,8 +21,9 @@ from jaxrl.training import loop
 
 ENV = "point?horizon=20"
 AGENT = (
-    "--agent.chunk=2 --agent.batch-size=16 --agent.num-samples=2 --agent.target-samples=2 --agent.warmup=5 "
-    "--agent.curriculum=20 --agent.actor-hidden 8 --agent.critic-hidden 8"
+    "--agent.windows.chunk=2 --agent.windows.backup=2 --agent.windows.batch=16 --agent.num-samples=2 "
+    "--agent.target-samples=2 --agent.distillation.warmup=5 --agent.distillation.curriculum=20 "
+    "--agent.actor.net.hidden 8 --agent.critic.net.hidden 8"
 ).split()
 SCHEDULE = (
     "--schedule.offline-updates=40 --schedule.updates-per-epoch=10 --schedule.eval-every=2 --schedule.eval-episodes=4 "

@@ -1,22 +1,22 @@
-"""How fast are exact nearest pairs of a whole dataset, found inside the program, and what do they take in memory?
+"""How fast are exact nearest pairs of a whole dataset found inside a program, and in how much memory?
 
     python -m experiments.neighbours [--data cube-single-play-v0.npz puzzle-3x3-play-v0.npz ...]
 
-A batch of states of the dataset, each with an action, is searched for among all pairs (2 s, a), s normalised: near the
-data, where an action is the stored one plus noise of standard deviation .05 per entry, and off them, where it is .5,
-as early in training. The data are files, and smooth synthetic trajectories of 17 + 6 entries. The ways:
+For a batch of states of the dataset, each with an action, the nearest of all pairs (2 s, a) are searched, s normalized:
+near the data, where the action is the stored one plus noise of standard deviation .05 per entry, and off them, where it
+is .5, as early in training. The data are files, and smooth synthetic trajectories of 17 + 6 entries. The ways:
 
     blocks       `jaxrl.replay.neighbours`, the distances to one block of keys after the other
     tree         the same through a callback into a KD-tree on the host
     approximate  the same by `jax.lax.approx_min_k`
     scipy        `scipy.spatial.cKDTree` called directly, without JAX and without a program around it
-    candidates   each state's 64 nearest states are known beforehand (`known_of`), and only these are searched where
-                 that is exact; else the whole batch is searched fully, as "auto" does
+    candidates   each state's 64 nearest states are known beforehand (`ways.known_of`), and only these are compared
+                 where that is exact; otherwise the whole batch is searched as by "auto"
 
-Each is measured in a process of its own, four batches at a time, in programs by a scan; what takes more than 10 ms per
-batch and thousand synthetic rows is not tried again. Memory is what a process holds at its peak above data and
-compiled program, with the building of trees, and with all that is known of all rows. Writes results.json, table.md and
-figure.png into this folder; what was measured on other devices stays in them.
+Each is measured in a process of its own, four batches at a time, in programs by a scan; a way that takes more than
+10 ms per batch and thousand synthetic rows is not tried again. Memory is a process's peak above data and compiled
+program, including the building of trees, and what is known of all rows. Writes results.json, table.md and figure.png
+into this folder, and keeps in them what was measured on other devices.
 """
 
 import concurrent.futures

@@ -1,5 +1,6 @@
-"""The ways to search for nearest pairs, and the measure of one of them on one dataset in a process of its own."""
+"""The ways to search for nearest pairs, and the measurement of one of them on one dataset in a process of its own."""
 
+import dataclasses
 import functools
 import os
 import time
@@ -16,13 +17,60 @@ from scipy.spatial import cKDTree
 from jaxrl.data import files
 from jaxrl.replay import neighbours
 from jaxrl.replay.kdtree import Forest, keys
-from jaxrl.replay.neighbours import Index, Known
+from jaxrl.replay.neighbours import BLOCK, Index, Method
+from jaxrl.types import pytree
 
 WAYS = ("blocks", "tree", "approximate", "scipy", "candidates")
 NOISE = {"near": 0.05, "off": 0.5}
 BETA = 2.0
 BATCHES = 4
 KNOWN = 64  # candidates per state
+
+
+@pytree
+class Known:
+    """For some rows the rows with the nearest states, whatever their actions; all others are farther by state alone."""
+
+    rows: jax.Array  # [Q, K] int32, -1 where there are no more
+    radius: jax.Array  # [Q], the squared distance of the farthest
+
+
+def known_of(index: Index, rows: jax.Array, count: int = KNOWN, batch: int = 256, block: int = BLOCK) -> Known:
+    """Returns the `count` nearest states of each of the rows [Q], by a search of blocks for `batch` of them at a time.
+
+    They hold for one scaling; under c times its weight the radius is c^2 as large.
+    """
+    blind = dataclasses.replace(index, actions=index.actions[:, :0])
+    whole = jnp.pad(rows, (0, -len(rows) % batch)).reshape(-1, batch)
+
+    def find(rows: jax.Array) -> Known:
+        distance, row = neighbours.nearest(blind, index.states[rows], blind.actions[rows], count, "blocks", block)
+        radius = distance[:, -1] * (1 - 1e-5)  # slightly less, because of rounding
+        return Known(jnp.where(distance < jnp.inf, row, -1), radius)
+
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(rows)], lax.map(find, whole))
+
+
+def nearest_known(
+    index: Index,
+    known: Known,
+    states: jax.Array,
+    actions: jax.Array,
+    k: int = 1,
+    method: Method = "auto",
+    block: int = BLOCK,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what `neighbours.nearest` does, for states [B, S] of rows of which the nearest states are known, [B, K].
+
+    Only these are compared, which is exact wherever the k-th best lies within the radius. Where that fails for one
+    query, the whole batch is searched. That saves nothing under `vmap`, which does both.
+    """
+    neighbours.check(known.rows.shape[1], len(states), k)
+    index, states, actions, known = lax.stop_gradient((index, states, actions, known))
+    distance, row = neighbours.closest(index, states, actions, known.rows, k)
+    sure = (distance[:, -1] <= known.radius).all()
+    search = functools.partial(neighbours.nearest, index, states, actions, k, method, block)
+    return lax.cond(sure, lambda: (distance, row), search)
 
 
 def trajectories(rows: int, states: int = 17, actions: int = 6, length: int = 1000) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +109,7 @@ def queries(index: Index, batch: int, noise: float) -> tuple[np.ndarray, np.ndar
     return row, np.asarray(index.states)[row], noisy
 
 
-def programmed(index: Index, method: neighbours.Method, asked: tuple) -> Callable[[], Any]:
+def programmed(index: Index, method: Method, asked: tuple) -> Callable[[], Any]:
     """Returns a compiled program that searches for all batches."""
 
     def searched(index: Index, states: jax.Array, actions: jax.Array) -> Any:
@@ -79,13 +127,13 @@ def peer(index: Index, asked: tuple) -> Callable[[], Any]:
     return lambda: [grown().query(keys(mean, weight, s, a)) for s, a in zip(*asked[1:], strict=True)]
 
 
-def known_of(index: Index, rows: np.ndarray) -> tuple[Known, float]:
-    """Returns what is known of rows [4, B], and the seconds that finding it for all rows would take.
+def timed_known_of(index: Index, rows: np.ndarray) -> tuple[Known, float]:
+    """Returns what is known of rows [4, B], and the seconds that it would take to find that for all rows.
 
-    Only what will be asked for is looked up.
+    Only the rows that will be searched for are looked up.
     """
     flat = jnp.asarray(rows.ravel())
-    program = jax.jit(lambda index, rows: neighbours.known_of(index, rows, KNOWN)).lower(index, flat).compile()
+    program = jax.jit(known_of).lower(index, flat).compile()
     began = time.perf_counter()
     known = jax.block_until_ready(program(index, flat))
     seconds = (time.perf_counter() - began) * len(index.states) / rows.size
@@ -94,11 +142,11 @@ def known_of(index: Index, rows: np.ndarray) -> tuple[Known, float]:
 
 def pruning(index: Index, asked: tuple, record: dict[str, Any]) -> Callable[[], Any]:
     """Returns a compiled program that searches what is known; records its price, and the queries that it answered."""
-    known, record["all_candidates_s"] = known_of(index, asked[0])
+    known, record["all_candidates_s"] = timed_known_of(index, asked[0])
     states, actions = map(jnp.asarray, asked[1:])
 
     def searched(index: Index, *queries: Any) -> Any:
-        return lax.map(lambda parts: neighbours.nearest_known(index, *parts), queries)
+        return lax.map(lambda parts: nearest_known(index, *parts), queries)
 
     program = jax.jit(searched).lower(index, known, states, actions).compile()
     distance, _ = program(index, known, states, actions)

@@ -23,8 +23,9 @@ from jaxrl.agents.parts import Adam, Autoencoder, Critic, DeterministicPolicy, N
 from jaxrl.agents.td3 import TD3, climb
 from jaxrl.errors import UserError
 from jaxrl.ops import losses
+from jaxrl.ranges import NonNegative
 from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, NonNegative, Observation, PyTree, Requirements, Spec, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, pytree
 
 
 @pytree
@@ -75,9 +76,7 @@ class A2PR:
         """Returns a batch of transitions."""
         return self.td3.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of critics, value and autoencoder and, every `delay`-th time, of the actor."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: noise of the target actions and of the autoencoder's latents."""
@@ -93,8 +92,8 @@ class A2PR:
         y = self.td3.td_target(state, state.target["critic"], batch, action)
         v = self.v(state, batch)  # is not looked up again after the value's step
         state, critic = self.td3.learn_critic(state, batch, y, batch.valid[:, 0])
-        y = jnp.minimum(self.td3.td_target(state, state.params["critic"], batch, action), y)
-        loss = lambda value: self.value_loss(value, state, batch, y)  # noqa: E731
+        lower = self.lower_target(state, batch, y, action)
+        loss = lambda value: self.value_loss(value, state, batch, lower)  # noqa: E731
         state, value = learner.step(state, "value", loss, self.value_adam.transformation())
         loss = lambda vae: self.vae_loss(vae, state, batch, v, draws)  # noqa: E731
         state, vae = learner.step(state, "vae", loss, self.vae_adam.transformation())
@@ -105,8 +104,12 @@ class A2PR:
         """Returns the states' values [B]."""
         return self.value.value(state.params["value"], state.spec.critic(batch.obs))
 
+    def lower_target(self, state: State, batch: Batch, y: jax.Array, action: jax.Array) -> jax.Array:
+        """Returns the lower of y [B], the slow critics' target at the next actions [B, A], and the critics' own."""
+        return jnp.minimum(self.td3.td_target(state, state.params["critic"], batch, action), y)
+
     def value_loss(self, value: PyTree, state: State, batch: Batch, y: jax.Array) -> tuple[jax.Array, Metrics]:
-        """Returns (V - y)^2, with y [B] the lower of the slow critics' target and of that of the updated critics."""
+        """Returns (V - y)^2, or the cross entropy of V's logit."""
         output = self.value.output(value, state.spec.critic(batch.obs))
         loss = losses.masked_mean(losses.regression(output, y, self.value.head), batch.valid[:, 0])
         return loss, {"value/loss": loss}

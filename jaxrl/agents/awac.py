@@ -1,9 +1,9 @@
-"""AWAC: advantage-weighted actor-critic, which imitates the data's actions the more, the better the critic finds them.
+"""AWAC: advantage-weighted actor-critic, whose policy imitates actions in proportion to exponential advantages.
 
 Paper: Nair, Gupta, Dalal, Levine, "AWAC: Accelerating Online Reinforcement Learning with Offline Datasets",
 arXiv 2006.09359.
 
-The critics learn the value of the policy itself (Eq. 4). The policy, a Gaussian, maximises the likelihood of the
+The critics learn the value of the policy itself (Eq. 4). The policy, a Gaussian, maximizes the likelihood of the
 data's actions weighted by exp(advantage / temperature), which is the nearest policy to the data of a given improvement
 (Eq. 13). The same update serves offline and online.
 
@@ -14,15 +14,16 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from jaxrl.agents import common
-from jaxrl.agents.common import Draws, State
-from jaxrl.networks import Activation, Critic, Gaussian, Norm, apply
+from jaxrl.agents import learner
+from jaxrl.agents.learner import Draws, State
+from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Transitions
 from jaxrl.ops import losses
-from jaxrl.replay.hindsight import Goals
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
+from jaxrl.ranges import NonNegative, Positive
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
+
+_NET = Net((256, 256, 256), "relu", "none", "torch")
 
 
 @pytree
@@ -31,112 +32,85 @@ class AWAC:
 
     chunk: ClassVar[int] = 1
 
-    actor_hidden: tuple[int, ...] = (256, 256, 256)  # widths of the actor
-    critic_hidden: tuple[int, ...] = (256, 256, 256)  # widths of each critic
-    activation: Activation = "relu"  # of all networks
-    actor_norm: Norm = "none"  # layer norm in the actor
-    critic_norm: Norm = "none"  # layer norm in the critics
-    batch_size: int = 256  # transitions per update
-    actor_lr: Scalar = 3e-4  # learning rate of Adam
-    critic_lr: Scalar = 3e-4  # learning rate of Adam
-    discount: Scalar = 0.99  # gamma, per environment step
-    tau: Scalar = 0.005  # polyak rate of the target critics
-    temperature: Scalar = 1 / 3  # of the advantage; 0.1 where rewards are sparse
-    max_weight: Scalar = 100.0  # bound of the weights
-    normalize: bool = True  # whether observations are normalised by the data's mean and spread
-    goals: Goals = Goals()  # how goals are drawn where the task has some
+    transitions: Transitions = Transitions()
+    actor: GaussianPolicy = GaussianPolicy(_NET, std="learned")  # pi(a | s)
+    critic: Critic = Critic(_NET, agg="min")  # Q_1(s, a) and Q_2(s, a)
+    actor_adam: Adam = Adam()
+    critic_adam: Adam = Adam()
+    temperature: Positive = 1 / 3  # of the advantage; 0.1 where rewards are sparse
+    max_weight: NonNegative = 100.0  # bound of the weights
+    normalize: bool = True  # whether observations are normalized by the data's mean and spread
 
-    def check(self) -> None:
-        """Raises UserError where a value is out of range."""
-        common.check_range(self, **dict.fromkeys(("actor_hidden", "critic_hidden", "batch_size"), (1, None)))
-        common.check_range(self, **dict.fromkeys(("actor_lr", "critic_lr", "max_weight"), (0, None)))
-        common.check_range(self, discount=(0, 1), tau=(0, 1), temperature=(1e-6, None))
-        self.goals.check()
-
-    def actor(self, spec: Spec) -> Gaussian:
-        """Returns pi(a | s)."""
-        return Gaussian(spec.action, self.actor_hidden, self.actor_norm, self.activation, False, "torch")
-
-    def critic(self) -> Critic:
-        """Returns the twins Q_1(s, a) and Q_2(s, a)."""
-        return Critic(2, self.critic_hidden, self.critic_norm, self.activation, "torch")
-
-    def q(self, params: PyTree, obs: jax.Array, action: jax.Array) -> jax.Array:
-        """Returns the lower critic's value, [B]."""
-        return apply(self.critic(), params, obs, action).min(axis=0)
+    def requires(self) -> Requirements:
+        """Returns what its data must have."""
+        return self.transitions.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
         key_actor, key_critic = jax.random.split(key)
-        obs, action = jnp.zeros(spec.observation), jnp.zeros(spec.action)
+        obs, action = spec.example(), jnp.zeros(spec.action)
         params = {
-            "actor": self.actor(spec).init(key_actor, obs),
-            "critic": self.critic().init(key_critic, obs, action),
+            "actor": self.actor.init(key_actor, spec.actor(obs), action),
+            "critic": self.critic.init(key_critic, spec.critic(obs), action),
         }
-        optimizers = {"actor": optax.adam(self.actor_lr), "critic": optax.adam(self.critic_lr)}
-        return common.start_each(spec, params, optimizers, "critic")
+        optimizers = {"actor": self.actor_adam.transformation(), "critic": self.critic_adam.transformation()}
+        return learner.create(spec, params, optimizers, "critic", normalized=True)
 
     def fit(self, state: State, data: Rings) -> State:
-        """Returns the initial state with the data's normaliser."""
-        return common.fit(state, data) if self.normalize else state
+        """Returns the initial state with the data's normalizer, where observations are to be normalized."""
+        return learner.fit(state, data) if self.normalize else state
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of transitions."""
-        return windows(data, key, self.batch_size, 1, self.goals)
+        return self.transitions.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of the critics, then of the actor, then of the target."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the noise of the policy at the next states, and at the states."""
         key_next, key_here = jax.random.split(key)
-        shape = (len(batch.obs), spec.action)
+        shape = (len(batch.actions), spec.action)
         return {"next_noise": jax.random.normal(key_next, shape), "noise": jax.random.normal(key_here, shape)}
 
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
         """Returns the state after the update with these random numbers."""
-        batch = common.normalized(state, batch)
+        batch = learner.normalized(state, batch)
         loss = lambda critic: self.critic_loss(critic, state, batch, draws)  # noqa: E731
-        after, metrics = common.step(state, "critic", loss, optax.adam(self.critic_lr))
+        after, metrics = learner.step(state, "critic", loss, self.critic_adam.transformation())
         loss = lambda actor: self.actor_loss(actor, after, batch, draws)  # noqa: E731
-        improved, more = common.step(after, "actor", loss, optax.adam(self.actor_lr))
-        return common.counted(common.follow(improved, self.tau, "critic")), {**metrics, **more}
-
-    def sampled(self, spec: Spec, actor: PyTree, obs: jax.Array, noise: jax.Array) -> jax.Array:
-        """Returns clipped samples of the policy [B, A]."""
-        mean, log_std = apply(self.actor(spec), actor, obs)
-        return jnp.clip(mean + jnp.exp(log_std) * noise, -1, 1)
+        improved, more = learner.step(after, "actor", loss, self.actor_adam.transformation())
+        return learner.counted(learner.follow(improved, self.critic.tau, "critic")), {**metrics, **more}
 
     def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
-        """Returns y [B], the reward and what the lower target critic says of the policy's next action."""
-        action = self.sampled(state.spec, state.params["actor"], batch.next_obs, draws["next_noise"])
-        next_value = self.q(state.target["critic"], batch.next_obs, action)
-        return losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        """Returns y [B], the reward and the lower target critic's value of the policy's next action."""
+        spec, next_obs = state.spec, batch.next_obs
+        action = self.actor.sample(state.params["actor"], spec.actor(next_obs), draws["next_noise"])
+        next_value = self.critic.value(state.target["critic"], spec.critic(next_obs), action)
+        return self.transitions.target(batch, next_value)
 
     def critic_loss(self, critic: PyTree, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the TD loss, summed over the critics (Eq. 4)."""
-        error = apply(self.critic(), critic, batch.obs, batch.actions[:, 0]) - self.td_target(state, batch, draws)[None]
-        loss = losses.masked_mean(jnp.square(error).sum(axis=0), batch.valid[:, 0])
+        y = self.td_target(state, batch, draws)
+        error = self.critic.error(critic, state.spec.critic(batch.obs), batch.actions[:, 0], y)
+        loss = losses.masked_mean(error.sum(axis=0), batch.valid[:, 0])
         return loss, {"critic/loss": loss}
 
     def advantage_weight(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
         """Returns min(exp((Q(s, a) - Q(s, a_pi)) / temperature), max_weight), [B], without gradient."""
-        own = self.sampled(state.spec, state.params["actor"], batch.obs, draws["noise"])
-        critic = state.params["critic"]
-        advantage = self.q(critic, batch.obs, batch.actions[:, 0]) - self.q(critic, batch.obs, own)
+        critic, obs = state.params["critic"], state.spec.critic(batch.obs)
+        own = self.actor.sample(state.params["actor"], state.spec.actor(batch.obs), draws["noise"])
+        advantage = self.critic.value(critic, obs, batch.actions[:, 0]) - self.critic.value(critic, obs, own)
         return jax.lax.stop_gradient(jnp.minimum(jnp.exp(advantage / self.temperature), self.max_weight))
 
     def actor_loss(self, actor: PyTree, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the weighted imitation's loss (Eq. 13)."""
-        mean, log_std = apply(self.actor(state.spec), actor, batch.obs)
-        density = losses.gaussian_log_density(batch.actions[:, 0], mean, log_std)
+        """Returns the loss of the weighted imitation (Eq. 13)."""
+        density = self.actor.log_density(actor, state.spec.actor(batch.obs), batch.actions[:, 0])
         weight = self.advantage_weight(state, batch, draws)
         loss = -losses.masked_mean(weight * density, batch.valid[:, 0])
         return loss, {"actor/loss": loss, "actor/weight": weight.mean()}
 
-    def act(self, state: State, obs: jax.Array, key: jax.Array, *, greedy: bool = False) -> jax.Array:
+    def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
         """Returns chunks [B, 1, A]: samples of the policy, clipped; its mean in evaluation (`greedy`)."""
         assert state.normalizer is not None
-        noise = jax.random.normal(key, (len(obs), state.spec.action)) * (0.0 if greedy else 1.0)
-        return self.sampled(state.spec, state.params["actor"], state.normalizer(obs), noise)[:, None]
+        noise = jax.random.normal(key, (count_of(obs), state.spec.action)) * (0.0 if greedy else 1.0)
+        return self.actor.sample(state.params["actor"], state.spec.actor(state.normalizer(obs)), noise)[:, None]

@@ -13,24 +13,28 @@ import optax
 
 from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
-from jaxrl.agents.parts import Adam, FlowPolicy
+from jaxrl.agents.parts import Adam, FlowPolicy, Windows
 from jaxrl.ops import losses
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import Batch, Count, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
 
 
 @pytree
 class BC:
     """Flow behaviour cloning on H-step action chunks."""
 
-    chunk: Count = 5  # H: actions per decision, executed open loop
+    windows: Windows = Windows(chunk=5, backup=5)
     flow: FlowPolicy = FlowPolicy(time="fourier")  # v(s, x_t, t)
     adam: Adam = Adam()
-    batch_size: Count = 256  # windows per update
+
+    @property
+    def chunk(self) -> int:
+        """H, the actions of one decision."""
+        return self.windows.chunk
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return Requirements(window=self.chunk, batch=self.batch_size)
+        return self.windows.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -39,11 +43,9 @@ class BC:
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of H-step windows."""
-        return windows(data, key, self.batch_size, self.chunk)
+        return self.windows.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after one gradient step on the flow-matching loss."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the flow's noise and times."""
@@ -61,9 +63,9 @@ class BC:
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the flow-matching loss, |v(s, x_t, t) - (a - x_0)|^2."""
-        seen, chunk = state.spec.actor(batch.obs), learner.flat_actions(batch)
+        seen, chunk = state.spec.actor(batch.obs), self.windows.actions(batch)
         error = self.flow.matching_error(params["flow"], seen, draws["x0"], chunk, draws["t"])
-        loss = losses.masked_mean(error, learner.step_mask(batch))
+        loss = losses.masked_mean(error, self.windows.mask(batch))
         return loss, {"actor/flow_loss": loss}
 
     def choose(self, state: State, obs: Observation, noise: jax.Array) -> jax.Array:

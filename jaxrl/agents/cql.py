@@ -1,40 +1,38 @@
-"""CQL: conservative Q-learning, which pushes down what the critics say of actions that the data do not hold.
+"""CQL: conservative Q-learning, which penalizes Q-values of out-of-distribution actions.
 
 Papers: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning", arXiv 2006.04779;
 Nakamoto et al., "Cal-QL: Calibrated Offline RL Pre-Training for Efficient Online Fine-Tuning", arXiv 2303.05479.
 
-A soft actor-critic whose critics also minimise the soft maximum of Q over actions, sampled uniformly and from the
+A soft actor-critic whose critics also minimize the soft maximum of Q over actions, sampled uniformly and from the
 policy here and at the next state, less Q of the data's action: CQL(H), with importance weights (Appendix F).
 
-`calibrated` is Cal-QL: the policy's actions are not pushed below the return that the data went on to earn (Eq. 3.2).
-Where the clock cut an episode in which the reward never changed, as when the goal was never reached, that return goes
-on forever at that reward. Online, a transition is calibrated as soon as its episode is over, and a batch has a share
-of the data and a share of the replay, whatever their sizes.
+`calibrated` is Cal-QL: Q-values of the policy's actions are penalized only above the return of the data's episode
+(Eq. 3.2), see `jaxrl.replay.returns`. Online, a transition is calibrated once its episode is over.
 
-The temperature, the policy and the critics step on losses that all see the parameters from before, as in CORL's code,
-whose settings for locomotion are the defaults; only its initial weights are not copied.
+All losses see the parameters from before the update, as in CORL's code, whose settings for locomotion are the defaults.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import common
-from jaxrl.agents.common import Draws, State
+from jaxrl.agents import learner
+from jaxrl.agents.learner import Draws, State
+from jaxrl.agents.parts import Adam, Critic, Net, SquashedGaussianPolicy, Transitions
 from jaxrl.errors import UserError
-from jaxrl.networks import Activation, Critic, Norm, Squashed, apply, repeat_for
+from jaxrl.networks import repeat_for
 from jaxrl.ops import losses
-from jaxrl.replay.hindsight import Goals
+from jaxrl.ranges import Count, Fraction, NonNegative, Positive
 from jaxrl.replay.returns import returns_to_go
-from jaxrl.replay.ring import Ring, Rings, windows
-from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, count_of, pytree
 
 RETURN = "return_to_go"  # the column that Cal-QL adds to data and replay
+_NET = Net((256, 256, 256), "relu", "none", "torch")
 
 
 @pytree
@@ -43,152 +41,125 @@ class CQL:
 
     chunk: ClassVar[int] = 1
 
-    actor_hidden: tuple[int, ...] = (256, 256, 256)  # widths of the policy
-    critic_hidden: tuple[int, ...] = (256, 256, 256)  # widths of each critic
-    activation: Activation = "relu"  # of all networks
-    critic_norm: Norm = "none"  # layer norm in the critics
-    batch_size: int = 256  # transitions per update
-    actor_lr: Scalar = 3e-5  # learning rate of Adam, of policy and entropy weight
-    critic_lr: Scalar = 3e-4  # learning rate of Adam
-    discount: Scalar = 0.99  # gamma, per environment step
-    tau: Scalar = 0.005  # polyak rate of the target critics
-    conservatism: Scalar = 10.0  # weight of the conservative term
-    samples: int = 10  # actions of each kind in that term
-    soft: Scalar = 1.0  # temperature of its soft maximum
+    transitions: Transitions = Transitions()
+    actor: SquashedGaussianPolicy = SquashedGaussianPolicy(_NET)  # pi(a | s)
+    critic: Critic = Critic(_NET, agg="min")  # Q_1(s, a) and Q_2(s, a)
+    actor_adam: Adam = Adam(3e-5)  # of the policy and the entropy's weight
+    critic_adam: Adam = Adam()  # of the critics and the conservative term's weight
+    conservatism: NonNegative = 10.0  # weight of the conservative term
+    samples: Count = 10  # actions of each kind in that term
+    soft: Positive = 1.0  # temperature of its soft maximum
     lowest_gap: Scalar = -1e9  # bound of the term from below; -200 on the antmazes
     lagrange: bool = False  # whether the term's weight is learned, so that it meets `gap`
     gap: Scalar = 5.0  # what the term may be, then
     max_target: bool = False  # whether the best of the policy's actions is the target's, not one of them
     calibrated: bool = False  # Cal-QL
-    mixing: Scalar = 0.5  # share of a batch that comes from the dataset, where there is a replay as well
-    normalize: bool = True  # whether observations are normalised by the data's mean and spread
-    goals: Goals = Goals()  # how goals are drawn where the task has some
+    mixing: Fraction = 0.5  # share of a batch that comes from the dataset, where there is a replay as well
+    normalize: bool = True  # whether observations are normalized by the data's mean and spread
 
-    def check(self) -> None:
-        """Raises UserError where a value is out of range."""
-        counts = ("actor_hidden", "critic_hidden", "batch_size", "samples")
-        common.check_range(self, **dict.fromkeys(counts, (1, None)), soft=(1e-6, None))
-        common.check_range(self, **dict.fromkeys(("actor_lr", "critic_lr", "conservatism"), (0, None)))
-        common.check_range(self, discount=(0, 1), tau=(0, 1), mixing=(0, 1))
-        self.goals.check()
-
-    def actor(self, spec: Spec) -> Squashed:
-        """Returns pi(a | s)."""
-        return Squashed(spec.action, self.actor_hidden, self.activation)
-
-    def critic(self) -> Critic:
-        """Returns the twins Q_1(s, a) and Q_2(s, a)."""
-        return Critic(2, self.critic_hidden, self.critic_norm, self.activation, "torch")
+    def requires(self) -> Requirements:
+        """Returns what its data must have."""
+        return self.transitions.requires()
 
     def optimizers(self) -> dict[str, optax.GradientTransformation]:
-        """Returns each network's optimiser."""
-        rates = {"actor": self.actor_lr, "entropy": self.actor_lr, "critic": self.critic_lr, "lagrange": self.critic_lr}
-        return {name: optax.adam(rate) for name, rate in rates.items()}
+        """Returns each network's optimizer."""
+        actor, critic = self.actor_adam.transformation(), self.critic_adam.transformation()
+        return {"actor": actor, "entropy": actor, "critic": critic} | ({"lagrange": critic} if self.lagrange else {})
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state. Raises UserError for Cal-QL in tasks with goals."""
         if self.calibrated and spec.goal:
             raise UserError("CQL.calibrated = True: goals are drawn in hindsight here, rows have no return to go")
         key_actor, key_critic = jax.random.split(key)
-        obs, action = jnp.zeros(spec.observation), jnp.zeros(spec.action)
+        obs, action = spec.example(), jnp.zeros(spec.action)
         params = {
-            "actor": self.actor(spec).init(key_actor, obs),
+            "actor": self.actor.init(key_actor, spec.actor(obs), action),
             "entropy": jnp.zeros(()),  # the logarithm of its weight
-            "critic": self.critic().init(key_critic, obs, action),
-            "lagrange": jnp.ones(()),  # the logarithm of the conservative term's
+            "critic": self.critic.init(key_critic, spec.critic(obs), action),
         }
-        return common.start_each(spec, params, self.optimizers(), "critic")
+        if self.lagrange:
+            params["lagrange"] = jnp.ones(())  # the logarithm of the conservative term's weight
+        return learner.create(spec, params, self.optimizers(), "critic", normalized=True)
 
     def fit(self, state: State, data: Rings) -> State:
-        """Returns the initial state with the data's normaliser."""
-        return common.fit(state, data) if self.normalize else state
+        """Returns the initial state with the data's normalizer, where observations are to be normalized."""
+        return learner.fit(state, data) if self.normalize else state
 
     def derive_columns(self, data: Rings) -> Rings:
-        """Returns the data with their rows' returns to go, for Cal-QL; where they have these already, as they are."""
-
-        def annotated(ring: Ring) -> Ring:
-            return dataclasses.replace(ring, extra={**ring.extra, RETURN: returns_to_go(ring, self.discount)})
-
+        """Returns the data with their rows' returns to go, for Cal-QL; unchanged where they already have these."""
+        columns = lambda ring: {**ring.extra, RETURN: returns_to_go(ring, self.transitions.discount)}  # noqa: E731
         missing = [self.calibrated and RETURN not in ring.extra for ring in data]
-        return tuple(annotated(ring) if lacks else ring for ring, lacks in zip(data, missing, strict=True))
+        return tuple(dataclasses.replace(r, extra=columns(r)) if m else r for r, m in zip(data, missing, strict=True))
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of transitions."""
-        return windows(data, key, self.batch_size, 1, self.goals, self.mixing)
+        return self.transitions.sample(data, key, self.mixing)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of each network, and of the target critics."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: uniform actions, and noise of the policy's."""
         key_uniform, key_here, key_next, key_policy, key_target = jax.random.split(key, 5)
-        one = (len(batch.obs), spec.action)
-        many = (len(batch.obs), self.samples, spec.action)
+        count, many = len(batch.actions), (len(batch.actions), self.samples, spec.action)
         return {
             "uniform": jax.random.uniform(key_uniform, many, minval=-1),
             "here": jax.random.normal(key_here, many),
             "next": jax.random.normal(key_next, many),
-            "policy": jax.random.normal(key_policy, one),
-            "target": jax.random.normal(key_target, many if self.max_target else (one[0], 1, one[1])),
+            "policy": jax.random.normal(key_policy, (count, spec.action)),
+            "target": jax.random.normal(key_target, many if self.max_target else (count, 1, spec.action)),
         }
 
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
         """Returns the state after the update with these random numbers."""
-        batch, optimizers = common.normalized(state, batch), self.optimizers()
-        before, metrics = state, {}
-        named: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
-            "entropy": self.entropy_loss,
-            "actor": self.actor_loss,
-            "critic": self.critic_loss,
-        }
+        batch = learner.normalized(state, batch)
+        gradient, metrics = jax.grad(self.loss, has_aux=True)(state.params, state, batch, draws)
+        for name, optimizer in self.optimizers().items():
+            state = learner.step_along(state, name, gradient[name], optimizer)
+        return learner.counted(learner.follow(state, self.critic.tau, "critic")), metrics
+
+    def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
+        """Returns the sum of all losses, each of which moves one network, and metrics."""
+        obs, seen, happened = state.spec.actor(batch.obs), state.spec.critic(batch.obs), batch.valid[:, 0]
+
+        # the policy climbs the lower critic and keeps its entropy, of which the weight holds it at -A
+        action, density = self.actor.sample(params["actor"], obs, draws["policy"])
+        q = self.critic.value(state.params["critic"], seen, action)
+        actor = losses.masked_mean(jnp.exp(state.params["entropy"]) * density - q, happened)
+        lack = jax.lax.stop_gradient(losses.masked_mean(density - state.spec.action, happened))
+
+        # the critics: (Q(s, a) - y)^2 and the excess, summed; the weight of the excess rises where it is above `gap`
+        y = self.td_target(state, batch, draws)
+        error = self.critic.error(params["critic"], seen, batch.actions[:, 0], y).sum(axis=0)
+        td, excess = losses.masked_mean(error, happened), self.excess(params["critic"], state, batch, draws)
+        weight, gap = jnp.ones(()), 0.0
         if self.lagrange:
-            named["lagrange"] = self.lagrange_loss
-        for name, of in named.items():
-            loss = lambda params, of=of: of(params, before, batch, draws)  # noqa: E731
-            state, more = common.step(state, name, loss, optimizers[name])
-            metrics |= more
-        return common.counted(common.follow(state, self.tau, "critic")), metrics
+            weight, gap = jnp.clip(jnp.exp(params["lagrange"]), 0, 1e6), self.gap
+        conservative = excess.sum() - self.critic.heads * gap
+        critic = td + self.conservatism * jax.lax.stop_gradient(weight) * conservative
+        lagrange = -weight * self.conservatism * jax.lax.stop_gradient(excess - gap).sum()
+        metrics = {"actor/loss": actor, "actor/log_density": density.mean(), "critic/loss": td}
+        metrics |= {"critic/conservative": conservative, "entropy/weight": jnp.exp(params["entropy"])}
+        metrics |= {"lagrange/weight": weight} if self.lagrange else {}
+        return actor - params["entropy"] * lack + critic + lagrange, metrics
 
-    # Policy and entropy
-
-    def sampled(self, spec: Spec, actor: PyTree, obs: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns actions [..., A] of the policy and their log density [...]."""
-        mean, log_std = apply(self.actor(spec), actor, obs)
-        u = mean + jnp.exp(log_std) * noise
-        return jnp.tanh(u), losses.tanh_log_density(u, mean, log_std)
-
-    def entropy_loss(self, entropy: jax.Array, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the loss that keeps the policy's entropy at minus the number of its actions' entries."""
-        _, density = self.sampled(state.spec, state.params["actor"], batch.obs, draws["policy"])
-        loss = -entropy * losses.masked_mean(density - state.spec.action, batch.valid[:, 0])
-        return loss, {"entropy/weight": jnp.exp(entropy)}
-
-    def actor_loss(self, actor: PyTree, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the entropy's weight times the log density, less the lower critic's value."""
-        action, density = self.sampled(state.spec, actor, batch.obs, draws["policy"])
-        q = apply(self.critic(), state.params["critic"], batch.obs, action).min(axis=0)
-        loss = losses.masked_mean(jnp.exp(state.params["entropy"]) * density - q, batch.valid[:, 0])
-        return loss, {"actor/loss": loss, "actor/log_density": density.mean()}
-
-    # Critics
+    def sampled(self, state: State, obs: Observation, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the policy's actions [B, N, A] from this noise, and their log density [B, N]."""
+        return self.actor.sample(state.params["actor"], state.spec.actor(repeat_for(noise, obs)), noise)
 
     def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
-        """Returns y [B], the reward and what the lower target critic says of the policy's next action, or its best."""
-        noise = draws["target"]
-        next_obs = repeat_for(noise, batch.next_obs)
-        action, _ = self.sampled(state.spec, state.params["actor"], next_obs, noise)
-        next_value = apply(self.critic(), state.target["critic"], next_obs, action).min(axis=0).max(axis=-1)
-        return losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        """Returns y [B], the reward and the lower target critic's value of the policy's next action, or of its best."""
+        action, _ = self.sampled(state, batch.next_obs, draws["target"])
+        next_obs = state.spec.critic(repeat_for(action, batch.next_obs))
+        next_value = self.critic.value(state.target["critic"], next_obs, action).max(axis=-1)
+        return self.transitions.target(batch, next_value)
 
-    def out_of_data(self, critic: PyTree, state: State, batch: Batch, draws: Draws) -> jax.Array:
+    def soft_maximum(self, critic: PyTree, state: State, batch: Batch, draws: Draws) -> jax.Array:
         """Returns the soft maximum of each critic [2, B] over actions here, weighted by how they were sampled."""
-        spec, actor, uniform = state.spec, state.params["actor"], draws["uniform"]
-        here, here_density = self.sampled(spec, actor, repeat_for(uniform, batch.obs), draws["here"])
-        after, after_density = self.sampled(spec, actor, repeat_for(uniform, batch.next_obs), draws["next"])
-        actions = jax.lax.stop_gradient(jnp.concatenate([uniform, after, here], axis=1))  # one call for all
-        q = apply(self.critic(), critic, repeat_for(actions, batch.obs), actions)
-        flat = jnp.full(uniform.shape[:2], spec.action * math.log(0.5))
+        here, here_density = self.sampled(state, batch.obs, draws["here"])
+        after, after_density = self.sampled(state, batch.next_obs, draws["next"])
+        actions = jax.lax.stop_gradient(jnp.concatenate([draws["uniform"], after, here], axis=1))  # one call for all
+        q = self.critic.values(critic, state.spec.critic(repeat_for(actions, batch.obs)), actions)
+        flat = jnp.full(here_density.shape, state.spec.action * math.log(0.5))
         density = jax.lax.stop_gradient(jnp.concatenate([flat, after_density, here_density], axis=1))
         if self.calibrated and RETURN in batch.extra:
             floor = jnp.where(jnp.isnan(batch.extra[RETURN]), -jnp.inf, batch.extra[RETURN])
@@ -197,35 +168,13 @@ class CQL:
 
     def excess(self, critic: PyTree, state: State, batch: Batch, draws: Draws) -> jax.Array:
         """Returns by how much each critic's soft maximum exceeds its value of the data, in the mean; [2]."""
-        data = apply(self.critic(), critic, batch.obs, batch.actions[:, 0])
-        excess = jnp.maximum(self.out_of_data(critic, state, batch, draws) - data, self.lowest_gap)
+        data = self.critic.values(critic, state.spec.critic(batch.obs), batch.actions[:, 0])
+        excess = jnp.maximum(self.soft_maximum(critic, state, batch, draws) - data, self.lowest_gap)
         return (excess * batch.valid[:, :1].T).mean(axis=1)
 
-    def critic_loss(self, critic: PyTree, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the TD loss plus the weighted excess, both summed over the critics."""
-        y = self.td_target(state, batch, draws)
-        error = jnp.square(apply(self.critic(), critic, batch.obs, batch.actions[:, 0]) - y[None]).sum(axis=0)
-        loss, excess = losses.masked_mean(error, batch.valid[:, 0]), self.excess(critic, state, batch, draws).sum()
-        weight = self.conservatism
-        if self.lagrange:
-            weight = weight * multiplier(state.params["lagrange"])
-            excess = excess - 2 * self.gap
-        return loss + weight * excess, {"critic/loss": loss, "critic/conservative": excess}
-
-    def lagrange_loss(self, lagrange: jax.Array, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the loss that raises the term's weight where the excess is above `gap`."""
-        excess = self.excess(state.params["critic"], state, batch, draws) - self.gap
-        weight = multiplier(lagrange)
-        return -weight * self.conservatism * excess.sum(), {"lagrange/weight": weight}
-
-    def act(self, state: State, obs: jax.Array, key: jax.Array, *, greedy: bool = False) -> jax.Array:
+    def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
         """Returns chunks [B, 1, A]: samples of the policy; the squashed mean in evaluation (`greedy`)."""
         assert state.normalizer is not None
-        noise = jax.random.normal(key, (len(obs), state.spec.action)) * (0.0 if greedy else 1.0)
-        action, _ = self.sampled(state.spec, state.params["actor"], state.normalizer(obs), noise)
+        noise = jax.random.normal(key, (count_of(obs), state.spec.action)) * (0.0 if greedy else 1.0)
+        action, _ = self.actor.sample(state.params["actor"], state.spec.actor(state.normalizer(obs)), noise)
         return action[:, None]
-
-
-def multiplier(log: jax.Array) -> jax.Array:
-    """Returns the multiplier whose logarithm is learned, within [0, 1e6]."""
-    return jnp.clip(jnp.exp(log), 0, 1e6)

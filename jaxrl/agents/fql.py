@@ -14,53 +14,38 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.agents import learner
-from jaxrl.agents.learner import CutWindows, Draws, State
-from jaxrl.agents.parts import Adam, Critic, FlowPolicy, OneStepPolicy
+from jaxrl.agents.learner import Draws, State
+from jaxrl.agents.parts import Adam, Critic, FlowPolicy, OneStepPolicy, Windows
 from jaxrl.ops import losses
-from jaxrl.ranges import check_at_least
-from jaxrl.replay.hindsight import Goals
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Metrics,
-    NonNegative,
-    Observation,
-    PyTree,
-    Requirements,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.ranges import NonNegative
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
 
 
 @pytree
 class FQL:
     """Flow Q-learning: a one-step policy between a behaviour flow and a critic."""
 
-    chunk: Count = 1  # H: actions per decision, executed open loop
-    backup: Count = 1  # steps of the return in the TD target, at least `chunk`
+    windows: Windows = Windows()
     flow: FlowPolicy = FlowPolicy()  # the behaviour, v(s, a_t, t)
     policy: OneStepPolicy = OneStepPolicy()  # mu(s, z)
     critic: Critic = Critic()  # Q_j(s, a)
     adam: Adam = Adam()
-    batch_size: Count = 256  # windows per update
-    discount: Fraction = 0.99  # gamma, per environment step
-    tau: Fraction = 0.005  # Polyak rate of the target critic
     alpha: NonNegative = 10.0  # weight of the distillation; to be tuned per task
     normalize_q: bool = False  # whether the critic's scale is divided out of the policy's loss
-    cut_windows: CutWindows = "keep"  # whether windows that termination cuts short train the critic
-    goals: Goals = Goals()  # how goals are drawn where the task has some
+
+    @property
+    def chunk(self) -> int:
+        """H, the actions of one decision."""
+        return self.windows.chunk
 
     def check(self) -> None:
         """Raises UserError for settings that do not fit each other."""
-        check_at_least(self, backup=self.chunk)
-        self.goals.check_head(self.critic.head)
+        self.windows.goals.check_head(self.critic.head)
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return Requirements(window=self.backup, unit_rewards=self.critic.head == "bce", batch=self.batch_size)
+        return self.windows.requires(self.critic.head)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -75,11 +60,9 @@ class FQL:
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of windows."""
-        return windows(data, key, self.batch_size, self.backup, self.goals)
+        return self.windows.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after one joint gradient step and one Polyak step."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update."""
@@ -95,19 +78,19 @@ class FQL:
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
         """Returns the state after the update with these random numbers."""
         loss = lambda params: self.loss(params, state, batch, draws)  # noqa: E731
-        return learner.descend(state, loss, self.adam.transformation(), self.tau, "critic")
+        return learner.descend(state, loss, self.adam.transformation(), self.critic.tau, "critic")
 
     def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
         """Returns y [B], the return of the window and what the policy's action is worth after it."""
         action = self.choose(state, batch.next_obs, draws["next_noise"])
         next_value = self.critic.value(state.target["critic"], state.spec.critic(batch.next_obs), action)
-        y = losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        y = self.windows.target(batch, next_value)
         return losses.bounded(y, self.critic.head)
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the sum of all losses and what each of them is, in the paper's order."""
-        spec, a, happened = state.spec, learner.flat_actions(batch, self.chunk), batch.valid[:, 0]
-        whole = learner.critic_weight(batch, self.chunk, self.cut_windows)
+        spec, a, happened = state.spec, self.windows.actions(batch), batch.valid[:, 0]
+        whole = self.windows.weight(batch)
 
         # the critic: (Q(s, a) - y)^2, averaged over the heads
         error = self.critic.error(params["critic"], spec.critic(batch.obs), a, self.td_target(state, batch, draws))
@@ -116,7 +99,7 @@ class FQL:
         # the flow clones the behaviour: |v(s, a_t, t) - (a - z)|^2
         seen = spec.behaviour(batch.obs)
         matching = self.flow.matching_error(params["flow"], seen, draws["x0"], a, draws["t"])
-        cloning = losses.masked_mean(matching, learner.step_mask(batch, self.chunk))
+        cloning = losses.masked_mean(matching, self.windows.mask(batch))
 
         # the policy stays near the flow's solution F(s, z) and climbs the critic
         noise = draws["distill_noise"]

@@ -19,60 +19,44 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.agents import learner
-from jaxrl.agents.learner import CutWindows, Draws, State
-from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Value, check_heads
+from jaxrl.agents.learner import Draws, State
+from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Value, Windows, check_heads
 from jaxrl.networks import repeat_for
 from jaxrl.ops import guidance, losses
-from jaxrl.ranges import check_at_least
-from jaxrl.replay.hindsight import Goals
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Metrics,
-    NonNegative,
-    Observation,
-    PyTree,
-    Requirements,
-    Scalar,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.ranges import Count, Fraction, NonNegative
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, count_of, pytree
 
 
 @pytree
 class IQL:
     """Implicit Q-learning with a Gaussian actor."""
 
-    chunk: Count = 1  # H: actions per decision, executed open loop
-    backup: Count = 1  # steps of the return in the TD target, at least `chunk`
+    windows: Windows = Windows()
     actor: GaussianPolicy = GaussianPolicy()  # pi(a | s)
     critic: Critic = Critic(agg="min")  # Q_j(s, a)
     value: Value = Value()  # V(s)
     adam: Adam = Adam()
-    batch_size: Count = 256  # windows per update
-    discount: Fraction = 0.99  # gamma, per environment step
-    tau: Fraction = 0.005  # Polyak rate of the target critic
     expectile: Fraction = 0.9  # level of the value's expectile
     extraction: Literal["awr", "ddpgbc"] = "awr"  # imitate by advantage, or climb the critic and imitate
     alpha: NonNegative = 10.0  # inverse temperature of the advantage, or weight of the imitation
     advantage_of: Literal["online", "target"] = "online"  # whether the online or the target critic's advantage counts
     num_samples: Count = 1  # N: samples of which the best is acted on
     eval_temperature: NonNegative = 0.0  # scale of the actor's noise in evaluation
-    cut_windows: CutWindows = "keep"  # whether windows that termination cuts short train
-    goals: Goals = Goals()  # how goals are drawn where the task has some
+
+    @property
+    def chunk(self) -> int:
+        """H, the actions of one decision."""
+        return self.windows.chunk
 
     def check(self) -> None:
         """Raises UserError for settings that do not fit each other."""
-        check_at_least(self, backup=self.chunk)
         check_heads("IQL", self.critic, self.value)
-        self.goals.check_head(self.critic.head)
+        self.windows.goals.check_head(self.critic.head)
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return Requirements(window=self.backup, unit_rewards=self.critic.head == "bce", batch=self.batch_size)
+        return self.windows.requires(self.critic.head)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -87,11 +71,9 @@ class IQL:
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of windows."""
-        return windows(data, key, self.batch_size, self.backup, self.goals)
+        return self.windows.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after one joint gradient step and one Polyak step."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the noise of the actor's samples."""
@@ -100,18 +82,18 @@ class IQL:
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
         """Returns the state after the update with these random numbers."""
         loss = lambda params: self.loss(params, state, batch, draws)  # noqa: E731
-        return learner.descend(state, loss, self.adam.transformation(), self.tau, "critic")
+        return learner.descend(state, loss, self.adam.transformation(), self.critic.tau, "critic")
 
     def td_target(self, state: State, batch: Batch) -> jax.Array:
         """Returns y [B], the return of the window and the value after it (Eq. 6)."""
         next_value = self.value.value(state.params["value"], state.spec.critic(batch.next_obs))
-        y = losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        y = self.windows.target(batch, next_value)
         return losses.bounded(y, self.critic.head)
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the sum of all losses and what each of them is, in the paper's order."""
-        a, seen = learner.flat_actions(batch, self.chunk), state.spec.critic(batch.obs)
-        weight = learner.critic_weight(batch, self.chunk, self.cut_windows)
+        a, seen = self.windows.actions(batch), state.spec.critic(batch.obs)
+        weight = self.windows.weight(batch)
 
         # the value is an expectile of the target critic at the data's actions (Eq. 5)
         target = self.critic.value(state.target["critic"], seen, a)
@@ -140,7 +122,7 @@ class IQL:
         """Returns min(exp(alpha (Q - V)), 100), [B]."""
         critic = state.params["critic"] if self.advantage_of == "online" else state.target["critic"]
         obs = state.spec.critic(batch.obs)
-        q = self.critic.value(critic, obs, learner.flat_actions(batch, self.chunk))
+        q = self.critic.value(critic, obs, self.windows.actions(batch))
         return jnp.minimum(jnp.exp(self.alpha * (q - self.value.value(state.params["value"], obs))), 100.0)
 
     def choose(self, state: State, obs: Observation, noise: jax.Array, temperature: Scalar = 1.0) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeAlias
+from typing import Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,6 @@ from jaxrl.replay.hindsight import goals_of, with_goals
 from jaxrl.replay.ring import Rings
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
-CutWindows: TypeAlias = Literal["keep", "drop"]
-"""Whether windows that an episode's end cuts short train the critic."""
 Draws: TypeAlias = dict[str, jax.Array]
 """The random numbers of one update, by name. Who has them can repeat the update exactly."""
 Loss: TypeAlias = Callable[[PyTree], tuple[jax.Array, Metrics]]
@@ -35,6 +33,7 @@ class State:
     step: jax.Array  # [] int32
     normalizer: Normalizer | None = None
     online: bool = False  # of agents that learn differently there
+    anchor: PyTree | None = None  # of agents that stay near a network as it was before they went online
 
 
 def create(
@@ -58,6 +57,26 @@ def create(
     return State(spec, params, target, opt, jnp.zeros((), jnp.int32), identity)
 
 
+class Drawing(Protocol):
+    """An agent whose update depends on random numbers that are drawn first."""
+
+    def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
+        """Returns the random numbers of one update."""
+        ...
+
+    def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
+        """Returns the state after the update with these random numbers."""
+        ...
+
+
+def update(agent: Drawing, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
+    """Returns an agent's state after one update, and its metrics: random numbers are drawn, then learned with.
+
+    It is the `update` of most agents, as `update = learner.update` in their classes.
+    """
+    return agent.learn(state, batch, agent.draw(state.spec, batch, key))
+
+
 # Gradient steps
 
 
@@ -77,9 +96,14 @@ def descend(
 def step(state: State, name: str, loss: Loss, optimizer: optax.GradientTransformation) -> tuple[State, Metrics]:
     """Returns the state after one gradient step of one network on a loss of its parameters."""
     gradient, metrics = jax.grad(loss, has_aux=True)(state.params[name])
+    return step_along(state, name, gradient, optimizer), metrics
+
+
+def step_along(state: State, name: str, gradient: PyTree, optimizer: optax.GradientTransformation) -> State:
+    """Returns the state after one step of one network along a gradient."""
     updates, opt = optimizer.update(gradient, state.opt[name], state.params[name])
     params = state.params | {name: optax.apply_updates(state.params[name], updates)}
-    return dataclasses.replace(state, params=params, opt=state.opt | {name: opt}), metrics
+    return dataclasses.replace(state, params=params, opt=state.opt | {name: opt})
 
 
 def follow(state: State, tau: Scalar, *slow: str) -> State:
@@ -116,7 +140,7 @@ def fit(state: State, data: Rings) -> State:
     if ring.hindsight is not None:
         goals = goals_of(jax.tree.map(lambda x: x[0], obs), ring.hindsight)
         obs = with_goals(obs, goals[None])
-    return dataclasses.replace(state, normalizer=normalizer.of_rows(obs, ring.valid))
+    return dataclasses.replace(state, normalizer=normalizer.of_rows(obs, ring.valid).normalizer())
 
 
 def normalized(state: State, batch: Batch) -> Batch:
@@ -127,27 +151,6 @@ def normalized(state: State, batch: Batch) -> Batch:
 
 
 # Views of a batch
-
-
-def flat_actions(batch: Batch, chunk: int | None = None) -> jax.Array:
-    """Returns the windows' first `chunk` actions, by default all H, as flat chunks [B, chunk * A]."""
-    return batch.actions[:, :chunk].reshape(len(batch.actions), -1)
-
-
-def step_mask(batch: Batch, chunk: int | None = None) -> jax.Array:
-    """Returns the validity of every entry of `flat_actions(batch, chunk)`, [B, chunk * A]."""
-    return jnp.repeat(batch.valid[:, :chunk], batch.actions.shape[-1], axis=-1)
-
-
-def critic_weight(batch: Batch, chunk: int, cut_windows: CutWindows) -> jax.Array:
-    """Returns the weight [B] of each window in the critic's loss.
-
-    "keep": 1 where all `chunk` actions that the critic sees happened, or the task ended on the way, after which
-    nothing matters. "drop": 1 where the whole window happened, as in the official code of QC and its kin.
-    """
-    if cut_windows == "drop":
-        return batch.valid[:, -1]
-    return jnp.maximum(batch.valid[:, chunk - 1], batch.terminated)
 
 
 def unflatten(chunk: jax.Array, action: int) -> jax.Array:

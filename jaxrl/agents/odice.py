@@ -3,29 +3,27 @@
 Paper: Mao, Xu, Zhang, Zhan, "ODICE: Revealing the Mystery of Distribution Correction Estimation via Orthogonal-gradient
 Update", arXiv 2402.00348.
 
-The dual of return maximisation near the data is a loss of a state value V alone. Its Bellman residual has a forward
-gradient, through V(s), and a backward one, through V(s'), which often quarrel. O-DICE takes from the backward gradient
-what is orthogonal to the forward one. A Gaussian policy then imitates actions with positive residuals. No action is
-ever asked about that the data do not hold.
+The dual of return maximization near the data is a loss of a state value V alone. Its Bellman residual has a forward
+gradient, through V(s), and a backward one, through V(s'), which often conflict. O-DICE takes from the backward gradient
+only what is orthogonal to the forward one. A Gaussian policy then imitates actions with positive residuals. No value of
+an out-of-distribution action is ever needed.
 
 As published: the projection is over all parameters of both values together, the policy's weight is max(residual, 0),
 and its weight decay is added to the gradient. Rewards are to be scaled as the paper's, for `trade` depends on them.
 """
 
-import dataclasses
 from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import common
-from jaxrl.agents.common import State
-from jaxrl.networks import Critic, Gaussian, Norm, apply
-from jaxrl.ops import losses
-from jaxrl.replay.hindsight import Goals
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
+from jaxrl.agents import learner
+from jaxrl.agents.learner import State
+from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Transitions
+from jaxrl.ranges import Fraction, NonNegative
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, pytree
 
 
 @pytree
@@ -34,73 +32,58 @@ class ODICE:
 
     chunk: ClassVar[int] = 1
 
-    actor_hidden: tuple[int, ...] = (1024, 1024)  # widths of the policy
-    value_hidden: tuple[int, ...] = (256, 256)  # widths of each value
-    value_norm: Norm = "before"  # layer norm in the values; none on the antmazes
-    values: int = 2  # number of values, of which the lowest counts; one on the harder antmazes
-    batch_size: int = 256  # transitions per update
-    actor_lr: Scalar = 2e-4  # learning rate of Adam
-    value_lr: Scalar = 2e-4  # learning rate of Adam
-    weight_decay: Scalar = 1e-4  # of the policy, as part of its gradient
-    discount: Scalar = 0.99  # gamma, per environment step
-    tau: Scalar = 0.005  # polyak rate of the target value
+    transitions: Transitions = Transitions()
+    actor: GaussianPolicy = GaussianPolicy(Net((1024, 1024), "relu", "none", "torch"), std="learned")  # pi(a | s)
+    # V_k(s), with no layer norm on the antmazes, and of one head on the harder ones
+    value: Critic = Critic(Net((256, 256), "relu", "before", "torch"), agg="min", epsilon="1e-5")
+    actor_adam: Adam = Adam(2e-4)
+    value_adam: Adam = Adam(2e-4)
+    weight_decay: NonNegative = 1e-4  # of the policy, as part of its gradient
     gradient: Literal["orthogonal", "semi", "true"] = "orthogonal"  # which gradient the residual has
-    trade: Scalar = 0.6  # lambda: residuals against the mean value; to be tuned per task
-    eta: Scalar = 1.0  # weight of the backward gradient; to be tuned per task
+    trade: Fraction = 0.6  # lambda: residuals against the mean value; to be tuned per task
+    eta: NonNegative = 1.0  # weight of the backward gradient; to be tuned per task
     divergence: Literal["chi_square", "reverse_kl"] = "chi_square"  # between the policy's visits and the data's
-    max_weight: Scalar = 100.0  # bound of the policy's weights
-    goals: Goals = Goals()  # how goals are drawn where the task has some
+    max_weight: NonNegative = 100.0  # bound of the policy's weights
 
-    def check(self) -> None:
-        """Raises UserError where a value is out of range."""
-        counts = ("actor_hidden", "value_hidden", "values", "batch_size")
-        common.check_range(self, **dict.fromkeys(counts, (1, None)))
-        rates = ("actor_lr", "value_lr", "weight_decay", "eta", "max_weight")
-        common.check_range(self, **dict.fromkeys(rates, (0, None)))
-        common.check_range(self, **dict.fromkeys(("discount", "tau", "trade"), (0, 1)))
-        self.goals.check()
-
-    def actor(self, spec: Spec) -> Gaussian:
-        """Returns pi(a | s)."""
-        return Gaussian(spec.action, self.actor_hidden, "none", "relu", unit_width=False, initial="torch")
-
-    def value(self) -> Critic:
-        """Returns the values V_k(s)."""
-        return Critic(self.values, self.value_hidden, self.value_norm, "relu", "torch", 1e-5)
+    def requires(self) -> Requirements:
+        """Returns what its data must have."""
+        return self.transitions.requires()
 
     def optimizers(self) -> dict[str, optax.GradientTransformation]:
-        """Returns each network's optimiser."""
-        decayed = optax.chain(optax.add_decayed_weights(self.weight_decay), optax.adam(self.actor_lr))
-        return {"value": optax.adam(self.value_lr), "actor": decayed}
+        """Returns each network's optimizer."""
+        decay = optax.add_decayed_weights(self.weight_decay)
+        actor = optax.chain(decay, self.actor_adam.transformation())
+        return {"value": self.value_adam.transformation(), "actor": actor}
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
         key_actor, key_value = jax.random.split(key)
-        obs = jnp.zeros(spec.observation)
-        params = {"actor": self.actor(spec).init(key_actor, obs), "value": self.value().init(key_value, obs)}
-        return common.start_each(spec, params, self.optimizers(), "value")
+        obs = spec.example()
+        params = {
+            "actor": self.actor.init(key_actor, spec.actor(obs), jnp.zeros(spec.action)),
+            "value": self.value.init(key_value, spec.critic(obs)),
+        }
+        return learner.create(spec, params, self.optimizers(), "value")
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of transitions."""
-        return windows(data, key, self.batch_size, 1, self.goals)
+        return self.transitions.sample(data, key)
 
     def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of the value, of its target, and of the policy; nothing is left to chance."""
+        """Returns the state after a step of the values, of their targets, and of the policy; nothing is random."""
         return self.learn(state, batch)
 
     def learn(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         """Returns the state after the update."""
         optimizers, residual = self.optimizers(), self.residual(state.params["value"], state, batch)
         gradient, metrics = self.value_gradient(state, batch)
-        updates, opt = optimizers["value"].update(gradient, state.opt["value"], state.params["value"])
-        params = state.params | {"value": optax.apply_updates(state.params["value"], updates)}
-        state = dataclasses.replace(state, params=params, opt=state.opt | {"value": opt})
-        state = common.follow(state, self.tau, "value")
+        state = learner.step_along(state, "value", gradient, optimizers["value"])
+        state = learner.follow(state, self.value.tau, "value")
         loss = lambda actor: self.actor_loss(actor, state, batch, residual)  # noqa: E731
-        state, more = common.step(state, "actor", loss, optimizers["actor"])
-        return common.counted(state), {**metrics, **more}
+        state, more = learner.step(state, "actor", loss, optimizers["actor"])
+        return learner.counted(state), {**metrics, **more}
 
-    # The value
+    # The values
 
     def conjugate(self, y: jax.Array) -> jax.Array:
         """Returns f*(y), for chi-square from omega(y) = max(y / 2 + 1, 0), which is its derivative."""
@@ -111,7 +94,7 @@ class ODICE:
 
     def bellman(self, value: jax.Array, next_value: jax.Array, batch: Batch) -> jax.Array:
         """Returns r + gamma V(s') - V(s), of shape [K, B]."""
-        bootstrap = jnp.where(batch.terminated[None], 0.0, self.discount * next_value)
+        bootstrap = jnp.where(batch.terminated[None], 0.0, self.transitions.discount * next_value)
         return batch.rewards[:, :1].T + bootstrap - value
 
     def residual(self, params: PyTree, state: State, batch: Batch) -> jax.Array:
@@ -119,15 +102,26 @@ class ODICE:
 
         The policy is weighted by it.
         """
-        slow = params if self.gradient == "true" else state.target["value"]
-        next_value = apply(self.value(), slow, batch.next_obs)
-        next_value = next_value if self.gradient == "true" else next_value.min(axis=0, keepdims=True)
-        return self.bellman(apply(self.value(), params, batch.obs), next_value, batch)
+        next_obs = state.spec.critic(batch.next_obs)
+        if self.gradient == "true":
+            next_value = self.value.values(params, next_obs)
+        else:
+            next_value = self.value.value(state.target["value"], next_obs)[None]
+        return self.bellman(self.value.values(params, state.spec.critic(batch.obs)), next_value, batch)
 
     def backward_residual(self, params: PyTree, state: State, batch: Batch) -> jax.Array:
         """Returns the residual [K, B] in which the next value is each value's own, and the value the target's."""
-        value = apply(self.value(), state.target["value"], batch.obs).min(axis=0, keepdims=True)
-        return self.bellman(value, apply(self.value(), params, batch.next_obs), batch)
+        value = self.value.value(state.target["value"], state.spec.critic(batch.obs))[None]
+        return self.bellman(value, self.value.values(params, state.spec.critic(batch.next_obs)), batch)
+
+    def level(self, params: PyTree, state: State, batch: Batch) -> jax.Array:
+        """Returns (1 - lambda) times the mean value."""
+        values = self.value.values(params, state.spec.critic(batch.obs))
+        return (1 - self.trade) * jnp.mean(values * batch.valid[:, :1].T)
+
+    def penalty(self, residual: jax.Array, batch: Batch, weight: Scalar) -> jax.Array:
+        """Returns the weighted mean of f*(residual)."""
+        return weight * jnp.mean(self.conjugate(residual) * batch.valid[:, :1].T)
 
     def value_gradient(self, state: State, batch: Batch) -> tuple[PyTree, Metrics]:
         """Returns the gradient that the values descend, and metrics: of semi and true gradients simply the loss's.
@@ -135,22 +129,10 @@ class ODICE:
         The orthogonal one is g_0 + g_f + (g_b - kappa g_f) with kappa = <g_f, g_b> / <g_f, g_f>, over all parameters:
         g_0 of the mean value, g_f and g_b of the forward and backward residuals (section 3.2).
         """
-        happened = batch.valid[:, :1].T
-
-        def mean(x: jax.Array) -> jax.Array:
-            return jnp.mean(x * happened)
-
-        def level(params: PyTree) -> jax.Array:
-            return (1 - self.trade) * mean(apply(self.value(), params, batch.obs))
-
-        def forward(params: PyTree) -> jax.Array:
-            return self.trade * mean(self.conjugate(self.residual(params, state, batch)))
-
-        def backward(params: PyTree) -> jax.Array:
-            return self.trade * self.eta * mean(self.conjugate(self.backward_residual(params, state, batch)))
-
-        params = state.params["value"]
-        low, g_0 = jax.value_and_grad(level)(params)
+        params, back = state.params["value"], self.trade * self.eta
+        forward = lambda params: self.penalty(self.residual(params, state, batch), batch, self.trade)  # noqa: E731
+        backward = lambda params: self.penalty(self.backward_residual(params, state, batch), batch, back)  # noqa: E731
+        low, g_0 = jax.value_and_grad(self.level)(params, state, batch)
         loss, g_f = jax.value_and_grad(forward)(params)
         metrics = {"value/level": low, "value/loss": loss}
         if self.gradient != "orthogonal":
@@ -168,17 +150,14 @@ class ODICE:
         return jnp.minimum(weight, self.max_weight)
 
     def actor_loss(self, actor: PyTree, state: State, batch: Batch, residual: jax.Array) -> tuple[jax.Array, Metrics]:
-        """Returns the weighted imitation's loss, the mean over values and batch."""
-        mean, log_std = apply(self.actor(state.spec), actor, batch.obs)
-        density = losses.gaussian_log_density(batch.actions[:, 0], mean, log_std)
+        """Returns the loss of the weighted imitation, the mean over values and batch."""
+        density = self.actor.log_density(actor, state.spec.actor(batch.obs), batch.actions[:, 0])
         weight = jax.lax.stop_gradient(self.weight(residual))
         loss = -jnp.mean(weight * (density * batch.valid[:, 0])[None])
         return loss, {"actor/loss": loss, "actor/weight": weight.mean()}
 
-    # Acting
-
-    def act(self, state: State, obs: jax.Array, key: jax.Array, *, greedy: bool = False) -> jax.Array:
+    def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
         """Returns chunks [B, 1, A]: samples of the policy, clipped; its mean in evaluation (`greedy`)."""
-        mean, log_std = apply(self.actor(state.spec), state.params["actor"], obs)
+        mean, log_std = self.actor.moments(state.params["actor"], state.spec.actor(obs))
         noise = 0.0 if greedy else jnp.exp(log_std) * jax.random.normal(key, mean.shape)
         return jnp.clip(mean + noise, -1, 1)[:, None]

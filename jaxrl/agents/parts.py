@@ -6,7 +6,7 @@ observation is the caller's choice, see `types.Spec`.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,19 @@ from jaxrl import networks
 from jaxrl.errors import UserError
 from jaxrl.networks import TIME_FEATURES, Activation, Init, Norm, TimeFeatures, apply
 from jaxrl.ops import flow, losses
-from jaxrl.ranges import check_at_least
-from jaxrl.types import Count, NonNegative, Observation, PyTree, Widths, pytree
+from jaxrl.ops.closed_form import Mixture
+from jaxrl.ranges import Count, Fraction, Natural, NonNegative, Range, Widths, check_at_least
+from jaxrl.replay.hindsight import Goals
+from jaxrl.replay.ring import Rings, windows
+from jaxrl.types import Batch, Observation, PyTree, Requirements, Scalar, pytree
 
 FEWEST_FEATURES = {"fourier": 4, "sinusoidal": 2, "raw": 1}
 """The least number of time features of each kind: Fourier features range between two frequencies, and have both."""
+
+T = TypeVar("T")
+
+CutWindows: TypeAlias = Literal["keep", "drop"]
+"""Whether windows that an episode's end cuts short train the critic."""
 
 
 @pytree
@@ -56,6 +64,76 @@ class AdamW:
         return optax.adamw(self.lr, weight_decay=self.weight_decay)
 
 
+# Data
+
+
+@pytree
+class Windows:
+    """What one update learns from: windows of the data, and the returns in them."""
+
+    chunk: Count = 1  # H: actions per decision, executed open loop
+    backup: Count = 1  # steps of a window and of the return in the TD target, at least `chunk`
+    batch: Count = 256  # windows per update
+    discount: Fraction = 0.99  # gamma, per environment step
+    cut: CutWindows = "keep"  # whether windows that termination cuts short train the critic
+    goals: Goals = Goals()  # how goals are drawn where the task has some
+
+    def check(self) -> None:
+        """Raises UserError where the return is shorter than a chunk."""
+        check_at_least(self, backup=self.chunk)
+
+    def requires(self, head: losses.Head = "mse") -> Requirements:
+        """Returns what the data must have, for values of a kind."""
+        return Requirements(window=self.backup, unit_rewards=head == "bce", batch=self.batch)
+
+    def sample(self, data: Rings, key: jax.Array, share: Scalar | None = None) -> Batch:
+        """Returns a batch of windows, uniform over the rows of all rings, or with a `share` of it from the first."""
+        return windows(data, key, self.batch, self.backup, self.goals, share)
+
+    def actions(self, batch: Batch) -> jax.Array:
+        """Returns the first `chunk` actions of each window as flat chunks [B, H * A]."""
+        return batch.actions[:, : self.chunk].reshape(len(batch.actions), -1)
+
+    def mask(self, batch: Batch) -> jax.Array:
+        """Returns 1 for the entries of `actions(batch)` that were executed and 0 for the others, [B, H * A]."""
+        return jnp.repeat(batch.valid[:, : self.chunk], batch.actions.shape[-1], axis=-1)
+
+    def weight(self, batch: Batch) -> jax.Array:
+        """Returns the weight [B] of each window in the critic's loss.
+
+        "keep": 1 where all `chunk` actions that the critic sees happened, or the task ended on the way, after which
+        nothing matters. "drop": 1 where the whole window happened, as in the official code of QC and its relatives.
+        """
+        if self.cut == "drop":
+            return batch.valid[:, -1]
+        return jnp.maximum(batch.valid[:, self.chunk - 1], batch.terminated)
+
+    def target(self, batch: Batch, next_value: jax.Array) -> jax.Array:
+        """Returns the TD target [B]: the discounted return of each window, and the value [B] after it."""
+        return losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+
+
+@pytree
+class Transitions:
+    """What one update of a one-step method learns from: transitions of the data."""
+
+    batch: Count = 256  # transitions per update
+    discount: Fraction = 0.99  # gamma, per environment step
+    goals: Goals = Goals()  # how goals are drawn where the task has some
+
+    def requires(self, head: losses.Head = "mse") -> Requirements:
+        """Returns what the data must have, for values of a kind."""
+        return Requirements(unit_rewards=head == "bce", batch=self.batch)
+
+    def sample(self, data: Rings, key: jax.Array, share: Scalar | None = None) -> Batch:
+        """Returns a batch of transitions, uniform over all rings, or with a `share` of it from the first."""
+        return windows(data, key, self.batch, 1, self.goals, share)
+
+    def target(self, batch: Batch, next_value: jax.Array) -> jax.Array:
+        """Returns the TD target [B]: the reward, and the discounted value [B] after it."""
+        return losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+
+
 # Policies
 
 
@@ -74,7 +152,7 @@ class FlowPolicy:
 
     def network(self, size: int) -> networks.Velocity:
         """Returns the network of chunks of `size` numbers."""
-        return networks.Velocity(size, *_layers(self.net), self.time, self.time_size)
+        return networks.Velocity(size, *_layers(self.net), self.time, self.time_size, self.net.initial)
 
     def init(self, key: jax.Array, obs: Observation, chunk: jax.Array) -> PyTree:
         """Returns parameters, for an example [O] and [D]."""
@@ -107,7 +185,7 @@ class FlowMapPolicy:
 
     def network(self, size: int) -> networks.Velocity:
         """Returns the network of chunks of `size` numbers."""
-        return networks.Velocity(size, *_layers(self.net), self.time, self.time_size)
+        return networks.Velocity(size, *_layers(self.net), self.time, self.time_size, self.net.initial)
 
     def init(self, key: jax.Array, obs: Observation, chunk: jax.Array) -> PyTree:
         """Returns parameters, for an example [O] and [D]."""
@@ -123,6 +201,48 @@ class FlowMapPolicy:
 
 
 @pytree
+class SelfDistillation:
+    """How a flow map learns the data: flow matching on the diagonal r = t, and off it from itself."""
+
+    kind: Literal["esd", "lsd", "lsd_reverse", "psd"] = "esd"  # the loss off the diagonal
+    velocity: Literal["sample", "diagonal"] = "sample"  # along which velocity ESD differentiates
+    warmup: Natural = 5_000  # updates with the diagonal loss alone
+    curriculum: Natural = 50_000  # update at which the intervals [r, t] have reached their full width
+
+    def check(self) -> None:
+        """Raises UserError for settings that do not fit each other."""
+        check_at_least(self, curriculum=self.warmup)
+
+    def draw(self, key: jax.Array, count: int, size: int) -> dict[str, jax.Array]:
+        """Returns the random numbers of one update with `count` chunks of `size` numbers."""
+        key_x0, key_t, key_y0, key_rt, key_split = jax.random.split(key, 5)
+        off_r, off_t = flow.uniform_times(key_rt, count)
+        return {
+            "x0": jax.random.normal(key_x0, (count, size)),
+            "t": jax.random.uniform(key_t, (count, 1)),
+            "off_x0": jax.random.normal(key_y0, (count, size)),
+            "off_r": off_r,
+            "off_t": off_t,
+            "off_split": jax.random.uniform(key_split, (count, 1)),
+        }
+
+    def losses(
+        self, u: flow.AverageVelocity, x1: jax.Array, mask: jax.Array, draws: dict[str, jax.Array], step: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the losses on and off the diagonal at an update's number, of data x1 [B, D] with a mask [B, D]."""
+        diagonal = flow.matching_error(u, draws["x0"], x1, draws["t"])
+        progress = jnp.clip((step - self.warmup) / max(self.curriculum - self.warmup, 1), 0, 1)
+        r, t = flow.widen(draws["off_r"], draws["off_t"], progress)
+        if self.kind == "esd":
+            off = flow.esd_error(u, draws["off_x0"], x1, r, t, self.velocity)
+        elif self.kind == "psd":
+            off = flow.psd_error(u, draws["off_x0"], x1, r, t, draws["off_split"])
+        else:
+            off = flow.lsd_error(u, draws["off_x0"], x1, r, t, reverse=self.kind == "lsd_reverse")
+        return losses.masked_mean(diagonal, mask), losses.masked_mean(off, mask)
+
+
+@pytree
 class OneStepPolicy:
     """A map of noise to action chunks, mu(s, z)."""
 
@@ -130,7 +250,7 @@ class OneStepPolicy:
 
     def network(self, size: int) -> networks.Velocity:
         """Returns the network of chunks of `size` numbers."""
-        return networks.Velocity(size, *_layers(self.net))
+        return networks.Velocity(size, *_layers(self.net), initial=self.net.initial)
 
     def init(self, key: jax.Array, obs: Observation, chunk: jax.Array) -> PyTree:
         """Returns parameters, for an example [O] and [D]."""
@@ -171,13 +291,13 @@ class GaussianPolicy:
         """Returns the network of chunks of `size` numbers."""
         return networks.Gaussian(size, *_layers(self.net), self.std == "unit", self.net.initial)
 
-    def init(self, key: jax.Array, obs: Observation, chunk: jax.Array) -> PyTree:
-        """Returns parameters, for an example [O] and [D]."""
-        return self.network(chunk.shape[-1]).init(key, obs)
+    def init(self, key: jax.Array, obs: Observation, chunk: jax.Array, *more: jax.Array) -> PyTree:
+        """Returns parameters, for examples [O] and [D], and of what else the mean depends on."""
+        return self.network(chunk.shape[-1]).init(key, obs, *more)
 
-    def moments(self, params: PyTree, obs: Observation) -> tuple[jax.Array, jax.Array]:
+    def moments(self, params: PyTree, obs: Observation, *more: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns mean and logarithm of the standard deviation, [..., D] each."""
-        return apply(self.network(networks.outputs_of(params)), params, obs)  # ty: ignore[invalid-explicit-return]
+        return apply(self.network(networks.outputs_of(params)), params, obs, *more)  # ty: ignore[invalid-explicit-return]
 
     def log_density(self, params: PyTree, obs: Observation, chunk: jax.Array) -> jax.Array:
         """Returns the log density [...] of chunks [..., D]."""
@@ -188,6 +308,12 @@ class GaussianPolicy:
         mean, log_std = self.moments(params, obs)
         return jnp.clip(mean + jnp.exp(log_std) * noise, -1, 1)
 
+    def squashed(self, params: PyTree, obs: Observation, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns tanh(mean + std * noise) [..., D] and its log density [...]."""
+        mean, log_std = self.moments(params, obs)
+        u = mean + jnp.exp(log_std) * noise
+        return jnp.tanh(u), losses.tanh_log_density(u, mean, log_std)
+
 
 @pytree
 class SquashedGaussianPolicy:
@@ -197,16 +323,20 @@ class SquashedGaussianPolicy:
 
     def network(self, size: int) -> networks.Squashed:
         """Returns the network of actions of `size` numbers."""
-        return networks.Squashed(size, self.net.hidden, self.net.activation)
+        return networks.Squashed(size, *_layers(self.net), self.net.initial)
 
     def init(self, key: jax.Array, obs: Observation, action: jax.Array) -> PyTree:
         """Returns parameters, for an example [O] and [A]."""
         return self.network(action.shape[-1]).init(key, obs)
 
+    def moments(self, params: PyTree, obs: Observation) -> tuple[jax.Array, jax.Array]:
+        """Returns mean and logarithm of the standard deviation before tanh, [..., A] each."""
+        network = self.network(networks.outputs_of(params) // 2)
+        return apply(network, params, obs)  # ty: ignore[invalid-explicit-return]
+
     def sample(self, params: PyTree, obs: Observation, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns actions [..., A] in [-1, 1] and their log density [...]."""
-        size = networks.outputs_of(params) // 2
-        mean, log_std = apply(self.network(size), params, obs)
+        mean, log_std = self.moments(params, obs)
         u = mean + jnp.exp(log_std) * noise
         return jnp.tanh(u), losses.tanh_log_density(u, mean, log_std)
 
@@ -235,51 +365,106 @@ class Autoencoder:
         return apply(networks.Deterministic(size, self.hidden), params["decoder"], obs, latent), mean, log_std
 
 
+@pytree
+class MixturePolicy:
+    """The tanh of a mixture of diagonal Gaussians, of which weights, means and widths depend on the state."""
+
+    net: Net = Net((256, 256, 256), "relu", "none", "torch")
+    components: Count = 4  # M: Gaussians
+
+    def network(self, outputs: int) -> networks.MLP:
+        """Returns the network of so many outputs."""
+        return networks.MLP((*self.net.hidden, outputs), self.net.norm, self.net.activation, initial=self.net.initial)
+
+    def init(self, key: jax.Array, obs: Observation, action: jax.Array) -> PyTree:
+        """Returns parameters, for an example [O] and [A]."""
+        return self.network(self.components * (1 + 2 * action.shape[-1])).init(key, obs)
+
+    def density(self, params: PyTree, obs: Observation) -> Mixture:
+        """Returns the density of actions at observations [B, O]; standard deviations lie in [exp(-5), exp(2)]."""
+        output = apply(self.network(networks.outputs_of(params)), params, obs)
+        logits, rest = output[:, : self.components], output[:, self.components :]
+        mean, log_std = jnp.split(rest.reshape(len(output), self.components, -1), 2, axis=-1)
+        return Mixture(jax.nn.log_softmax(logits), mean, jnp.exp(jnp.clip(log_std, -5, 2)))
+
+
 # Critics
 
 
 @pytree
 class Critic:
-    """An ensemble of critics Q_j(s, a), combined by the mean or the lowest."""
+    """An ensemble of critics Q_j(s, a), or of states alone, V_j(s), combined by the mean or the lowest."""
 
     net: Net = Net(norm="after")
     heads: Count = 2  # number of critics
     agg: losses.Aggregate = "mean"  # how they are combined
     head: losses.Head = "mse"  # whether their outputs are values, or logits of probabilities
+    tau: Fraction = 0.005  # Polyak rate of their targets
+    epsilon: Literal["1e-6", "1e-5"] = "1e-6"  # added to LayerNorm's variance, by default in flax and in PyTorch
 
     @property
     def network(self) -> networks.Critic:
         """The network."""
-        return networks.Critic(self.heads, *_layers(self.net), self.net.initial)
+        return networks.Critic(self.heads, *_layers(self.net), self.net.initial, float(self.epsilon))
 
-    def init(self, key: jax.Array, obs: Observation, action: jax.Array) -> PyTree:
+    def init(self, key: jax.Array, obs: Observation, action: jax.Array | None = None) -> PyTree:
         """Returns parameters, for an example [O] and [D]."""
-        return self.network.init(key, obs, action)
+        return self.network.init(key, *_given(obs, action))
 
-    def outputs(self, params: PyTree, obs: Observation, action: jax.Array) -> jax.Array:
+    def outputs(self, params: PyTree, obs: Observation, action: jax.Array | None = None) -> jax.Array:
         """Returns the networks' outputs [K, ...] for actions [..., D]: values or logits."""
-        return apply(self.network, params, obs, action)
+        return apply(self.network, params, *_given(obs, action))
 
-    def values(self, params: PyTree, obs: Observation, action: jax.Array) -> jax.Array:
+    def values(self, params: PyTree, obs: Observation, action: jax.Array | None = None) -> jax.Array:
         """Returns each critic's value [K, ...] of actions [..., D]."""
         return losses.value_of(self.outputs(params, obs, action), self.head)
 
-    def value(self, params: PyTree, obs: Observation, action: jax.Array) -> jax.Array:
+    def value(self, params: PyTree, obs: Observation, action: jax.Array | None = None) -> jax.Array:
         """Returns the combined value [...] of actions [..., D]."""
         return losses.aggregate(self.values(params, obs, action), self.agg)
 
-    def score(self, params: PyTree, obs: Observation, action: jax.Array) -> jax.Array:
+    def score(self, params: PyTree, obs: Observation, action: jax.Array | None = None) -> jax.Array:
         """Returns the combined output [...] of actions [..., D], to rank and to climb: of values or of logits."""
         return losses.aggregate(self.outputs(params, obs, action), self.agg)
 
-    def first(self, params: PyTree, obs: Observation, action: jax.Array) -> jax.Array:
+    def first(self, params: PyTree, obs: Observation, action: jax.Array | None = None) -> jax.Array:
         """Returns the first critic's value [...], without computing the others."""
         alone = dataclasses.replace(self, heads=1)
         return alone.values(networks.first_of(params), obs, action)[0]
 
-    def error(self, params: PyTree, obs: Observation, action: jax.Array, target: jax.Array) -> jax.Array:
+    def error(self, params: PyTree, obs: Observation, action: jax.Array | None, target: jax.Array) -> jax.Array:
         """Returns each critic's error [K, B] against targets [B]: squared, or the cross entropy of its logit."""
         return losses.regression(self.outputs(params, obs, action), target[None], self.head)
+
+
+@pytree
+class QuantileCritic:
+    """An ensemble of critics Z_k(s, a, level) that learn quantiles of the return (IQN, arXiv 1806.06923)."""
+
+    hidden: Widths = (256, 256)  # widths of each critic's layers before it sees the level
+    heads: Annotated[int, Range(2)] = 2  # number of critics
+    levels: Count = 32  # levels of which a value is the mean
+    train_levels: Count = 8  # levels per transition in the loss, random
+    tau: Fraction = 0.005  # Polyak rate of their targets
+
+    @property
+    def network(self) -> networks.QuantileCritic:
+        """The network."""
+        return networks.QuantileCritic(self.heads, self.hidden)
+
+    def init(self, key: jax.Array, obs: Observation, action: jax.Array) -> PyTree:
+        """Returns parameters, for an example [O] and [D]."""
+        return self.network.init(key, obs, action, jnp.zeros(1))
+
+    def quantiles(self, params: PyTree, obs: Observation, action: jax.Array, level: jax.Array) -> jax.Array:
+        """Returns quantiles [K, ..., N] of actions [..., D] at levels [..., N] in [0, 1]."""
+        return apply(self.network, params, obs, action, level)
+
+    def values(self, params: PyTree, obs: Observation, action: jax.Array) -> jax.Array:
+        """Returns each critic's value [K, ...] of actions [..., D], the mean of equally spaced quantiles."""
+        middles = (jnp.arange(self.levels) + 0.5) / self.levels
+        level = jnp.broadcast_to(middles, (*action.shape[:-1], self.levels))
+        return self.quantiles(params, obs, action, level).mean(axis=-1)
 
 
 @pytree
@@ -315,3 +500,36 @@ def check_heads(agent: str, critic: Critic, value: Value) -> None:
 
 def _layers(net: Net) -> tuple[tuple[int, ...], Norm, Activation]:
     return net.hidden, net.norm, net.activation
+
+
+def _given(obs: Observation, action: jax.Array | None) -> tuple[Observation, ...]:
+    return (obs,) if action is None else (obs, action)
+
+
+# Settings of agents made of parts
+
+
+def with_fields(settings: T, **values: Any) -> T:
+    """Returns settings in which every field of these names has that value, those of its parts included.
+
+    So `with_fields(agent, hidden=(64, 64), lr=1e-3)` changes all networks and all optimizers. Raises TypeError for a
+    name that occurs nowhere.
+    """
+    found: set[str] = set()
+    changed = _replaced(settings, values, found)
+    if missing := values.keys() - found:
+        raise TypeError(f"nothing in {type(settings).__name__} is called {', '.join(sorted(missing))}")
+    return changed
+
+
+def _replaced(settings: Any, values: dict[str, Any], found: set[str]) -> Any:
+    """Returns settings with these values, and adds the names that occur to those found."""
+    changed = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in values:
+            found.add(field.name)
+            changed[field.name] = values[field.name]
+        elif dataclasses.is_dataclass(value):
+            changed[field.name] = _replaced(value, values, found)
+    return dataclasses.replace(settings, **changed)

@@ -23,9 +23,10 @@ from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.td3 import TD3, climb
 from jaxrl.errors import UserError
 from jaxrl.ops import losses
+from jaxrl.ranges import Count, NonNegative
 from jaxrl.replay.neighbours import BLOCK, Index, Method, check, index_of, nearest
 from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Count, Metrics, NonNegative, Observation, PyTree, Requirements, Spec, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, pytree
 
 
 @pytree
@@ -47,10 +48,12 @@ class PRDC:
 
     def check_data(self, transitions: int) -> None:
         """Raises UserError where neighbors among so many transitions cannot be searched as asked."""
-        check(transitions, self.td3.batch_size, self.neighbours, self.search, self.block)
+        check(transitions, self.td3.transitions.batch, self.neighbours, self.search, self.block)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
-        """Returns the initial state."""
+        """Returns the initial state. Raises UserError where observations are dicts."""
+        if not isinstance(spec.observation, int):
+            raise UserError("PRDC: neighbors are searched among observations that are arrays, these are dicts")
         return self.td3.init(key, spec)
 
     def fit(self, state: State, data: Rings) -> State:

@@ -19,55 +19,40 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.agents import learner
-from jaxrl.agents.learner import CutWindows, Draws, State
-from jaxrl.agents.parts import AdamW, Critic, FlowPolicy, OneStepPolicy
+from jaxrl.agents.learner import Draws, State
+from jaxrl.agents.parts import AdamW, Critic, FlowPolicy, OneStepPolicy, Windows
 from jaxrl.networks import repeat_for
 from jaxrl.ops import guidance, losses
-from jaxrl.ranges import check_at_least
-from jaxrl.replay.hindsight import Goals
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Metrics,
-    NonNegative,
-    Observation,
-    PyTree,
-    Requirements,
-    Spec,
-    count_of,
-    pytree,
-)
+from jaxrl.ranges import Count, NonNegative
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
 
 
 @pytree
 class QC:
     """Q-chunking: a chunked critic over a behaviour flow, best-of-N or distilled."""
 
-    chunk: Count = 5  # H: actions per decision, executed open loop
-    backup: Count = 5  # steps of the return in the TD target, at least `chunk`
+    windows: Windows = Windows(chunk=5, backup=5)
     actor: Literal["best_of_n", "distill"] = "best_of_n"  # how actions come from the flow and the critic
     flow: FlowPolicy = FlowPolicy()  # the behaviour, v(s, a_t, t)
     policy: OneStepPolicy = OneStepPolicy()  # mu(s, z), of "distill"
     critic: Critic = Critic()  # Q_j(s, chunk)
     adam: AdamW = AdamW()
-    batch_size: Count = 256  # windows per update
-    discount: Fraction = 0.99  # gamma, per environment step
-    tau: Fraction = 0.005  # Polyak rate of the target critic
     num_samples: Count = 32  # N, of "best_of_n": proposals of which the best is acted on
     alpha: NonNegative = 100.0  # weight of the distillation, of "distill"; to be tuned per task
-    cut_windows: CutWindows = "keep"  # whether windows that termination cuts short train the critic
-    goals: Goals = Goals()  # how goals are drawn where the task has some
+
+    @property
+    def chunk(self) -> int:
+        """H, the actions of one decision."""
+        return self.windows.chunk
 
     def check(self) -> None:
         """Raises UserError for settings that do not fit each other."""
-        check_at_least(self, backup=self.chunk)
-        self.goals.check_head(self.critic.head)
+        self.windows.goals.check_head(self.critic.head)
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return Requirements(window=self.backup, unit_rewards=self.critic.head == "bce", batch=self.batch_size)
+        return self.windows.requires(self.critic.head)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -83,11 +68,9 @@ class QC:
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of windows."""
-        return windows(data, key, self.batch_size, self.backup, self.goals)
+        return self.windows.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after one joint gradient step and one Polyak step."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def noise(self, spec: Spec, key: jax.Array, count: int) -> jax.Array:
         """Returns the noise that `choose` takes for so many observations: [B, N, D], or [B, 1, D] when distilled."""
@@ -108,19 +91,19 @@ class QC:
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
         """Returns the state after the update with these random numbers."""
         loss = lambda params: self.loss(params, state, batch, draws)  # noqa: E731
-        return learner.descend(state, loss, self.adam.transformation(), self.tau, "critic")
+        return learner.descend(state, loss, self.adam.transformation(), self.critic.tau, "critic")
 
     def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
         """Returns y [B]: the return of the window and what the policy's chunk is worth after it (Eq. 7)."""
         action = self.choose(state, batch.next_obs, draws["next_noise"])
         next_value = self.critic.value(state.target["critic"], state.spec.critic(batch.next_obs), action)
-        y = losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        y = self.windows.target(batch, next_value)
         return losses.bounded(y, self.critic.head)
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the sum of all losses and what each of them is, in the paper's order."""
-        spec, a, happened = state.spec, learner.flat_actions(batch, self.chunk), batch.valid[:, 0]
-        whole = learner.critic_weight(batch, self.chunk, self.cut_windows)
+        spec, a, happened = state.spec, self.windows.actions(batch), batch.valid[:, 0]
+        whole = self.windows.weight(batch)
 
         # the critic: (Q(s, a) - y)^2 of whole chunks, averaged over the heads
         error = self.critic.error(params["critic"], spec.critic(batch.obs), a, self.td_target(state, batch, draws))
@@ -129,7 +112,7 @@ class QC:
         # the flow clones the behaviour: |v(s, a_t, t) - (a - z)|^2
         seen = spec.behaviour(batch.obs)
         matching = self.flow.matching_error(params["flow"], seen, draws["x0"], a, draws["t"])
-        cloning = losses.masked_mean(matching, learner.step_mask(batch, self.chunk))
+        cloning = losses.masked_mean(matching, self.windows.mask(batch))
         total, metrics = critic + cloning, {"critic/loss": critic, "actor/flow_loss": cloning}
         if self.actor == "best_of_n":
             return total, metrics

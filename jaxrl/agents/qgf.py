@@ -17,47 +17,44 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl.agents import learner
-from jaxrl.agents.learner import CutWindows, Draws, State
-from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value, check_heads
+from jaxrl.agents.learner import Draws, State
+from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value, Windows, check_heads
 from jaxrl.networks import repeat_for
 from jaxrl.ops import guidance, losses
-from jaxrl.ranges import check_at_least
-from jaxrl.replay.hindsight import Goals
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import Batch, Count, Fraction, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
+from jaxrl.ranges import Count, Fraction
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
 
 
 @pytree
 class QGF:
     """Q-guided flow: behaviour cloning and IQL, joined at test time."""
 
-    chunk: Count = 5  # H: actions per decision, executed open loop
-    backup: Count = 5  # steps of the return in the TD target, at least `chunk`
+    windows: Windows = Windows(chunk=5, backup=5)
     flow: FlowPolicy = FlowPolicy(Net(norm="before_but_last"), "sinusoidal", 16)  # the behaviour, v(s, a_t, t)
     critic: Critic = Critic(Net(norm="before"), agg="min")  # Q_j(s, chunk)
     value: Value = Value(Net(norm="before"))  # V(s)
     flow_adam: Adam = Adam()
     critic_adam: Adam = Adam()
     value_adam: Adam = Adam()
-    batch_size: Count = 256  # windows per update
-    discount: Fraction = 0.99  # gamma, per environment step
-    tau: Fraction = 0.005  # Polyak rate of the target critic
     expectile: Fraction = 0.9  # level of the value's expectile
     guide: guidance.QGuidance = guidance.QGuidance()  # how the critic guides the flow's Euler steps
     num_samples: Count = 1  # N: guided samples of which the best is acted on (QGF+BFN)
-    cut_windows: CutWindows = "keep"  # whether windows that termination cuts short train the critic
     mask_actor: bool = True  # whether the flow ignores what follows an episode's end
-    goals: Goals = Goals()  # how goals are drawn where the task has some
+
+    @property
+    def chunk(self) -> int:
+        """H, the actions of one decision."""
+        return self.windows.chunk
 
     def check(self) -> None:
         """Raises UserError for settings that do not fit each other."""
-        check_at_least(self, backup=self.chunk)
         check_heads("QGF", self.critic, self.value)
-        self.goals.check_head(self.critic.head)
+        self.windows.goals.check_head(self.critic.head)
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return Requirements(window=self.backup, unit_rewards=self.critic.head == "bce", batch=self.batch_size)
+        return self.windows.requires(self.critic.head)
 
     def optimizer(self) -> optax.GradientTransformation:
         """Returns one Adam per network."""
@@ -77,11 +74,9 @@ class QGF:
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of windows."""
-        return windows(data, key, self.batch_size, self.backup, self.goals)
+        return self.windows.sample(data, key)
 
-    def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after one gradient step of each network and one Polyak step."""
-        return self.learn(state, batch, self.draw(state.spec, batch, key))
+    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the flow's noise, and its times on the grid {0, 1/T, ..., 1}."""
@@ -93,22 +88,22 @@ class QGF:
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
         """Returns the state after the update with these random numbers."""
         loss = lambda params: self.loss(params, state, batch, draws)  # noqa: E731
-        return learner.descend(state, loss, self.optimizer(), self.tau, "critic")
+        return learner.descend(state, loss, self.optimizer(), self.critic.tau, "critic")
 
     def td_target(self, state: State, batch: Batch) -> jax.Array:
         """Returns y [B], the return of the window and the online value after it."""
         next_value = self.value.value(state.params["value"], state.spec.critic(batch.next_obs))
-        y = losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        y = self.windows.target(batch, next_value)
         return losses.bounded(y, self.critic.head)
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the sum of the three losses, which share no parameter, and what each of them is."""
-        spec, a, seen = state.spec, learner.flat_actions(batch, self.chunk), state.spec.critic(batch.obs)
-        whole = learner.critic_weight(batch, self.chunk, self.cut_windows)
+        spec, a, seen = state.spec, self.windows.actions(batch), state.spec.critic(batch.obs)
+        whole = self.windows.weight(batch)
 
         # the flow clones the behaviour: |v(s, a_t, t) - (a - z)|^2
         matching = self.flow.matching_error(params["flow"], spec.behaviour(batch.obs), draws["x0"], a, draws["t"])
-        mask = learner.step_mask(batch, self.chunk)
+        mask = self.windows.mask(batch)
         cloning = losses.masked_mean(matching, mask if self.mask_actor else jnp.ones_like(mask))
 
         # the critic: (Q(s, a) - y)^2, averaged over the heads

@@ -25,8 +25,9 @@ from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Critic, DeterministicPolicy, Net
 from jaxrl.agents.td3 import TD3, climb
 from jaxrl.ops import losses
+from jaxrl.ranges import NonNegative
 from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, NonNegative, Observation, PyTree, Requirements, Spec, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, pytree
 
 
 @pytree
@@ -75,7 +76,7 @@ class ReBRAC:
         state, metrics = self.td3.learn_critic(state, batch, y, continued(batch))
 
         def improve(state: State) -> tuple[State, Metrics]:
-            state = learner.follow(state, self.td3.tau, "actor", "critic")  # the actor's target lags by one step
+            state = learner.follow(state, self.td3.critic.tau, "actor", "critic")  # the actor's target lags by one step
             loss = lambda actor: self.actor_loss(actor, state, batch)  # noqa: E731
             return learner.step(state, "actor", loss, self.td3.actor_adam.transformation())
 
@@ -91,7 +92,7 @@ class ReBRAC:
             actor, metrics = self.actor_loss(params["actor"], state, batch)
             return critic + jnp.where(whole, actor, 0.0), {"critic/loss": critic, **metrics}
 
-        tau = jnp.where(whole, self.td3.tau, 0.0)
+        tau = jnp.where(whole, self.td3.critic.tau, 0.0)
         return learner.descend(state, loss, self.td3.actor_adam.transformation(), tau, "actor", "critic")
 
     def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:

@@ -21,23 +21,11 @@ import optax
 
 from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
-from jaxrl.agents.parts import Adam, Critic, DeterministicPolicy, Net
+from jaxrl.agents.parts import Adam, Critic, DeterministicPolicy, Net, Transitions
 from jaxrl.ops import losses
-from jaxrl.replay.hindsight import Goals
-from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import (
-    Batch,
-    Count,
-    Fraction,
-    Metrics,
-    NonNegative,
-    Observation,
-    PyTree,
-    Requirements,
-    Scalar,
-    Spec,
-    pytree,
-)
+from jaxrl.ranges import Count, NonNegative
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, pytree
 
 ActorLoss = Callable[[PyTree, State], tuple[jax.Array, Metrics]]
 """The loss of the actor's parameters in a state, and metrics."""
@@ -53,23 +41,20 @@ class TD3:
     critic: Critic = Critic(Net((256, 256), "relu", "none", "torch"), agg="min")  # Q_1(s, a) and Q_2(s, a)
     actor_adam: Adam = Adam()
     critic_adam: Adam = Adam()
-    batch_size: Count = 256  # transitions per update
-    discount: Fraction = 0.99  # gamma, per environment step
-    tau: Fraction = 0.005  # Polyak rate of the targets
+    transitions: Transitions = Transitions()
     delay: Count = 2  # critic updates per actor update
     target_noise: NonNegative = 0.2  # standard deviation of the noise on target actions
     noise_clip: NonNegative = 0.5  # bound of that noise, and of exploration's
     exploration: NonNegative = 0.1  # standard deviation of the noise on actions, but in evaluation
     normalize: bool = False  # whether observations are normalized by the data's mean and spread
-    goals: Goals = Goals()  # how goals are drawn where the task has some
 
     def check(self) -> None:
         """Raises UserError for settings that do not fit each other."""
-        self.goals.check_head(self.critic.head)
+        self.transitions.goals.check_head(self.critic.head)
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
-        return Requirements(unit_rewards=self.critic.head == "bce", batch=self.batch_size)
+        return self.transitions.requires(self.critic.head)
 
     def init(self, key: jax.Array, spec: Spec, **more: tuple[PyTree, optax.GradientTransformation]) -> State:
         """Returns the initial state; `more` are further networks by name, parameters and optimizer of each."""
@@ -91,7 +76,7 @@ class TD3:
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of transitions."""
-        return windows(data, key, self.batch_size, 1, self.goals)
+        return self.transitions.sample(data, key)
 
     def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after a step of the critics and, every `delay`-th time, of the actor and the targets."""
@@ -125,7 +110,7 @@ class TD3:
     ) -> jax.Array:
         """Returns y [B]: the reward and the lower of two critics' values of the next action, less a penalty."""
         next_value = self.critic.value(critic, state.spec.critic(batch.next_obs), action) - penalty
-        y = losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
+        y = self.transitions.target(batch, next_value)
         return losses.bounded(y, self.critic.head)
 
     def critic_loss(self, critic: PyTree, state: State, batch: Batch, y: jax.Array, weight: jax.Array) -> jax.Array:
@@ -151,7 +136,7 @@ class TD3:
             state, metrics = learner.step(
                 state, "actor", lambda actor: loss(actor, state), self.actor_adam.transformation()
             )
-            return learner.follow(state, self.tau, "actor", "critic"), metrics
+            return learner.follow(state, self.critic.tau, "actor", "critic"), metrics
 
         return learner.every(self.delay, state, improve)
 

@@ -18,8 +18,9 @@ from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.td3 import TD3, climb
 from jaxrl.ops import losses
+from jaxrl.ranges import NonNegative
 from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, NonNegative, Observation, PyTree, Requirements, Spec, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, pytree
 
 
 @pytree

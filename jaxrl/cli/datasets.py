@@ -2,17 +2,20 @@
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 
+from jaxrl import ranges
 from jaxrl.cli import flags as fl
 from jaxrl.errors import UserError, unknown
 from jaxrl.ops.diffusion import Sampler
 from jaxrl.runs import directory
 from jaxrl.runs.signals import SAVED, StopRequested, StopRequests
 from jaxrl.synthesis.model import Generator
+from jaxrl.types import Relabels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,14 +158,22 @@ def _describe(name: str, options: DescribeOptions) -> None:
         raise UserError(f"--figure {options.figure}: no folder {options.figure.parent}")
     dataset = files.load(name)
     relabel = _relabel(options.env, dataset)
+    report = files.format_report(files.describe(dataset, relabel))
+    vectors = files.vectors(dataset.observations)
+    if not vectors.shape[1] and options.figure is None:
+        print(report, "not measured: observations are images alone, coverage and neighbors are of vectors", sep="\n\n")
+        return
+    if not vectors.shape[1]:
+        raise UserError(f"--figure {options.figure}: observations are images alone, measures are of vectors")
+    judged = dataset if relabel is None else files.relabelled(dataset, relabel)
     found = quality.measure(
-        dataset if relabel is None else files.relabelled(dataset, relabel),
+        dataclasses.replace(judged, observations=vectors),
         reference=None if options.reference is None else files.load(options.reference),
         scores=None if random is None or best is None else (random, best),
         neighbours=options.neighbours,
         queries=options.queries,
     )
-    print(files.format_report(files.describe(dataset, relabel)), quality.format_report(found), sep="\n\n")
+    print(report, quality.format_report(found), sep="\n\n")
     if options.figure is not None:
         from jaxrl.runs import plots
 
@@ -195,10 +206,14 @@ def _relabel(env: str | None, dataset: Any) -> Any:
     if env is None:
         return None
     environment = fl.make(env)
-    if not hasattr(environment, "relabel"):
+    if not isinstance(environment, Relabels):
         raise UserError(f"--env {env}: this environment cannot relabel a dataset")
     asked = (environment.spec.observation, environment.spec.action)
-    if (found := (dataset.observations.shape[1], dataset.actions.shape[1])) != asked:
+    if not isinstance(asked[0], int) or isinstance(dataset.observations, Mapping) or dataset.observations.ndim > 2:
+        from jaxrl.replay import loading
+
+        loading.check_fits(loading.sizes_of(dataset), environment)
+    elif (found := (dataset.observations.shape[1], dataset.actions.shape[1])) != asked:
         raise UserError(
             f"--env {env}: judges observations of {asked[0]} and actions of {asked[1]} entries, in {dataset.path} they "
             f"have {found[0]} and {found[1]}"
@@ -257,11 +272,10 @@ def synthesize(args: list[str]) -> int:
     for name, low in (("trajectories", 1), ("seed", 0)):
         if not low <= getattr(options, name) < 2**63:
             raise UserError(f"{name} = {getattr(options, name)}: must be at least {low} and below 2^63")
-    options.generator.check()
-    options.sampler.check()
+    ranges.check(options.generator)
+    ranges.check(options.sampler)
     dataset = _judged(names[0], options.env)
-    if dataset.rewards is None:
-        raise UserError(f"dataset {dataset.path}: has no rewards: name the environment that gives them with --env")
+    generate.check(dataset)
     policy = None
     if options.policy is not None:
         config = directory.read_config(options.policy)

@@ -1,68 +1,63 @@
-"""Measures of an offline dataset that tell which method will work on it. Host side, pure functions of arrays.
+"""Measures of an offline dataset that predict which method will work on it. On the host, pure functions of arrays.
 
 Of the returns: trajectory quality TQ and the state-action coverage SACo (Schweighofer et al., "A Dataset Perspective
 on Offline Reinforcement Learning", 2022), the positive-sided variance V+ (Hong et al., "Harnessing Mixed Offline
 Reinforcement Learning Datasets via Trajectory Weighting", 2023). Episodes that a file marks as `unfinished` have no
 return, and count for everything else.
 
-Of the neighbours, estimators of the two concepts of Belkhale et al., "Data Quality in Imitation Learning" (2023):
-how much the actions taken in one place differ (action variance), and where one action in one place leads (transition
-diversity); how dense the data are (state similarity, distance of the nearest neighbour). Neighbours are the k nearest
-states of other episodes, in observations scaled to unit variance (constant entries stay as they are); the search is
-exact, for a random subset of the steps.
+Of the neighbors, estimators of the two concepts of Belkhale et al., "Data Quality in Imitation Learning" (2023): how
+much the actions taken in one place differ (action variance), and where one action in one place leads (transition
+diversity); how dense the data are (state similarity, distance of the nearest neighbor). Neighbors are the k nearest
+states of other episodes, in observations scaled to unit variance (constant entries stay as they are). The search is
+exact, for a random subset of the steps. It compares a step with all rows, unlike `jaxrl.replay.kdtree`: the states
+nearest to a step are those of its own episode, which do not count, and a tree is slow to find points so far away.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from jaxrl.data import files
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
+from jaxrl.ops import normalizer
+from jaxrl.ops.normalizer import Normalizer
 
 FIRST = 100_000  # steps that coverage is counted over, at most
 EDGES = 5  # per entry, so that there are 6 cells: below the least, four between, from the greatest on
 DIGITS = 24  # of base 6 that fit into 64 bits
 BETA = 2.0  # how much a state counts beside an action, for transition diversity
-CHUNK = 1 << 16  # rows that are summed at a time
 ENTRIES = 1 << 22  # distances held at a time
 LARGEST = np.finfo(np.float32).max / 4  # a limit of squares that can still be widened
 QUANTILES = (0.1, 0.5, 0.9)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Moments:
-    """Of the columns of an array, in float64."""
+class Spread:
+    """How the columns of an array vary, in float64."""
 
     mean: np.ndarray  # [n]
-    std: np.ndarray  # [n], of the population
-    low: np.ndarray  # [n]
-    high: np.ndarray  # [n]
+    std: np.ndarray  # [n], of the population, 0 where a column is constant
+    constant: np.ndarray  # [n] bool
 
     @property
-    def scale(self) -> np.ndarray:
-        """The standard deviation [n], but 1 where a column is constant."""
-        return np.where(self.low == self.high, 1.0, self.std)
+    def variance(self) -> float:
+        """The variance of all columns together."""
+        return float((self.std**2).sum())
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """Values in standard deviations from the mean; constant columns are only shifted."""
+        return Normalizer(self.mean, np.where(self.constant, 1.0, self.std))
 
 
-def moments(values: np.ndarray) -> Moments:
-    """Returns the moments of values [N, n], summed in float64 piece by piece (Chan et al., 1983)."""
-    count, mean, squares = 0, np.zeros(values.shape[1]), np.zeros(values.shape[1])
-    for start in range(0, len(values), CHUNK):
-        piece = values[start : start + CHUNK].astype(np.float64)
-        middle = piece.mean(axis=0)
-        total, away = count + len(piece), middle - mean
-        squares += ((piece - middle) ** 2).sum(axis=0) + away**2 * count * len(piece) / total
-        mean, count = mean + away * len(piece) / total, total
-    low, high = values.min(axis=0).astype(np.float64), values.max(axis=0).astype(np.float64)
-    return Moments(mean, np.where(low == high, 0.0, np.sqrt(squares / count)), low, high)
-
-
-def standardised(values: np.ndarray, of: Moments) -> np.ndarray:
-    """Returns values [N, n] as float64, shifted and scaled by moments."""
-    return (values - of.mean) / of.scale
+def spread(values: np.ndarray) -> Spread:
+    """Returns the spread of the columns of values [N, n]."""
+    mean, variance = normalizer.of_columns(values)
+    constant = values.min(axis=0) == values.max(axis=0)
+    return Spread(mean, np.where(constant, 0.0, np.sqrt(variance)), constant)
 
 
 def trajectory_quality(returns: np.ndarray, random: float, best: float) -> float:
@@ -73,7 +68,7 @@ def trajectory_quality(returns: np.ndarray, random: float, best: float) -> float
 
 
 def positive_variance(returns: np.ndarray) -> float:
-    """Returns V+, the mean square of what episodes are better than the mean."""
+    """Returns V+, the mean square of the returns' excess over their mean, 0 for those below."""
     return float(np.mean(np.maximum(returns - returns.mean(), 0) ** 2))
 
 
@@ -141,10 +136,18 @@ def coverage(dataset: Dataset, reference: Dataset | None = None) -> Coverage:
     return Coverage(distinct(points[:steps], *limits), steps, distinct(others[:steps], *limits))
 
 
+def _states(dataset: Dataset) -> np.ndarray:
+    """Returns observations as vectors [N, O], without images. Raises UserError where there is nothing but images."""
+    states = files.vectors(dataset.observations)
+    if not states.shape[1]:
+        raise UserError(f"dataset {dataset.path}: observations are images, whose quality is not measured")
+    return states
+
+
 def _state_actions(dataset: Dataset) -> np.ndarray:
     """Returns states beside actions [n, O + A] of the first steps."""
     rows = np.flatnonzero(~dataset.terminals)[:FIRST]
-    return np.concatenate([dataset.observations[rows], dataset.actions[rows]], axis=1)
+    return np.concatenate([_states(dataset)[rows], dataset.actions[rows]], axis=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,7 +161,7 @@ class Neighbourhoods:
     epsilon: float  # the median of `nearest`
     nearest: np.ndarray  # [Q] distance of the nearest state of another episode
     similarity: np.ndarray  # [Q] share of the other episodes' states within epsilon
-    action_variance: np.ndarray  # [Q] mean square distance from their mean of the actions here and at the neighbours
+    action_variance: np.ndarray  # [Q] mean square distance from their mean of the actions here and at the neighbors
     diversity: np.ndarray  # [Q] square distance of the step's change of state from the mean change around it
     action_spread: float  # variance of all actions, over all entries together
     change_spread: float  # variance of all changes of state, over all entries together
@@ -177,33 +180,29 @@ class Neighbourhoods:
 def neighbourhoods(
     dataset: Dataset, neighbours: int = 10, queries: int = 10_000, seed: int = 0, beta: float = BETA
 ) -> Neighbourhoods:
-    """Returns the measures of neighbours, of at most `queries` steps drawn without replacement.
+    """Returns the measures of neighbors, of at most `queries` steps drawn without replacement.
 
-    A step's neighbourhood is the step itself and the k nearest of other episodes: by the state for the variance of
+    A step's neighborhood is the step itself and the k nearest of other episodes: by the state for the variance of
     actions, by (beta * state, action) for the diversity of changes of state. States are scaled to unit variance.
 
-    Raises:
-        UserError: no neighbours or queries asked for, a dataset of one episode.
+    Raises UserError for no neighbors or queries, and for a dataset of one episode.
     """
     for name, value in (("neighbours", neighbours), ("queries", queries)):
         if value < 1:
             raise UserError(f"{name} = {value}: must be at least 1")
-    first, last = files.episodes(dataset)
-    if len(first) < 2:
-        raise UserError(f"dataset {dataset.path}: has one episode, neighbours are looked for in others")
-    lengths, rows = last - first, np.flatnonzero(~dataset.terminals)
-    bounds = np.repeat(np.cumsum(lengths) - lengths, lengths), np.repeat(np.cumsum(lengths), lengths)
-    neighbours = min(neighbours, len(rows) - int(lengths.max()))
+    rows, bounds = _steps_of(dataset)
+    others = len(rows) - (bounds[1] - bounds[0])  # steps outside the episode of each step
+    neighbours = min(neighbours, int(others.min()))
     drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:queries])
 
-    scale = moments(dataset.observations)
-    states, actions = standardised(dataset.observations[rows], scale), dataset.actions[rows]
-    changes = (dataset.observations[rows + 1] - dataset.observations[rows]) / scale.scale
+    obs, actions = _states(dataset), dataset.actions[rows]
+    units = spread(obs).normalizer
+    states, changes = units(obs[rows]), (obs[rows + 1] - obs[rows]) / units.std
     distances, found = nearest(states, bounds, drawn, neighbours)
-    epsilon = float(np.median(distances[:, 0]))
-    spread = actions[np.column_stack([drawn, found])].astype(np.float64).var(axis=1).sum(axis=-1)
     _, alike = nearest(np.concatenate([beta * states, actions], axis=1), bounds, drawn, neighbours)
+    around = actions[np.column_stack([drawn, found])].astype(np.float64)
     mean_change = changes[np.column_stack([drawn, alike])].mean(axis=1)
+    epsilon = float(np.median(distances[:, 0]))
     return Neighbourhoods(
         neighbours=neighbours,
         steps=len(rows),
@@ -211,11 +210,11 @@ def neighbourhoods(
         beta=beta,
         epsilon=epsilon,
         nearest=distances[:, 0],
-        similarity=_within(states, bounds, drawn, distances, epsilon) / (len(rows) - (bounds[1] - bounds[0])[drawn]),
-        action_variance=spread,
+        similarity=_within(states, bounds, drawn, distances, epsilon) / others[drawn],
+        action_variance=around.var(axis=1).sum(axis=-1),
         diversity=((changes[drawn] - mean_change) ** 2).sum(axis=1),
-        action_spread=float((moments(actions).std ** 2).sum()),
-        change_spread=float((moments(changes).std ** 2).sum()),
+        action_spread=spread(actions).variance,
+        change_spread=spread(changes).variance,
     )
 
 
@@ -223,15 +222,25 @@ Bounds: TypeAlias = tuple[np.ndarray, np.ndarray]
 """Of each point, the first of its episode's points and the one after their last."""
 
 
+def _steps_of(dataset: Dataset) -> tuple[np.ndarray, Bounds]:
+    """Returns the rows that are steps [n], and which of these are of one episode. Raises UserError for one episode."""
+    first, last = files.episodes(dataset)
+    if len(first) < 2:
+        raise UserError(f"dataset {dataset.path}: has one episode; neighbors are searched for in other episodes")
+    lengths = last - first
+    bounds = np.repeat(np.cumsum(lengths) - lengths, lengths), np.repeat(np.cumsum(lengths), lengths)
+    return np.flatnonzero(~dataset.terminals), bounds
+
+
 def nearest(points: np.ndarray, bounds: Bounds, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns (distances, indices) [Q, count] of the nearest points outside the episode of each query, ascending.
 
     `queries` are indices of points; there must be `count` points outside any episode.
     """
-    block = max(1, min(256, len(points) // (8 * count)))  # so that there are many more blocks than neighbours
+    block = max(1, min(256, len(points) // (8 * count)))  # so that there are many more blocks than neighbors
 
     def bound(squares: np.ndarray, _: np.ndarray) -> np.ndarray:
-        """Returns what `count` entries of each row do not exceed: the least of so many blocks."""
+        """Returns a value that at least `count` entries of each row do not exceed: the minima of so many blocks."""
         least = squares.reshape(len(squares), block, -1).min(axis=1)
         return np.partition(least, count - 1)[:, count - 1]
 
@@ -247,7 +256,7 @@ def _within(
 ) -> np.ndarray:
     """Returns how many points outside its episode are no farther than epsilon from each query.
 
-    Only those are counted anew whose nearest neighbours, at these distances, all are.
+    `distances` are those of the nearest; a query is counted again only if all of these are within epsilon.
     """
     counts = np.sum(distances <= epsilon, axis=1)
     more = np.flatnonzero(distances[:, -1] <= epsilon)
@@ -265,9 +274,9 @@ def _candidates(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields for each query the points of other episodes that may lie within a bound, and their exact distances.
 
-    One matrix product gives |y|^2 - 2 x.y in float32 for all points y; `bound` returns a limit of that for each query
-    [B], from these numbers [B, points up to a whole block] and the |x|^2 [B]. The limit is widened by what rounding
-    can do, so that no point is missed; distances are computed anew, in float64.
+    One matrix product gives |y|^2 - 2 x.y in float32 for all points y. `bound` returns a limit on that for each query
+    [B], from these numbers [B, points up to a whole block] and the |x|^2 [B]. The limit is widened by the largest
+    rounding error, so that no point is missed; distances are then computed in float64.
     """
     size, width = points.shape
     single = points.astype(np.float32)
@@ -291,19 +300,19 @@ def _candidates(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measures:
-    """All measures of a dataset; those of returns are None without rewards, those of neighbours with one episode."""
+    """All measures of a dataset; those of returns are None without rewards, those of neighbors with one episode."""
 
     path: str
     lengths: np.ndarray  # [E] steps of each episode
-    returns: np.ndarray | None  # [R] of the episodes that are finished
-    quality: tuple[float, float, float] | None  # TQ, the return that counts as 0, the one that counts as 1
-    values: tuple[float, float] | None  # where rewards take two values only: these
-    succeeded: float | None  # then: the share of finished episodes that get the larger one
-    zeros: float | None  # the mean share of zero rewards in an episode
     coverage: Coverage
     neighbourhoods: Neighbourhoods | None
     constant: tuple[int, ...]  # entries of the observation that are the same everywhere
     size: int  # entries of the observation
+    returns: np.ndarray | None = None  # [R] of the episodes that are finished
+    quality: tuple[float, float, float] | None = None  # TQ, the return that counts as 0, the one that counts as 1
+    values: tuple[float, float] | None = None  # where rewards take two values only: these
+    succeeded: float | None = None  # then: the share of finished episodes that get the larger one
+    zeros: float | None = None  # the mean share of zero rewards in an episode
 
 
 def measure(
@@ -319,45 +328,46 @@ def measure(
 
     `scores` are the returns of a random and of the best known policy, `reference` is what coverage is compared with.
 
-    Raises:
-        UserError: scores without rewards, scores that are equal, and all that `coverage` and `neighbourhoods` refuse.
+    Raises UserError for scores without rewards or that are equal, and where `coverage` and `neighbourhoods` do.
     """
     if scores is not None and dataset.rewards is None:
         raise UserError(f"dataset {dataset.path}: has no rewards that could be compared with a return: name its --env")
     first, last = files.episodes(dataset)
-    unfinished = dataset.extra.get("unfinished", np.zeros(len(dataset.terminals), bool))
-    finished = ~np.logical_or.reduceat(unfinished, first)
-    returns = quality = values = succeeded = zeros = None
-    if dataset.rewards is not None:
-        steps, lengths = ~dataset.terminals, last - first
-        zeros = float(np.mean(np.add.reduceat((dataset.rewards == 0) & steps, first, dtype=np.int64) / lengths))
-        if len(found := np.unique(dataset.rewards[steps])) == 2:
-            got = np.logical_or.reduceat((dataset.rewards == found[1]) & steps, first)[finished]
-            values, succeeded = (float(found[0]), float(found[1])), float(got.mean()) if got.size else None
-        returns = files.episode_returns(dataset)[finished]
-        if scores is not None and len(returns):
-            quality = (trajectory_quality(returns, *scores), *scores)
-    scale = moments(dataset.observations)
+    obs = _states(dataset)
+    rewarded = {} if dataset.rewards is None else _reward_measures(dataset, dataset.rewards, scores)
     return Measures(
         path=dataset.path,
         lengths=last - first,
-        returns=returns,
-        quality=quality,
-        values=values,
-        succeeded=succeeded,
-        zeros=zeros,
+        **rewarded,
         coverage=coverage(dataset, reference),
         neighbourhoods=neighbourhoods(dataset, neighbours, queries, seed) if len(first) > 1 else None,
-        constant=tuple(np.flatnonzero(scale.low == scale.high).tolist()),
-        size=dataset.observations.shape[1],
+        constant=tuple(np.flatnonzero(spread(obs).constant).tolist()),
+        size=obs.shape[1],
     )
 
 
+def _reward_measures(dataset: Dataset, rewards: np.ndarray, scores: tuple[float, float] | None) -> dict[str, Any]:
+    """Returns the fields of `Measures` that follow from rewards."""
+    first, last = files.episodes(dataset)
+    steps = ~dataset.terminals
+    unfinished = dataset.extra.get("unfinished", np.zeros(len(steps), bool))
+    finished = ~np.logical_or.reduceat(unfinished, first)
+    returns = files.episode_returns(dataset)[finished]
+    zeros = np.add.reduceat((rewards == 0) & steps, first, dtype=np.int64) / (last - first)
+    fields: dict[str, Any] = {"returns": returns, "zeros": float(np.mean(zeros))}
+    if len(found := np.unique(rewards[steps])) == 2:
+        got = np.logical_or.reduceat((rewards == found[1]) & steps, first)[finished]
+        fields |= {"values": (float(found[0]), float(found[1])), "succeeded": float(got.mean()) if got.size else None}
+    if scores is not None and len(returns):
+        fields["quality"] = (trajectory_quality(returns, *scores), *scores)
+    return fields
+
+
 def format_report(measures: Measures) -> str:
-    """Returns the table that people read."""
+    """Returns the measures as a table for people."""
     lines = [*_return_lines(measures), *_coverage_lines(measures.coverage)]
     if measures.neighbourhoods is None:
-        lines.append(("neighbours", "", "not measured: they are looked for in other episodes, and there is one"))
+        lines.append(("neighbors", "", "not measured: they are searched for in other episodes, and there is only one"))
     else:
         lines += _neighbour_lines(measures.neighbourhoods)
     if measures.constant:
@@ -379,9 +389,11 @@ def _return_lines(measures: Measures) -> list[Line]:
         return [("returns", "", "not measured: no episode is finished")]
     low, middle, high = (f"{value:.4g}" for value in np.quantile(returns, QUANTILES))
     lines = [("return quantiles", middle, f"median; a tenth are below {low}, a tenth above {high}")]
-    lines.append(("positive variance V+", f"{positive_variance(returns):.4g}", "mean square of what exceeds the mean"))
+    lines.append(
+        ("positive variance V+", f"{positive_variance(returns):.4g}", "mean square of the excess over the mean")
+    )
     if measures.quality is None:
-        remark = "needs --random-return and --best-return, of a random and of the best known policy"
+        remark = "needs --random-return and --best-return, those of a random and of the best known policy"
         lines.append(("trajectory quality TQ", "", remark))
     else:
         value, random, best = measures.quality
@@ -418,9 +430,9 @@ def _neighbour_lines(found: Neighbourhoods) -> list[Line]:
             f"{found.similarity.mean():.4g}",
             f"of other episodes' states are within epsilon = {found.epsilon:.4g}",
         ),
-        ("nearest neighbour", f"{found.epsilon:.4g}", f"median; a tenth are below {low}, a tenth above {high}"),
+        ("nearest neighbor", f"{found.epsilon:.4g}", f"median; a tenth are below {low}, a tenth above {high}"),
         (
-            "neighbourhoods",
+            "neighborhoods",
             f"{len(found.nearest):,}",
             f"of {found.steps:,} steps (seed {found.seed}), each with the {found.neighbours} nearest of other episodes",
         ),

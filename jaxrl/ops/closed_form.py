@@ -1,13 +1,13 @@
-"""CFPI: the best action near a behaviour, in closed form, where a critic is taken to be linear there.
+"""CFPI: the best action near a behavior in closed form, for a critic that is approximated as linear there.
 
 Paper: Li, Zhang, Yin, Bai, Wang, Wang, "Offline Reinforcement Learning with Closed-Form Policy Improvement Operators",
 arXiv 2211.15956. Formulas and constants follow its official code.
 
 All means, variances and gradients are of u, the action before tanh. For any agent with a critic:
 
-    heads = lambda obs, actions: apply(agent.critic(), state.params["critic"], repeat_for(actions, obs), actions)
-    behaviour = lambda obs, key: cfpi.around(cfpi.flat(agent.act(state, obs, key, greedy=True)), std=0.3)
-    act = cfpi.improved(behaviour, heads, ClosedForm(), action=env.spec.action)
+    heads = lambda obs, actions: agent.critic.values(state.params["critic"], repeat_for(actions, obs), actions)
+    behaviour = lambda obs, key: closed_form.around(closed_form.flat(agent.act(state, obs, key, greedy=True)), std=0.3)
+    act = closed_form.improved(behaviour, heads, ClosedForm(), action=env.spec.action)
     episodes = rollout.evaluate(env, rollout.from_function(act, agent.chunk), key, 100)
 
 The agent `cfpi` learns a mixture and quantile critics for it, as published.
@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxrl.ops import losses
 from jaxrl.ops.guidance import Value, best_of
+from jaxrl.ranges import Count, Fraction, NonNegative, check_at_least
 from jaxrl.types import Scalar, pytree
 
 NEAR_BOUND = 0.999  # actions are clipped to it before atanh
@@ -51,20 +52,24 @@ class Mixture:
 
 @pytree
 class ClosedForm:
-    """The operator: candidates at the edge of the behaviour's level sets, of which the critic chooses."""
+    """The operator: candidates on the boundary of the behavior's level sets, of which the critic's best is taken."""
 
     bound: Literal["lse", "jensen", "both"] = "both"  # on the log of the mixture's sum: LogSumExp, Jensen, or both
-    delta: Scalar = 0.5  # how far the log density may fall; the lowest that is drawn
-    delta_high: Scalar = 0.5  # the highest that is drawn
-    draws: int = 1  # how many are drawn, uniformly, per action
-    stretch: Scalar = 2**0.5  # factor of LogSumExp's radius: sqrt(2) in the official code, 1 in the derivation
-    threshold: Scalar = 0.05  # weight below which a component is left out, unless it is the heaviest
+    delta: NonNegative = 0.5  # how far the log density may fall; the lowest that is drawn
+    delta_high: NonNegative = 0.5  # the highest that is drawn
+    draws: Count = 1  # how many are drawn, uniformly, per action
+    stretch: NonNegative = 2**0.5  # factor of LogSumExp's radius: sqrt(2) in the official code, 1 in the derivation
+    threshold: Fraction = 0.05  # weight below which a component is left out, unless it is the heaviest
+
+    def check(self) -> None:
+        """Raises UserError where the highest delta is below the lowest."""
+        check_at_least(self, delta_high=self.delta)
 
     def improve(self, key: Key[Array, ""], behaviour: Mixture, value: Value) -> Float[Array, "b d"]:
-        """Returns the candidate with the highest value; `value` says one [B, N] per action [B, N, D].
+        """Returns the candidate with the highest value; `value` maps actions [B, N, D] to values [B, N].
 
-        Without variation between `delta` and `delta_high` nothing is random. Where no candidate exists, as Jensen's
-        bound alone can leave it, the heaviest component's mean is returned.
+        If `delta` equals `delta_high`, nothing is random. Where no candidate exists, which can happen with Jensen's
+        bound alone, the mean of the heaviest component is returned.
         """
         deltas = jax.random.uniform(key, (len(behaviour.mean), self.draws), minval=self.delta, maxval=self.delta_high)
         centre, precision = middle(behaviour)
@@ -130,22 +135,22 @@ def weighted_precision(behaviour: Mixture) -> Float[Array, "b m d"]:
 
 
 def heavy(log_weight: Float[Array, "b m"], threshold: Scalar) -> Bool[Array, "b m"]:
-    """Returns which components count: those of at least this weight, and the heaviest in any case."""
+    """Returns which components are used: those of at least this weight, and always the heaviest."""
     return (jnp.exp(log_weight) >= threshold) | (log_weight == log_weight.max(axis=-1, keepdims=True))
 
 
 def lower_bound(heads: Float[Array, "k *n"], pessimism: Scalar) -> Float[Array, "*n"]:
-    """Returns Q_LB = mean - pessimism * std of at least two heads, the unbiased std: |Q_1 - Q_2| / sqrt(2) of two."""
+    """Returns Q_LB = mean - pessimism * std of two or more heads; the std is unbiased, of two |Q_1 - Q_2| / sqrt(2)."""
     return heads.mean(axis=0) - pessimism * heads.std(axis=0, ddof=1)
 
 
 def before_tanh(actions: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Returns u of actions, which are clipped away from -1 and 1 first."""
+    """Returns u of actions, which are first clipped to `NEAR_BOUND`."""
     return jnp.arctanh(jnp.clip(actions, -NEAR_BOUND, NEAR_BOUND))
 
 
 def around(actions: Float[Array, "b d"], std: Scalar = 1.0) -> Mixture:
-    """Returns the density of one component about actions, of standard deviation `std` before tanh."""
+    """Returns the density of one component around actions, with standard deviation `std` before tanh."""
     u = before_tanh(actions)[:, None]
     return Mixture(jnp.zeros(u.shape[:2]), u, jnp.full_like(u, std))
 
@@ -162,9 +167,9 @@ def improved(
     action: int,
     pessimism: Scalar = 1.0,
 ) -> Act:
-    """Returns the policy that improves a behaviour, given as a density for (observations [B, O], key).
+    """Returns the policy that improves a behavior, given as a density for (observations [B, O], key).
 
-    `heads` says [K, B, N] for (observations [B, O], flat chunks [B, N, D]), and `action` is the size of one action.
+    `heads` maps observations [B, O] and flat chunks [B, N, D] to values [K, B, N]; `action` is the size of one action.
     """
 
     def act(obs: jax.Array, key: jax.Array) -> jax.Array:

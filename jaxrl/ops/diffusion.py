@@ -3,25 +3,25 @@
 Papers: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv 2206.00364 (EDM), with
 data of standard deviation 1; Jackson et al., "Policy-Guided Diffusion", arXiv 2404.06356.
 
-Noise falls from level sigma_0 = 80 to 0, the data. Guidance moves the actions of a trajectory, while it is being
-denoised, towards what a policy holds likely; the model then moves the states after them.
+Noise falls from level sigma_0 = 80 to 0, the data. While a trajectory is denoised, guidance moves its actions towards
+those that are likely under a policy; the model then adapts the states.
 
-Deliberate differences from the official code of policy-guided diffusion: a step starts from the point that the churn
-moved, in its predictor too; the network is never asked about noise of level 0; a direction is normalised without
+Deliberate differences from the official code of policy-guided diffusion: the predictor of a step also starts from the
+point that the churn moved; the network is never evaluated at noise of level 0; a direction is normalized without
 dividing by 0.
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl.errors import UserError
-from jaxrl.types import Scalar, pytree
+from jaxrl.ranges import NonNegative, Range
+from jaxrl.types import pytree
 
 Denoiser: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
-"""D(x [B, H, F], sigma [B]) -> [B, H, F]: the data that are expected under noise x of level sigma."""
+"""D(x [B, H, F], sigma [B]) -> [B, H, F]: the expected data, given noisy data x of level sigma."""
 Guide: TypeAlias = Callable[[jax.Array], jax.Array]
 """x [B, H, F] -> the direction [B, H, F] in which guidance moves it."""
 LogDensity: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
@@ -34,7 +34,7 @@ LOG_LEVEL = (-1.2, 1.2)  # mean and standard deviation of ln sigma in training
 
 @pytree
 class Scale:
-    """What standardised features [..., O + A + 2] stand for."""
+    """The meaning of standardized features [..., O + A + 2]."""
 
     observation: int  # O
     action: int  # A
@@ -43,7 +43,7 @@ class Scale:
 
     @property
     def actions(self) -> slice:
-        """Where the actions are among the features."""
+        """The actions' place among the features."""
         return slice(self.observation, self.observation + self.action)
 
     def read(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -57,21 +57,13 @@ class Scale:
 class Sampler:
     """How trajectories are drawn, and how strongly a policy guides them."""
 
-    denoising_steps: int = 256  # T: levels of noise between noise and data
-    guidance: Scalar = 1.0  # eta: how far each level's guidance goes; matters only where there is a policy
-    guidance_bump: Scalar = 0.3  # weight of the sine that makes guidance strongest some way into the sampling
+    denoising_steps: Annotated[int, Range(2)] = 256  # T: levels of noise between noise and data
+    guidance: NonNegative = 1.0  # eta: strength of guidance at each level; used only with a policy
+    guidance_bump: NonNegative = 0.3  # weight of the sine that makes guidance strongest some way into the sampling
     normalize_guidance: bool = False  # whether the direction has norm 1 over each whole trajectory
-    denoised_guidance: bool = False  # whether the policy judges what the model makes of x, instead of x; 3 calls for 2
-    churn: Scalar = 80.0  # noise that is added on the way
-    churn_scale: Scalar = 1.003  # standard deviation of that noise
-
-    def check(self) -> None:
-        """Raises UserError where a value is out of range."""
-        if self.denoising_steps < 2:
-            raise UserError(f"denoising_steps = {self.denoising_steps}: must be at least 2")
-        for name in ("guidance", "guidance_bump", "churn", "churn_scale"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name} = {getattr(self, name)}: must be at least 0 and finite")
+    denoised_guidance: bool = False  # whether the policy sees the denoised x instead of x; 3 network calls for 2
+    churn: NonNegative = 80.0  # noise that is added on the way
+    churn_scale: NonNegative = 1.003  # standard deviation of that noise
 
 
 # The denoiser and its error
@@ -109,9 +101,9 @@ def denoising_error(denoise: Denoiser, tau: jax.Array, sigma: jax.Array, noise: 
 
 
 def policy_guide(log_density: LogDensity, scale: Scale, normalize: bool = False) -> Guide:
-    """Returns the gradient of sum_t log pi(a_t | s_t) in the standardised actions before tanh, states held fixed.
+    """Returns the gradient of sum_t log pi(a_t | s_t) in the standardized actions before tanh, states held fixed.
 
-    It is 0 at all other entries of x. With `normalize`, it has norm 1 over each trajectory.
+    It is 0 at all other entries of x. With `normalize` it has norm 1 over each trajectory.
     """
 
     def guide(x: jax.Array) -> jax.Array:
@@ -146,7 +138,7 @@ def noise_schedule(steps: int) -> jax.Array:
 
 
 def churn_schedule(sampler: Sampler, sigma: jax.Array) -> jax.Array:
-    """Returns gamma_i: by what share each level is raised before it is left, at most sqrt 2 - 1."""
+    """Returns gamma_i, the relative increase of each level before its step, at most sqrt 2 - 1."""
     low, high = CHURNED
     gamma = jnp.minimum(sampler.churn / sampler.denoising_steps, 2**0.5 - 1)
     return jnp.where((sigma >= low) & (sigma <= high), gamma, 0.0)
@@ -155,9 +147,9 @@ def churn_schedule(sampler: Sampler, sigma: jax.Array) -> jax.Array:
 def heun_step(
     denoise: Denoiser, x: jax.Array, sigma: jax.Array, following: jax.Array, gamma: jax.Array, noise: jax.Array
 ) -> jax.Array:
-    """Returns x one level on: noise up to sigma (1 + gamma), then a step of second order down to `following`.
+    """Returns x at the next level: noise up to sigma (1 + gamma), then a step of second order down to `following`.
 
-    To level 0 the step is of first order.
+    The step to level 0 is of first order.
     """
     level = jnp.full(len(x), sigma * (1 + gamma))
     x = x + sigma * jnp.sqrt(gamma * (2 + gamma)) * noise  # sqrt(level^2 - sigma^2), never of a negative number
@@ -172,7 +164,7 @@ def heun_step(
 def sample(
     denoise: Denoiser, sampler: Sampler, key: jax.Array, shape: tuple[int, int, int], guide: Guide | None = None
 ) -> jax.Array:
-    """Returns trajectories of shape [B, H, F], drawn from the denoiser's data; without a guide there is no guidance."""
+    """Returns trajectories [B, H, F] drawn from the denoiser's data distribution, guided if there is a guide."""
     key_start, key_churn = jax.random.split(key)
     sigma = noise_schedule(sampler.denoising_steps)
     levels = (sigma[:-1], sigma[1:], churn_schedule(sampler, sigma[:-1]), guidance_schedule(sampler))
@@ -180,8 +172,8 @@ def sample(
     def step(x: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         sigma, following, gamma, eta, key = inputs
         if guide is not None:
-            judged = denoise(x, jnp.full(len(x), sigma)) if sampler.denoised_guidance else x
-            x = x + eta * guide(judged)
+            seen = denoise(x, jnp.full(len(x), sigma)) if sampler.denoised_guidance else x
+            x = x + eta * guide(seen)
         noise = sampler.churn_scale * jax.random.normal(key, shape)
         return heun_step(denoise, x, sigma, following, gamma, noise), None
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxrl.ops.flow import AverageVelocity, euler, euler_from, interpolate
-from jaxrl.types import Natural, NonNegative, Scalar, pytree
+from jaxrl.ranges import Count, Natural, NonNegative
+from jaxrl.types import Scalar, pytree
 
 Heads: TypeAlias = Callable[[jax.Array], jax.Array]
 Value: TypeAlias = Callable[[jax.Array], jax.Array]
@@ -117,11 +118,11 @@ class BeamSearch:
     the beams are moved once. Costs width (1 + rounds * branches) actor calls, the initial beams' own included.
     """
 
-    width: int = 4  # M: beams kept
-    rounds: int = 1  # K
-    branches: int = 4  # B: renoised copies per beam
-    eta: Scalar = 0.3  # length of the step along the critic's gradient
-    snr: Scalar = 1.5  # rho
+    width: Count = 4  # M: beams kept
+    rounds: Natural = 1  # K
+    branches: Count = 4  # B: renoised copies per beam
+    eta: NonNegative = 0.3  # length of the step along the critic's gradient
+    snr: NonNegative = 1.5  # rho
     completion: Literal["jump", "euler"] = "jump"  # X_{t',1} (paper), or one step along the diagonal (official code)
     keep_parents: bool = False  # whether unperturbed beams compete with their branches
 

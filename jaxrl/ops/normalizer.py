@@ -1,54 +1,142 @@
-"""Observations in units of their spread: mean and standard deviation, of a dataset or running."""
+"""Mean and variance of rows: of a dataset, on the device or on the host, or running; and observations in their units.
+
+The moments of two sets of rows give those of both together (Chan, Golub, LeVeque, "Updating formulae and a pairwise
+algorithm for computing sample variances", 1979), in whatever order sets are merged. So a running normalizer is
+`updated` with each batch, and what several devices or members saw is one `merge`.
+"""
+
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxrl.types import Observation, pytree
+from jaxrl.types import Observation, Scalar, pytree
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
+
+LIMIT = 2**32 - 1  # rows that are counted
+PIECE = 1 << 16  # rows that the host sums at a time
 
 
 @pytree
 class Normalizer:
-    """What observations are measured in. Images are left alone."""
+    """The mean and the standard deviation that observations are measured in. Images are left alone."""
 
     mean: Observation  # [O]
     std: Observation  # [O]
+    clip: Scalar | None = None  # bound of normalized entries
 
     def __call__(self, obs: Observation) -> Observation:
-        """Returns observations [..., O] less their mean, in standard deviations."""
-        return jax.tree.map(_standardised, obs, self.mean, self.std)
+        """Returns observations [..., O] less their mean, in standard deviations, and clipped where there is a bound."""
+        return jax.tree.map(self._leaf, obs, self.mean, self.std)
+
+    def _leaf(self, x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+        if x.dtype == jnp.uint8:
+            return x
+        lead = (1,) * (x.ndim - mean.ndim)
+        x = (x - mean.reshape(*lead, *mean.shape)) / std.reshape(*lead, *std.shape)
+        return x if self.clip is None else jnp.clip(x, -self.clip, self.clip)
 
 
-def _standardised(x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    if x.dtype == jnp.uint8:
-        return x
-    lead = (1,) * (x.ndim - mean.ndim)
-    return (x - mean.reshape(*lead, *mean.shape)) / std.reshape(*lead, *std.shape)
+@pytree
+class Moments:
+    """How many rows there were, and the mean and the population variance of each entry.
+
+    They hold the variance instead of the sum of squares m2 = count * variance: in float32 that sum no longer grows once
+    a batch adds less than 2^-24 of it, and the variance, divided by a count that does grow, would tend to 0. `count`
+    stops at 2^32 - 1 rows; from there on later rows replace earlier ones, as in a moving average over so many.
+    """
+
+    count: jax.Array  # [] uint32
+    mean: Observation  # [O]; of images [], and 0
+    variance: Observation  # as `mean`
+
+    def normalizer(self, epsilon: float = 1e-3, clip: Scalar | None = None) -> Normalizer:
+        """Returns the normalizer (x - mean) / (std + epsilon), clipped to [-clip, clip] if that is given.
+
+        An entry that has never changed is left in its own units: divided by epsilon, the least deviation from it would
+        dwarf all others.
+        """
+
+        def units(mean: jax.Array, variance: jax.Array) -> jax.Array:
+            std = jnp.sqrt(variance)
+            constant = std <= 1e-6 * jnp.maximum(1, jnp.abs(mean))
+            return jnp.where(constant, 1.0, std + epsilon)
+
+        return Normalizer(self.mean, jax.tree.map(units, self.mean, self.variance), clip)
+
+
+def empty(example: Observation) -> Moments:
+    """Returns the moments of no rows, for observations like an example [O]. They normalize nothing."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(() if x.dtype == jnp.uint8 else x.shape), example)
+    return Moments(jnp.zeros((), jnp.uint32), zeros, zeros)
 
 
 def identity(example: Observation) -> Normalizer:
-    """Returns the normaliser that changes nothing, for observations like an example [O]."""
-    return Normalizer(jax.tree.map(jnp.zeros_like, example), jax.tree.map(jnp.ones_like, example))
+    """Returns the normalizer that changes nothing, for observations like an example [O]."""
+    return empty(example).normalizer()
 
 
-def of_rows(obs: Observation, valid: jax.Array, epsilon: float = 1e-3) -> Normalizer:
-    """Returns the normaliser of the valid rows [L, T] of observations [L, T, O]; epsilon is added to the deviations.
+def of_rows(rows: Observation, mask: jax.Array) -> Moments:
+    """Returns the moments of rows [..., O], each leaf of them, where the mask [...] is true; all are to be finite."""
+    leaves, tree = jax.tree.flatten(rows)
+    nothing = jnp.zeros(()), jnp.zeros(())  # is known of an image
+    means, variances = zip(*(nothing if x.dtype == jnp.uint8 else weighted(x, mask) for x in leaves), strict=True)
+    return Moments(mask.sum(dtype=jnp.uint32), tree.unflatten(means), tree.unflatten(variances))
 
-    A column that never changes is left in its own units: divided by epsilon, the least deviation from it would drown
-    all others.
+
+def updated(moments: Moments, batch: Observation, mask: jax.Array) -> Moments:
+    """Returns the moments of the rows so far and of a batch [..., O], where its mask [...] is true, or 1.
+
+    The leading axes are any, such as time and environment. Rows that are masked out may hold anything, NaN included.
     """
-    leaves, tree = jax.tree.flatten(obs)
-    mean, std = zip(*(_moments(leaf, valid, epsilon) for leaf in leaves), strict=True)
-    return Normalizer(jax.tree.unflatten(tree, mean), jax.tree.unflatten(tree, std))
+    mask = mask.astype(bool)
+    batch = jax.tree.map(lambda x: jnp.where(_beside(mask, x), x, 0), batch)
+    return merge(moments, of_rows(batch, mask))
 
 
-def _moments(obs: jax.Array, valid: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    if obs.dtype == jnp.uint8:
-        return jnp.zeros_like(obs[0, 0]), jnp.ones_like(obs[0, 0])
-    counts = valid.reshape(*valid.shape, *(1,) * (obs.ndim - 2))
-    rows = jnp.maximum(valid.sum(), 1)
-    mean = jnp.sum(obs * counts, axis=(0, 1)) / rows
-    spread = (obs - mean[None, None]) * counts
-    mean = mean + spread.sum(axis=(0, 1)) / rows  # float32 sums of a million rows err: a second pass mends the first
-    std = jnp.sqrt(jnp.sum(jnp.square(obs - mean[None, None]) * counts, axis=(0, 1)) / rows)
-    constant = std <= 1e-6 * jnp.maximum(1, jnp.abs(mean))
-    return mean, jnp.where(constant, 1.0, std + epsilon)
+def merge(a: Moments, b: Moments) -> Moments:
+    """Returns the moments of both sets of rows together."""
+    counted = a.count + b.count
+    share = b.count / jnp.maximum(a.count.astype(jnp.float32) + b.count.astype(jnp.float32), 1)
+    away = jax.tree.map(jnp.subtract, b.mean, a.mean)
+
+    def spread(here: jax.Array, there: jax.Array, away: jax.Array) -> jax.Array:
+        return here + share * (there - here + (1 - share) * jnp.square(away))
+
+    return Moments(
+        count=jnp.where(counted < a.count, jnp.uint32(LIMIT), counted),  # where the sum has wrapped around
+        mean=jax.tree.map(lambda mean, away: mean + share * away, a.mean, away),
+        variance=jax.tree.map(spread, a.variance, b.variance, away),
+    )
+
+
+# Of arrays that are whole
+
+
+def weighted(x: Array, weight: Array) -> tuple[Array, Array]:
+    """Returns mean and variance [O] of rows x [..., O] that count `weight` [...] times each; of JAX or of NumPy."""
+    xp, axes, each = x.__array_namespace__(), tuple(range(weight.ndim)), _beside(weight, x)
+    count = xp.maximum(weight.sum(), 1)
+    mean = (x * each).sum(axis=axes) / count
+    if x.dtype != np.float64:  # float32 sums of a million rows err: a second pass corrects the first
+        mean = mean + ((x - xp.expand_dims(mean, axes)) * each).sum(axis=axes) / count
+    return mean, (xp.square(x - xp.expand_dims(mean, axes)) * each).sum(axis=axes) / count
+
+
+def of_columns(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and variance [O] of values [N, O] on the host, in float64, without a copy of all in float64."""
+    count, mean, squares = 0, np.zeros(values.shape[1]), np.zeros(values.shape[1])
+    for start in range(0, len(values), PIECE):
+        piece = values[start : start + PIECE].astype(np.float64)
+        middle = piece.mean(axis=0)
+        total, away = count + len(piece), middle - mean
+        squares += ((piece - middle) ** 2).sum(axis=0) + away**2 * count * len(piece) / total
+        mean, count = mean + away * len(piece) / total, total
+    return mean, squares / count
+
+
+def _beside(weight: Any, x: Any) -> Any:
+    """Returns weights [...] with as many axes as arrays [..., O]."""
+    return weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim))

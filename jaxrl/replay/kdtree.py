@@ -1,4 +1,4 @@
-"""KD-trees of a dataset's rows, on the host: what an exact search for neighbours asks where the backend is the CPU."""
+"""KD-trees of a dataset's rows on the host, for the exact search of neighbors where the backend is the CPU."""
 
 import collections
 import threading
@@ -13,17 +13,17 @@ from jaxrl.types import Static
 if TYPE_CHECKING:
     from scipy.spatial import KDTree
 
-MANY = 500_000  # points from which on a search is worth several threads, whose start takes a millisecond
-SHARE = 64  # queries that each of them takes at least
+MANY = 500_000  # points from which on several threads pay off; to start them takes a millisecond
+SHARE = 64  # queries per thread, at least
 
 
 class Forest(Static):
-    """The rows of a ring, and one KD-tree of them for each scaling that was asked for; the oldest tree gives way.
+    """The rows of a ring, and one KD-tree of them for each scaling that was asked for, of the most recent `TREES`.
 
-    Trees split boxes in the middle of their widest side, not at the median: a search of robots' data with 33 and with
-    60 entries was so 20 and 500 times as fast, of those with 4 and with 23 entries as fast.
+    Trees split boxes in the middle of their widest side instead of at the median. That made a search of robots' data
+    with 33 and 60 entries 20 and 500 times as fast; with 4 and 23 entries it made no difference.
 
-    A tree over N rows of D entries takes about 8 D + 40 bytes per row, and is built when it is first asked. There is
+    A tree over N rows of D entries takes about 8 D + 40 bytes per row, and is built when it is first searched. There is
     one tree per value of (mean, weight), so a sweep over more than `TREES` values of a scaling builds them again and
     again: search such a sweep by blocks.
 
@@ -33,7 +33,7 @@ class Forest(Static):
     TREES: ClassVar[int] = 8
 
     def __init__(self, states: np.ndarray, actions: np.ndarray, valid: np.ndarray) -> None:
-        """Takes rows of states [N, S] and actions [N, A], which are not copied, and which of them count, [N]."""
+        """Takes rows of states [N, S] and actions [N, A], which are not copied, and whether each row counts, [N]."""
         self.states, self.actions, self.valid = states, actions, valid
         self.trees: collections.OrderedDict[bytes, tuple[KDTree, np.ndarray]] = collections.OrderedDict()
         self.lock = threading.Lock()
@@ -41,14 +41,14 @@ class Forest(Static):
     def nearest(
         self, mean: np.ndarray, weight: np.ndarray, states: np.ndarray, actions: np.ndarray, k: int = 1
     ) -> np.ndarray:
-        """Returns the rows [B, k] int32 nearest to states [B, S] and actions [B, A], in float64, ascending.
+        """Returns the rows [B, k] int32 nearest to states [B, S] and actions [B, A], by float64 distances, ascending.
 
-        States count as (s - mean) * weight. A query that is not finite gets any rows; rows that are not finite are
-        never returned. Raises UserError where fewer than k rows are left.
+        States are scaled as (s - mean) * weight. A query that is not finite gets any rows; rows that are not finite are
+        never returned. Raises UserError if fewer than k rows are left.
         """
         tree, rows = self.tree(mean, weight)
         if tree.n < k:
-            raise UserError(f"{tree.n} rows of the dataset can be searched, {k} neighbours were asked for")
+            raise UserError(f"{tree.n} rows of the dataset can be searched, {k} neighbors were asked for")
         query = keys(mean, weight, states, actions)
         query[~np.isfinite(query).all(axis=1)] = 0
         threads = min(system.cores(), -(-len(query) // SHARE)) if tree.n >= MANY else 1
@@ -56,7 +56,7 @@ class Forest(Static):
         return rows[found]
 
     def tree(self, mean: np.ndarray, weight: np.ndarray) -> "tuple[KDTree, np.ndarray]":
-        """Returns the tree of a scaling, and the row [n] int32 that each of its n points is; built where it is new."""
+        """Returns the tree of a scaling, built if it is new, and the row [n] int32 of each of its n points."""
         name = mean.tobytes() + weight.tobytes()
         with self.lock:
             if name not in self.trees:
@@ -67,8 +67,8 @@ class Forest(Static):
             return self.trees[name]
 
     def grown(self, mean: np.ndarray, weight: np.ndarray) -> "tuple[KDTree, np.ndarray]":
-        """Returns a new tree of the rows that count and are finite, and the row of each of its points."""
-        from scipy.spatial import KDTree  # takes long to import, and few need it
+        """Returns a new tree of the finite rows that count, and the row of each of its points."""
+        from scipy.spatial import KDTree  # slow to import, and rarely needed
 
         rows = np.flatnonzero(self.valid).astype(np.int32)
         points = keys(mean, weight, self.states[rows], self.actions[rows])
@@ -83,14 +83,14 @@ def bare() -> Forest:
 
 
 def size_of_tree(rows: int, entries: int) -> int:
-    """Returns the bytes that a tree takes while it is built, at most as measured; about 8 per entry stay."""
+    """Returns the bytes that a tree takes while it is built, the most that was measured; later about 8 per entry."""
     return rows * (12 * entries + 40)
 
 
 def keys(mean: np.ndarray, weight: np.ndarray, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
     """Returns the points [N, S + A] in float64 among which neighbours are near: [(s - mean) * weight, a]."""
     size = states.shape[1]
-    points = np.empty((len(states), size + actions.shape[1]))  # in place: it is the largest thing in a tree
+    points = np.empty((len(states), size + actions.shape[1]))  # filled in place: no other array is as large
     np.subtract(states, mean, out=points[:, :size], dtype=np.float64)
     points[:, :size] *= weight
     points[:, size:] = actions

@@ -3,31 +3,27 @@
     |[(s - mean) * weight, a] - [(s_j - mean) * weight, a_j]|^2
 
 found inside the compiled program. With mean and standard deviation of the states and weight = beta / std these are
-the neighbours of PRDC (Ran et al., arXiv 2306.06569): a large beta asks for the same state, a small one for the same
+the neighbors of PRDC (Ran et al., arXiv 2306.06569): a large beta asks for the same state, a small one for the same
 action.
 
-Two exact ways. By blocks: the distances to a block of keys are one matrix product, |x|^2 - 2 q.x, and the smallest
-of all blocks are kept. That expansion rounds to about 1e-7 of the largest |x|^2, too coarse to choose by where keys
-are dense, so it only nominates: the rows of the best k + 7 groups are compared again as sums of squares. By a KD-tree
-on the host (`jaxrl.replay.kdtree`), which on a CPU was faster on all robots' data that were tried, with keys of up to
-60 entries. No tree is of use where keys have many entries that vary independently.
-
-And a short cut, where the queries' states are the dataset's own: compare only rows that are known to be the nearest
-by state, and search fully where these are not enough (`nearest_known`).
+There are two exact ways. By blocks: the distances to a block of keys are one matrix product, |x|^2 - 2 q.x, and the
+smallest of all blocks are kept. That expansion rounds to about 1e-7 of the largest |x|^2, too coarse to choose between
+keys where they are dense. So it only nominates: the rows of the best k + 7 groups are compared again as sums of
+squares. By a KD-tree on the host (`jaxrl.replay.kdtree`), which was faster on a CPU for all robots' data that were
+tried, with keys of up to 60 entries. A tree is of no use where keys have many entries that vary independently.
 
 A search has no gradient.
 """
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxrl.errors import UserError
 from jaxrl.replay.kdtree import Forest
@@ -35,20 +31,20 @@ from jaxrl.replay.ring import Ring, Rings
 from jaxrl.types import Scalar, pytree
 
 Method: TypeAlias = Literal["auto", "blocks", "tree", "approximate"]
-"""How to search. "auto": by the tree on a CPU, where there is one and keys have at most 64 entries, else by blocks."""
+"""How to search. "auto": by tree on a CPU if there is one and keys have at most 64 entries, else by blocks."""
 
 BLOCK = 65_536  # keys compared at a time
 CACHED = 4096  # keys compared at a time on a CPU, at most, whose distances fit its cache
 CEILING = 2**30  # bytes that the distances to one block may take
-FEW = 64  # entries of a key up to which trees were faster on a CPU, whatever was asked and however many rows
+FEW = 64  # entries of a key up to which trees were faster on a CPU, for all queries and numbers of rows tried
 SPARE = 7  # groups nominated beyond k
 NOMINATED = 512  # rows nominated per query, at most, where k is small
-LARGEST = float(np.finfo(np.float32).max)  # stands for a distance that is not finite, to a row that counts
+LARGEST = float(np.finfo(np.float32).max)  # of a row that counts, instead of a distance that is not finite
 
 
 @pytree
 class Index:
-    """What is searched: N rows as they are stored, and how their states are scaled. It copies nothing."""
+    """What is searched: N rows as they are stored, and the scaling of their states. It holds no copies."""
 
     states: jax.Array  # [N, S]
     actions: jax.Array  # [N, A]
@@ -59,25 +55,33 @@ class Index:
 
 
 def with_forest(ring: Ring) -> Ring:
-    """Returns the ring with KD-trees of its rows, each of which is built when it is first asked."""
-    rows = (np.asarray(x).reshape(-1, *x.shape[2:]) for x in (ring.obs, ring.actions, ring.valid))
+    """Returns the ring with KD-trees of its rows, each of which is built when it is first searched."""
+    rows = (np.asarray(x) for x in _rows(ring))
     return dataclasses.replace(ring, forest=Forest(*rows))
 
 
 def index_of(rings: Rings, mean: jax.Array | Scalar, weight: jax.Array | Scalar) -> Index:
     """Returns the index of the first ring: the dataset, or the replay where there is no dataset.
 
-    Its rows are the ring's lanes one after another; those that no transition leaves do not count. `mean` and `weight`
+    Its rows are the ring's lanes, one after another; rows that no transition leaves do not count. `mean` and `weight`
     are one number, or one per entry of the state [S].
     """
     ring = rings[0]
-    states, actions, valid = (x.reshape(-1, *x.shape[2:]) for x in (ring.obs, ring.actions, ring.valid))
+    states, actions, valid = _rows(ring)
     mean, weight = (jnp.broadcast_to(jnp.asarray(x, states.dtype), states.shape[1:]) for x in (mean, weight))
     return Index(states, actions, valid, mean, weight, ring.forest)
 
 
+def _rows(ring: Ring) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns states [N, S], actions [N, A] and validity [N] of a ring's lanes, one after another."""
+    if isinstance(ring.obs, Mapping):
+        raise UserError(f"neighbours: observations are a dict ({', '.join(ring.obs)}); only vectors can be searched")
+    states, actions, valid = (x.reshape(-1, *x.shape[2:]) for x in (ring.obs, ring.actions, ring.valid))
+    return states, actions, valid
+
+
 def check(rows: int, batch: int, k: int = 1, method: Method = "auto", block: int = BLOCK) -> None:
-    """Raises UserError where `batch` queries for k neighbours among so many rows cannot be answered."""
+    """Raises UserError where `batch` queries for k neighbors among so many rows cannot be answered."""
     if method not in get_args(Method):
         raise UserError(f"neighbours: method = {method!r}: must be one of {', '.join(get_args(Method))}")
     if k < 1:
@@ -104,24 +108,17 @@ def nearest(
     """Returns the k nearest rows of the queries states [B, S] and actions [B, A], the nearest first.
 
     As squared distances [B, k] in float32, summed as squares, and rows [B, k] int32. Rows that do not count are not
-    returned, unless fewer than k count: those surplus ones are infinitely far, as everything is from a query that is
-    not finite. Of equally near rows any is returned.
+    returned, unless fewer than k count: the surplus ones are infinitely far, as everything is from a query that is not
+    finite. Of equally near rows any is returned.
 
-    "blocks" takes two arrays of floats [B, block] at a time, whatever N is, and "approximate" as much: it nominates
-    by `jax.lax.approx_min_k`, and may miss a neighbour, never misstate a distance. "tree" takes next to nothing in
-    the program, on the host see `Forest`, and is slow for queries that are far from all rows. Under `vmap` blocks are
+    "blocks" holds two arrays of floats [B, block] at a time, whatever N is, and so does "approximate": it nominates by
+    `jax.lax.approx_min_k`, and may miss a neighbor, but its distances are exact. "tree" takes little memory in the
+    program (on the host, see `Forest`), and is slow for queries that are far from all rows. Under `vmap` blocks are
     searched side by side, trees one after the other.
 
     Raises UserError as `check` does, and for "tree" where the index has no forest.
     """
     check(len(index.states), len(states), k, method, block)
-    return _finish(*_nearest(index, states, actions, k, method, block))
-
-
-def _nearest(
-    index: Index, states: jax.Array, actions: jax.Array, k: int, method: Method, block: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns what `nearest` does, but with LARGEST for distances to rows that count and that are not finite."""
     index, states, actions = lax.stop_gradient((index, states, actions))
     if method == "auto":
         method = "tree" if tree_is_faster(index) else "blocks"
@@ -135,21 +132,17 @@ def _nearest(
 
 
 def tree_is_faster(index: Index) -> bool:
-    """Returns whether "auto" asks the host: on a CPU, where there is a forest, and keys have few entries."""
+    """Returns whether "auto" searches on the host: on a CPU, with a forest, and with keys of few entries."""
     entries = index.states.shape[1] + index.actions.shape[1]
     return index.forest is not None and entries <= FEW and jax.default_backend() == "cpu"
 
 
-def _finish(distance: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.where(distance < LARGEST, distance, jnp.inf), row
-
-
 def by_tree(index: Index, states: jax.Array, actions: jax.Array, k: int) -> jax.Array:
-    """Returns the nearest rows [B, k] int32, asked of the forest on the host."""
+    """Returns the nearest rows [B, k] int32, which the forest on the host finds."""
     if index.forest is None:
         raise UserError(
-            "neighbours: method = 'tree': there are no trees of this data, which are only made of a single file that a "
-            "run holds in memory on the CPU; say 'blocks' or 'auto'"
+            "neighbours: method = 'tree': there are no trees of this data. They are only made of a single file that a "
+            "run on the CPU holds in memory; use 'blocks' or 'auto'"
         )
     ask = functools.partial(_ask, index.forest, k)
     shape = jax.ShapeDtypeStruct((len(states), k), jnp.int32)
@@ -157,16 +150,16 @@ def by_tree(index: Index, states: jax.Array, actions: jax.Array, k: int) -> jax.
 
 
 def _ask(forest: Forest, k: int, *arrays: jax.Array) -> np.ndarray:
-    return forest.nearest(*map(np.asarray, arrays), k=k)  # NumPy alone: JAX would wait for the program that waits here
+    return forest.nearest(*map(np.asarray, arrays), k=k)  # no JAX here: it would wait for the program that calls this
 
 
 def by_blocks(
     index: Index, states: jax.Array, actions: jax.Array, count: int, block: int, approximate: bool = False
 ) -> jax.Array:
-    """Returns rows [B, R] int32 that are nominated block by block, -1 for none, each at most once.
+    """Returns rows [B, R] int32 that are nominated block by block, each at most once, -1 for none.
 
-    They are the members of the `count` groups, runs of consecutive rows, that hold the smallest expansions |x|^2 - 2
-    q.x; with `approximate` they are `count` rows of nearly the smallest.
+    They are the members of the `count` groups (runs of consecutive rows) with the smallest expansions |x|^2 - 2 q.x;
+    with `approximate` they are `count` rows with nearly the smallest.
     """
     block = min(block, len(index.states))
     size = 1 if approximate else max(1, min(NOMINATED // count, block))  # of a group
@@ -195,14 +188,14 @@ def by_blocks(
 
 
 def start_of(index: Index, number: jax.Array, block: int) -> jax.Array:
-    """Returns the first row of a block; the last block reaches back into the one before, to be as long."""
+    """Returns the first row of a block; the last block overlaps the one before, so that all have one length."""
     return jnp.minimum(number * block, len(index.states) - block)
 
 
 def expansion(index: Index, query: jax.Array, number: jax.Array, block: int) -> jax.Array:
     """Returns |x|^2 - 2 q.x [B, block] of the keys x of a block: their squared distances, less |q|^2.
 
-    Infinite for rows that do not count, or are an earlier block's; LARGEST where it is not a number.
+    Infinite for rows that do not count or belong to an earlier block; LARGEST where it is not finite.
     """
     start = start_of(index, number, block)
     states, actions, valid = (
@@ -215,7 +208,7 @@ def expansion(index: Index, query: jax.Array, number: jax.Array, block: int) -> 
 
 
 def product(query: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns the products q.x [B, N], in full float32 also where the device would by default take fewer bits."""
+    """Returns the products q.x [B, N], in full float32, also on devices that use fewer bits by default."""
     return jnp.matmul(query, key.T, precision=lax.Precision.HIGHEST)
 
 
@@ -235,95 +228,13 @@ def closest(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the k nearest of the nominated rows [B, R], by distances that are sums of squares.
 
-    LARGEST where a distance is not finite, infinity where a row does not count, or is -1, which is returned as 0.
+    A distance that is not finite is infinite, and so is that to a row that does not count or is -1, which is returned
+    as 0. The former come first.
     """
     there = (rows >= 0) & index.valid[rows]
     rows = jnp.maximum(rows, 0)
     apart = (states[:, None] - index.states[rows]) * index.weight[None, None]
     distance = jnp.square(apart).sum(axis=-1) + jnp.square(actions[:, None] - index.actions[rows]).sum(axis=-1)
     distance = jnp.where(jnp.isfinite(distance), distance, LARGEST)
-    return smallest(jnp.where(there, distance, jnp.inf), rows, k)
-
-
-# With what is known beforehand
-
-
-@pytree
-class Known:
-    """Of some rows those with the nearest states, however they act; all others are at least as far by state alone."""
-
-    rows: jax.Array  # [Q, K] int32, -1 where there are no more
-    radius: jax.Array  # [Q], the squared distance of the furthest
-
-
-def known_of(index: Index, rows: jax.Array, count: int = 64, batch: int = 256, block: int = BLOCK) -> Known:
-    """Returns the `count` nearest states of each of the rows [Q], by a search of blocks for `batch` of them at a time.
-
-    They are those of one scaling; under c times its weight the radius is c^2 as large. Raises UserError as `check`.
-    """
-    blind = dataclasses.replace(index, actions=index.actions[:, :0])
-    whole = jnp.pad(rows, (0, -len(rows) % batch)).reshape(-1, batch)
-
-    def find(rows: jax.Array) -> Known:
-        distance, row = nearest(blind, index.states[rows], blind.actions[rows], count, "blocks", block)
-        radius = distance[:, -1] * (1 - 1e-5)  # a hair less, for what is rounded off
-        return Known(jnp.where(distance < jnp.inf, row, -1), radius)
-
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(rows)], lax.map(find, whole))
-
-
-def nearest_known(
-    index: Index,
-    known: Known,
-    states: jax.Array,
-    actions: jax.Array,
-    k: int = 1,
-    method: Method = "auto",
-    block: int = BLOCK,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns what `nearest` does, for states [B, S] of rows of which the nearest states are known, [B, K].
-
-    Only these are compared, which is exact wherever the k-th best lies within the radius; where that fails for one
-    query, the batch is searched fully. That saves nothing under `vmap`, which does both. Raises UserError as `check`.
-    """
-    check(len(index.states), len(states), k, method, block)
-    check(known.rows.shape[1], len(states), k)
-    index, states, actions, known = lax.stop_gradient((index, states, actions, known))
-    distance, row = closest(index, states, actions, known.rows, k)
-    sure = (distance[:, -1] <= known.radius).all()
-    return _finish(*lax.cond(sure, lambda: (distance, row), lambda: _nearest(index, states, actions, k, method, block)))
-
-
-# Over several devices
-
-
-def spread(index: Index, mesh: Mesh) -> Index:
-    """Returns the index with its rows dealt to all devices of a mesh, as evenly as a few empty rows make it."""
-    missing = -len(index.states) % mesh.size
-    states, actions, valid = (
-        jax.device_put(jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))), NamedSharding(mesh, P(mesh.axis_names)))
-        for x in (index.states, index.actions, index.valid)
-    )
-    mean, weight = jax.device_put((index.mean, index.weight), NamedSharding(mesh, P()))
-    return Index(states, actions, valid, mean, weight)
-
-
-def nearest_over(
-    mesh: Mesh, index: Index, states: jax.Array, actions: jax.Array, k: int = 1, block: int = BLOCK
-) -> tuple[jax.Array, jax.Array]:
-    """Returns what `nearest` does by blocks, where `spread` has dealt the rows to the devices of a mesh.
-
-    Each device searches its own rows, and the smallest distances of all are the answer, on every device.
-    """
-    check(len(index.states), len(states), k, "blocks", block)
-    axes, share = mesh.axis_names, len(index.states) // mesh.size
-    few = min(k, share)
-
-    def own(index: Index, states: jax.Array, actions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        distance, row = _nearest(index, states, actions, few, "blocks", max(block, few))
-        row = row + lax.axis_index(axes).astype(jnp.int32) * share
-        return smallest(*(lax.all_gather(x, axes, axis=1, tiled=True) for x in (distance, row)), k)
-
-    parts = Index(P(axes), P(axes), P(axes), P(), P())  # ty: ignore[invalid-argument-type]
-    search = jax.shard_map(own, mesh=mesh, in_specs=(parts, P(), P()), out_specs=(P(), P()), check_vma=False)
-    return _finish(*search(index, states, actions))
+    distance, row = smallest(jnp.where(there, distance, jnp.inf), rows, k)
+    return jnp.where(distance < LARGEST, distance, jnp.inf), row

@@ -36,9 +36,9 @@ from jaxrl.report.settings import Mix, Setting
 __all__ = [
     "Comparison",
     "Estimate",
-    "RunRecord",
     "Mix",
     "Report",
+    "RunRecord",
     "Setting",
     "Slice",
     "comparisons",

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.errors import UserError
+from jaxrl.ranges import Natural, Range
 from jaxrl.rollout.device import Decision, Policy, where
-from jaxrl.types import Agent, EnvState, Natural, OnPolicy, PyTree, Range, Scalar, pytree
+from jaxrl.types import Agent, EnvState, OnPolicy, PyTree, Scalar, pytree
 
 Kind: TypeAlias = Literal["open_loop", "receding", "ensemble", "real_time", "adaptive"]
 
@@ -138,7 +139,7 @@ class RealTime:
     delay: Natural = 0  # d, steps from a query to its answer
 
     def __call__(self, policy: Policy) -> Policy:
-        """Returns the policy that is queried every h steps, with a delay. Raises UserError for chunks too short."""
+        """Returns the policy queried every h steps, with a delay. Raises UserError where chunks are too short."""
         length, delay = executed(self.execute, policy.chunk), self.delay
         check_delay(delay, length, policy.chunk)
         if delay == 0:

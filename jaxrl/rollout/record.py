@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxrl.data.files import Dataset, from_columns
+from jaxrl.data.files import Dataset, from_columns, observation_columns
 from jaxrl.errors import UserError
 from jaxrl.replay import ring as rings
 from jaxrl.replay.ring import Ring
@@ -89,8 +89,7 @@ def to_dataset(ring: Ring) -> Dataset:
         # The row at the head holds the newest observation, unless the row before it closed an episode.
         rows = count + 1 if count and host.valid[lane, count - 1] else count
         parts.append((lane, np.arange(rows)))
-    columns = {
-        "observations": host.obs,
+    columns = observation_columns(host.obs) | {
         "actions": host.actions,
         "terminals": ~host.valid,
         "rewards": host.rewards,

@@ -26,6 +26,7 @@ import numpy as np
 
 from jaxrl import system
 from jaxrl.errors import UserError
+from jaxrl.rollout.spaces import discrete
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -263,6 +264,8 @@ class Worker:
         for slot in slots:
             if (group, slot) not in self.slots:
                 self.slots[group, slot] = Slot(self.builder(), self.horizon)
+                if problem := discrete(self.slots[group, slot].simulator):
+                    raise UserError(f"this simulator cannot be used: {problem}")
         starts = zip(slots, seeds, tasks, strict=True)
         return {"obs": stacked([self.slots[group, slot].reset(seed, task) for slot, seed, task in starts])}
 

@@ -87,6 +87,12 @@ def records(config: Config) -> bool:
     return config.data is None and has_dataset(config)
 
 
+def replaced(settings: Any, path: str, value: Any) -> Any:
+    """Returns a dataclass with the field at a dotted path changed."""
+    name, _, rest = path.partition(".")
+    return dataclasses.replace(settings, **{name: replaced(getattr(settings, name), rest, value) if rest else value})
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the configuration as JSON would hold it, the agent's name included."""
     names = {kind: name for name, kind in AGENTS.items()}

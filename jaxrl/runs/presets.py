@@ -1,68 +1,18 @@
 """Named configurations of every agent: sizes for minutes on a CPU, and the published ones."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from jaxrl.agents import (
-    A2PR,
-    AGENTS,
-    AWAC,
-    BC,
-    CFPI,
-    CQL,
-    DQC,
-    FMQ,
-    FQL,
-    IQL,
-    ODICE,
-    PRDC,
-    QC,
-    QGF,
-    TD3BC,
-    FamO2O,
-    ReBRAC,
-)
-from jaxrl.agents.parts import (
-    Adam,
-    AdamW,
-    Autoencoder,
-    Critic,
-    DeterministicPolicy,
-    FlowPolicy,
-    GaussianPolicy,
-    Net,
-    OneStepPolicy,
-    Value,
-)
-from jaxrl.agents.td3 import TD3
+from jaxrl.agents import AGENTS, AWAC, CFPI, CQL, DQC, FMQ, FQL, IQL, ODICE, QC, QGF, TD3, FamO2O
+from jaxrl.agents.parts import Adam, MixturePolicy, QuantileCritic, SelfDistillation, Windows, with_fields
 from jaxrl.errors import UserError, unknown
-from jaxrl.networks import Norm
 from jaxrl.ops.closed_form import ClosedForm
-from jaxrl.ops.guidance import QGuidance
 from jaxrl.runs.config import Config
 from jaxrl.training.schedule import Schedule
 
 Preset = Literal["quick", "paper"]
-
-
-_SMALL = (128, 128, 128)
-
-
-_WIDE = (1024, 1024, 1024, 1024)
-
-
-_NETS: dict[str, Any] = {"actor_hidden": _SMALL, "critic_hidden": _SMALL}
-
-
-_SINGLE: dict[str, Any] = {
-    "components": 1,
-    "operator": ClosedForm(bound="jensen", delta=0.2, delta_high=2.0, draws=10),
-}
-
-
-_FAST: dict[str, Any] = {"actor_lr": 1e-3, "critic_lr": 1e-3}
-
-
+A = TypeVar("A")
+_DRAWN = ClosedForm(bound="jensen", delta=0.2, delta_high=2.0, draws=10)
 _MINUTES = Schedule(
     offline_updates=12_000,
     online_steps=64_000,
@@ -73,152 +23,81 @@ _MINUTES = Schedule(
     steps_per_epoch=6_400,
     eval_every=2,
 )
-
-
 _OFFLINE = dataclasses.replace(_MINUTES, online_steps=0)
-
-
 _ONLINE = dataclasses.replace(_MINUTES, offline_updates=0, warmup_steps=6_400)
-
-
 _LONG = Schedule(online_steps=0)
 
 
-def _td3(norm: Norm = "none", *, normalize: bool = True) -> TD3:
-    """Returns TD3 with small networks, LayerNorm in the critics where `norm` says, and high learning rates."""
-    return TD3(
-        DeterministicPolicy(Net(_SMALL, "relu", "none", "torch")),
-        Critic(Net(_SMALL, "relu", norm, "torch"), agg="min"),
-        Adam(1e-3),
-        Adam(1e-3),
-        normalize=normalize,
-    )
+def _small(agent: A) -> A:
+    """Returns an agent with small networks and high learning rates."""
+    return with_fields(agent, hidden=(128, 128, 128), lr=1e-3)
+
+
+def _published(agent: Any, schedule: Schedule = _LONG, reward_shift: float = 0.0) -> Config:
+    """Returns the configuration of an agent with its published sizes, by default for offline training alone."""
+    return Config(agent, schedule=schedule, data_steps=1_000_000, reward_shift=reward_shift)
 
 
 PRESETS: dict[str, dict[str, Config]] = {
-    "quick": {name: Config(agent(), schedule=_MINUTES) for name, agent in AGENTS.items()}
+    "quick": {name: Config(_small(agent()), schedule=_OFFLINE) for name, agent in AGENTS.items()}
     | {  # minutes on two CPU cores
-        "bc": Config(BC(flow=FlowPolicy(Net(_SMALL), "fourier"), adam=Adam(1e-3)), schedule=_OFFLINE),
         "fmq": Config(
-            FMQ(actor_hidden=_SMALL, critic_hidden=_SMALL, lr=1e-3, target_samples=4, warmup=500, curriculum=4_000),
+            _small(FMQ(target_samples=4, distillation=SelfDistillation(warmup=500, curriculum=4_000))),
             schedule=_MINUTES,
         ),
-        "iql": Config(
-            IQL(
-                chunk=5,
-                backup=5,
-                actor=GaussianPolicy(Net(_SMALL)),
-                critic=Critic(Net(_SMALL, norm="after"), agg="min"),
-                value=Value(Net(_SMALL, norm="after")),
-                adam=Adam(1e-3),
+        "iql": Config(_small(IQL(Windows(chunk=5, backup=5))), schedule=_OFFLINE),
+        "fql": Config(_small(FQL(Windows(chunk=5, backup=5), alpha=3.0)), schedule=_MINUTES),
+        "qc": Config(_small(QC(num_samples=8)), schedule=_MINUTES),
+        "dqc": Config(_small(DQC(Windows(chunk=5, backup=10))), schedule=_OFFLINE, reward_shift=1.0),
+        "td3": Config(_small(TD3()), env="push?reward=dense", schedule=_ONLINE),
+        "cql": Config(dataclasses.replace(_small(CQL()), actor_adam=Adam(3e-4)), schedule=_OFFLINE),
+        "awac": Config(_small(AWAC(temperature=3.0)), schedule=_OFFLINE),
+        "odice": Config(_small(ODICE(trade=0.4)), schedule=_OFFLINE),
+        "famo2o": Config(_small(FamO2O()), schedule=_MINUTES),
+        "cfpi": Config(
+            dataclasses.replace(
+                _small(CFPI(actor=MixturePolicy(components=1), operator=_DRAWN)), critic=QuantileCritic((128, 128))
             ),
             schedule=_OFFLINE,
         ),
-        "qgf": Config(
-            QGF(
-                flow=FlowPolicy(Net(_SMALL, norm="before_but_last"), "sinusoidal", 16),
-                critic=Critic(Net(_SMALL, norm="before"), agg="min"),
-                value=Value(Net(_SMALL, norm="before")),
-                flow_adam=Adam(1e-3),
-                critic_adam=Adam(1e-3),
-                value_adam=Adam(1e-3),
-            ),
-            schedule=_OFFLINE,
-        ),
-        "fql": Config(
-            FQL(
-                chunk=5,
-                backup=5,
-                flow=FlowPolicy(Net(_SMALL)),
-                policy=OneStepPolicy(Net(_SMALL)),
-                critic=Critic(Net(_SMALL, norm="after")),
-                adam=Adam(1e-3),
-                alpha=3.0,
-            ),
-            schedule=_MINUTES,
-        ),
-        "qc": Config(
-            QC(
-                flow=FlowPolicy(Net(_SMALL)),
-                policy=OneStepPolicy(Net(_SMALL)),
-                critic=Critic(Net(_SMALL, norm="after")),
-                adam=AdamW(1e-3),
-                num_samples=8,
-            ),
-            schedule=_MINUTES,
-        ),
-        "dqc": Config(
-            DQC(**_NETS, lr=1e-3, backup=10, batch_size=256, discount=0.99), schedule=_OFFLINE, reward_shift=1.0
-        ),
-        "td3": Config(_td3(normalize=False), env="push?reward=dense", schedule=_ONLINE),
-        "td3bc": Config(TD3BC(_td3()), schedule=_OFFLINE),
-        "rebrac": Config(ReBRAC(_td3("after", normalize=False)), schedule=_OFFLINE),
-        "prdc": Config(PRDC(_td3()), schedule=_OFFLINE),
-        "a2pr": Config(
-            A2PR(_td3(), Value(Net(_SMALL, "relu", "none", "torch")), Autoencoder(_SMALL), value_adam=Adam(1e-3)),
-            schedule=_OFFLINE,
-        ),
-        "cql": Config(CQL(**_NETS, actor_lr=3e-4, critic_lr=1e-3), schedule=_OFFLINE),
-        "awac": Config(AWAC(**_NETS, **_FAST, temperature=3.0), schedule=_OFFLINE),
-        "odice": Config(
-            ODICE(actor_hidden=_SMALL, value_hidden=_SMALL, actor_lr=1e-3, value_lr=1e-3, trade=0.4), schedule=_OFFLINE
-        ),
-        "famo2o": Config(FamO2O(**_NETS, lr=1e-3), schedule=_MINUTES),
-        "cfpi": Config(CFPI(actor_hidden=_SMALL, critic_hidden=_SMALL[:2], **_FAST, **_SINGLE), schedule=_OFFLINE),
     },
-    "paper": {name: Config(agent(), schedule=_LONG, data_steps=1_000_000) for name, agent in AGENTS.items()}
+    "paper": {name: _published(agent()) for name, agent in AGENTS.items()}
     | {  # the published sizes, for an accelerator
-        "bc": Config(BC(), schedule=_LONG, data_steps=1_000_000),
-        "fmq": Config(FMQ(), data_steps=1_000_000),
-        "iql": Config(IQL(), schedule=_LONG, data_steps=1_000_000),
-        "qgf": Config(
-            QGF(
-                flow=FlowPolicy(Net(_WIDE, norm="before_but_last"), "sinusoidal", 16),
-                critic=Critic(Net(_WIDE, norm="before"), agg="min"),
-                value=Value(Net(_WIDE, norm="before")),
-                batch_size=1024,
-                discount=0.999,
-            ),
+        "fmq": _published(FMQ(), schedule=Schedule()),
+        "qgf": _published(
+            with_fields(QGF(), hidden=(1024, 1024, 1024, 1024), batch=1024, discount=0.999),
             schedule=dataclasses.replace(_LONG, offline_updates=500_000),
-            data_steps=1_000_000,
         ),
-        "fql": Config(FQL(), data_steps=1_000_000),
-        "qc": Config(QC(), data_steps=1_000_000),
-        "dqc": Config(DQC(), schedule=_LONG, data_steps=1_000_000, reward_shift=1.0),
+        "fql": _published(FQL(), schedule=Schedule()),
+        "qc": _published(QC(), schedule=Schedule()),
+        "dqc": _published(DQC(), reward_shift=1.0),
         "td3": Config(TD3(), schedule=Schedule(offline_updates=0, warmup_steps=25_000)),
-        "cql": Config(CQL(), schedule=_LONG, data_steps=1_000_000),
-        "awac": Config(AWAC(), schedule=_LONG, data_steps=1_000_000),
-        "odice": Config(ODICE(), schedule=_LONG, data_steps=1_000_000),
-        "famo2o": Config(FamO2O(), data_steps=1_000_000),
-        "cfpi": Config(CFPI(), schedule=_LONG, data_steps=1_000_000),
+        "famo2o": _published(FamO2O(), schedule=Schedule()),
     },
 }
 
-
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "dqc": {  # the special cases that its paper compares with, all without the chunk critic
-        "qc": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 5, "backup": 5},
-        "qc-ns": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 5, "backup": 25},
-        "ns": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 1, "backup": 25},
-        "os": {"chunk_critic": False, "kappa_d": 0.5, "chunk": 1, "backup": 1},
+        name: {"chunk_critic": False, "kappa_d": 0.5, "windows": {"chunk": chunk, "backup": backup}}
+        for name, chunk, backup in (("qc", 5, 5), ("qc-ns", 5, 25), ("ns", 1, 25), ("os", 1, 1))
     },
-    "qgf": {  # what its paper compares the gradient at the foreseen action with
-        "jacobian": {"guide": QGuidance(gradient="jacobian")},
-        "noisy": {"guide": QGuidance(gradient="noisy")},
-        "bptt": {"guide": QGuidance(gradient="bptt")},
-        "grad-step": {"guide": QGuidance(gradient="after")},
+    "qgf": {  # what its paper compares the gradient at the one-step denoised action with
+        "jacobian": {"guide": {"gradient": "jacobian"}},
+        "noisy": {"guide": {"gradient": "noisy"}},
+        "bptt": {"guide": {"gradient": "bptt"}},
+        "grad-step": {"guide": {"gradient": "after"}},
     },
     "qc": {"distill": {"actor": "distill"}},
     "cfpi": {  # one Gaussian, from which the critic chooses how far to go; or a mixture, one distance, both bounds
-        "single": _SINGLE,
-        "mixture": {"components": 4, "operator": ClosedForm()},
+        "single": {"actor": {"components": 1}, "operator": _DRAWN},
+        "mixture": {"actor": {"components": 4}, "operator": ClosedForm()},
     },
     "cql": {  # as their papers have them for tasks with sparse rewards, which go on to learn online
         "antmaze": {"conservatism": 5.0, "lagrange": True, "gap": 0.8, "max_target": True, "lowest_gap": -200.0},
         "cal-ql": {"conservatism": 5.0, "lagrange": True, "gap": 0.8, "max_target": True, "calibrated": True},
     },
 }
-"""Named settings of an agent's fields, by agent: `jaxrl train AGENT --variant NAME`."""
+"""Named settings of an agent's fields, and of its parts', by agent: `jaxrl train AGENT --variant NAME`."""
 
 
 def preset(name: str, agent: str, variant: str | None = None) -> Config:
@@ -235,4 +114,10 @@ def preset(name: str, agent: str, variant: str | None = None) -> Config:
         raise UserError(f"variant = {variant!r}: {agent} has no variants")
     if variant not in variants:
         raise unknown(f"variant of {agent}", variant, variants)
-    return dataclasses.replace(config, agent=dataclasses.replace(config.agent, **variants[variant]))
+    return dataclasses.replace(config, agent=_replaced(config.agent, variants[variant]))
+
+
+def _replaced(settings: Any, values: dict[str, Any]) -> Any:
+    """Returns settings with other values of some fields; a dict stands for values of the fields of a part."""
+    parts = {name: _replaced(getattr(settings, name), value) for name, value in values.items() if type(value) is dict}
+    return dataclasses.replace(settings, **values | parts)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxrl.errors import UserError, unknown
-from jaxrl.runs.config import Config
+from jaxrl.runs.config import Config, replaced
 
 APART = {  # fields that are no axis, and what to do instead
     "seed": "--seeds says how many, from --seed on",
@@ -201,12 +201,6 @@ def is_scalar(config: Config, path: str) -> bool:
         return False
     paths = jax.tree_util.tree_flatten_with_path(config.agent)[0]
     return rest in {jax.tree_util.keystr(name, simple=True, separator=".") for name, _ in paths}
-
-
-def replaced(config: Any, path: str, value: Any) -> Any:
-    """Returns a dataclass with the field at a dotted path changed."""
-    name, _, rest = path.partition(".")
-    return dataclasses.replace(config, **{name: replaced(getattr(config, name), rest, value) if rest else value})
 
 
 def groups(members: Iterable[Member]) -> list[list[Member]]:

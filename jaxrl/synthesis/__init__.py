@@ -1,1 +1,1 @@
-"""Synthetic data by generative models of trajectories."""
+"""Synthetic datasets by generative models of trajectories, and the correction of actions towards dense data."""

@@ -1,13 +1,13 @@
-"""Correction of any policy's actions towards where the data are dense: an independent design, not a reproduction.
+"""Correction of any policy's actions towards dense data: an independent design, not a reproduction.
 
 The idea is that of "CDSA: Conservative Denoising Score-based Algorithm for Offline Reinforcement Learning" (Liu, Yang,
-Li, arXiv 2406.07541), of which neither code nor details were at hand: networks, noise levels, the correction and its
-constants are this project's own, and its numbers say nothing about the paper's.
+Li, arXiv 2406.07541), of which neither code nor details were available: networks, noise levels, the correction and its
+constants are this project's own, and its results say nothing about the paper's.
 
-Denoising score matching learns the gradient field of log p(s, a) on the dataset alone. Its action part moves an action
-directly; its state part says where the next state should lie, which an inverse model turns into an action. States are
-in units of the data's spread. On poor data a move towards density lowers the return, so nothing is on by default:
-compare with the uncorrected policy, on the same seeds. With an agent, its state, its environment and its data's ring:
+Denoising score matching learns the gradient field of log p(s, a) from the dataset alone. Its action part moves an
+action directly; its state part is a change of the next state, which an inverse model turns into an action. States are
+in units of the data's spread. On poor data a move towards density lowers the return, so strengths have no defaults:
+compare with the uncorrected policy on the same seeds. With an agent, its state, its environment and its data's ring:
 
     from jaxrl.synthesis import cdsa
 
@@ -26,50 +26,48 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import common
-from jaxrl.agents.common import Normalizer
+from jaxrl import ranges
 from jaxrl.errors import UserError
 from jaxrl.networks import MLP, apply
-from jaxrl.ops import losses
+from jaxrl.ops import losses, normalizer
 from jaxrl.ops.closed_form import Act
-from jaxrl.replay.ring import Ring, windows
+from jaxrl.ops.normalizer import Normalizer
+from jaxrl.ranges import Count, NonNegative, Positive, Widths, check_at_least
+from jaxrl.replay.ring import Ring, Rings, windows
+from jaxrl.training import loop
 from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 
 Score: TypeAlias = Callable[[jax.Array, jax.Array, Scalar], tuple[jax.Array, jax.Array]]
 """The gradient (g_s [B, S], g_a [B, A]) of log p_sigma at (states [B, S], actions [B, A], sigma)."""
 Inverse: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
-"""The actions [B, A] that change states [B, S] by so much, in units of the states' spread, [B, S]."""
+"""The actions [B, A] that change states [B, S] by an amount [B, S], in units of the states' spread."""
 
-FURTHEST = 3.0  # root mean squares of the data's own changes that the inverse model is asked for at most
+LARGEST = 3.0  # largest change that the inverse model sees, in root mean squares of the data's own changes
 
 
 @pytree
 class Correction:
     """How far actions are moved."""
 
-    action: Scalar  # w_a: of the way to the denoised action
-    state: Scalar  # w_s: of the action that moves the next state along the state's gradient
-    kappa: Scalar = 0.01  # change of the next state per gradient of the state
-    sigma: Scalar = 0.1  # level of the noise at which the gradient is taken
-    steps: int = 1  # K: corrections in a row
-
-    def check(self) -> None:
-        """Raises UserError where a value is out of range."""
-        common.check_range(self, action=(0, None), state=(0, None), kappa=(0, None), sigma=(0, None), steps=(1, None))
+    action: NonNegative  # w_a: share of the way to the denoised action
+    state: NonNegative  # w_s: share of the action that moves the next state along the state's gradient
+    kappa: NonNegative = 0.01  # change of the next state per gradient of the state
+    sigma: NonNegative = 0.1  # noise level at which the gradient is taken
+    steps: Count = 1  # K: corrections in a row
 
 
 def correct(act: Act, score: Score, inverse: Inverse, correction: Correction, spec: Spec) -> Act:
-    """Returns the policy whose single actions are moved towards density, and stay in [-1, 1]; without strengths, `act`.
+    """Returns the policy with its actions moved towards dense data within [-1, 1]; with strengths of 0, `act`.
 
-    Raises UserError for a policy of chunks, whose later actions meet states that are not known yet.
+    Raises UserError for a policy of chunks, since their later actions are taken in states that are not yet known.
     """
-    correction.check()
+    ranges.check(correction)
 
     def corrected(obs: jax.Array, key: jax.Array) -> jax.Array:
         chunk = act(obs, key)
         if chunk.shape[1] != 1:
             raise UserError(f"CDSA corrects single actions, the policy has chunks of {chunk.shape[1]}: train chunk = 1")
-        return moved(common.without_goal(obs, spec), chunk[:, 0], score, inverse, correction)[:, None]
+        return moved(spec.behaviour(obs), chunk[:, 0], score, inverse, correction)[:, None]
 
     return corrected
 
@@ -86,9 +84,9 @@ def moved(states: jax.Array, actions: jax.Array, score: Score, inverse: Inverse,
 
 
 def kernel_score(x: jax.Array, data: jax.Array, sigma: Scalar) -> jax.Array:
-    """Returns (E[x_0 | x] - x) / sigma^2 [B, D], the exact gradient for points x [B, D] near the data [N, D].
+    """Returns (E[x_0 | x] - x) / sigma^2 [B, D], the exact gradient at points x [B, D] for noisy data [N, D].
 
-    Every point is compared with all of the data: a reference for tests and small sets.
+    Every point is compared with all data: a reference for tests and small sets.
     """
     apart = data[None] - x[:, None]
     weight = jax.nn.softmax(-jnp.square(apart).sum(axis=-1) / (2 * jnp.square(sigma)), axis=-1)
@@ -99,48 +97,82 @@ def kernel_score(x: jax.Array, data: jax.Array, sigma: Scalar) -> jax.Array:
 
 
 @pytree
-class Training:
-    """How the models learn."""
-
-    score_hidden: tuple[int, ...] = (256, 256, 256)  # widths of the score's network
-    inverse_hidden: tuple[int, ...] = (256, 256)  # widths of the inverse model
-    batch_size: int = 256  # transitions per update
-    lr: Scalar = 3e-4  # learning rate of Adam
-    sigma_low: Scalar = 0.01  # the least noise, log-uniform
-    sigma_high: Scalar = 1.0  # the most
-
-    def check(self) -> None:
-        """Raises UserError where a value is out of range."""
-        common.check_range(self, score_hidden=(1, None), inverse_hidden=(1, None), batch_size=(1, None), lr=(0, None))
-        common.check_range(self, sigma_low=(1e-6, None), sigma_high=(self.sigma_low, None))
-
-
-@pytree
 class Models:
-    """What was learned from a dataset, for any policy."""
+    """What was learned from a dataset, for any policy, and what training changes."""
 
     spec: Spec
     score_hidden: tuple[int, ...]
     inverse_hidden: tuple[int, ...]
     params: dict[str, PyTree]
+    opt: PyTree
     normalizer: Normalizer  # of states
     change: jax.Array  # [S], root mean square of the data's s' - s in units of the states' spread
 
     def score(self, states: jax.Array, actions: jax.Array, sigma: Scalar) -> tuple[jax.Array, jax.Array]:
-        """Returns (g_s, g_a) at raw states, the former in units of the states' spread."""
+        """Returns (g_s, g_a) at raw states; g_s is in units of the states' spread."""
         x = jnp.concatenate([self.normalizer(states), actions], axis=-1)
         level = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), (len(x), 1))
         gradient = -denoised_noise(self.score_hidden, self.params["score"], x, level) / level
         return gradient[:, : states.shape[-1]], gradient[:, states.shape[-1] :]
 
     def inverse(self, states: jax.Array, change: jax.Array) -> jax.Array:
-        """Returns the actions that change raw states so, given in units of their spread, as far as the data show."""
-        change = jnp.clip(change / self.change[None], -FURTHEST, FURTHEST)
+        """Returns the actions for a change of raw states, in units of their spread; clipped to what the data show."""
+        change = jnp.clip(change / self.change[None], -LARGEST, LARGEST)
         return action_between(self.inverse_hidden, self.spec, self.params["inverse"], self.normalizer(states), change)
 
 
+@pytree
+class Training:
+    """How the models learn: a learner (`types.Learner`) of score and inverse model."""
+
+    score_hidden: Widths = (256, 256, 256)  # widths of the score's network
+    inverse_hidden: Widths = (256, 256)  # widths of the inverse model
+    batch_size: Count = 256  # transitions per update
+    lr: NonNegative = 3e-4  # learning rate of Adam
+    sigma_low: Positive = 0.01  # lowest noise level, log-uniform
+    sigma_high: Positive = 1.0  # highest noise level
+
+    def check(self) -> None:
+        """Raises UserError where the highest noise level is below the lowest."""
+        check_at_least(self, sigma_high=self.sigma_low)
+
+    def init(self, key: jax.Array, spec: Spec) -> Models:
+        """Returns the models before the first update, for raw states. Raises UserError for observations in a dict."""
+        if not isinstance(spec.observation, int):
+            raise UserError("CDSA corrects policies that observe one vector; these observations are a dict of arrays")
+        key_score, key_inverse = jax.random.split(key)
+        states = spec.behaviour(spec.example())
+        size = len(states)
+        score = MLP((*self.score_hidden, size + spec.action), "none", "mish")
+        inverse = MLP((*self.inverse_hidden, spec.action), "none", "relu")
+        params = {
+            "score": score.init(key_score, jnp.zeros(size + spec.action + 1)),
+            "inverse": inverse.init(key_inverse, jnp.zeros(2 * size)),
+        }
+        opt, units = optax.adam(self.lr).init(params), normalizer.identity(states)
+        return Models(spec, self.score_hidden, self.inverse_hidden, params, opt, units, jnp.ones(size))
+
+    def fit(self, state: Models, data: Rings) -> Models:
+        """Returns the models with the spread of the data's states and of their changes."""
+        ring = data[0]
+        units = normalizer.of_rows(ring.obs, ring.valid).normalizer()
+        changes = (jnp.roll(ring.obs, -1, axis=1) - ring.obs) * ring.valid[..., None] / units.std.reshape(1, 1, -1)
+        change = jnp.sqrt(jnp.square(changes).sum(axis=(0, 1)) / jnp.maximum(ring.valid.sum(), 1))
+        return dataclasses.replace(state, normalizer=units, change=jnp.where(change > 0, change, 1.0))
+
+    def sample(self, data: Rings, key: jax.Array) -> Batch:
+        """Returns a batch of transitions."""
+        return windows(data, key, self.batch_size, 1)
+
+    def update(self, state: Models, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[Models, Metrics]:
+        """Returns the models after one gradient step, and both losses."""
+        gradient, metrics = jax.grad(loss, has_aux=True)(state.params, self, state, batch, key)
+        change, opt = optax.adam(self.lr).update(gradient, state.opt)
+        return dataclasses.replace(state, params=optax.apply_updates(state.params, change), opt=opt), metrics
+
+
 def denoised_noise(hidden: tuple[int, ...], params: PyTree, x: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Returns the noise [B, D] in x [B, D] at levels [B, 1], in standard deviations: -sigma times the score."""
+    """Returns the noise [B, D] in x [B, D] at levels [B, 1], in units of the levels: -sigma times the score."""
     return apply(MLP((*hidden, x.shape[-1]), "none", "mish"), params, jnp.concatenate([x, jnp.log(sigma)], axis=-1))
 
 
@@ -153,49 +185,18 @@ def action_between(
 
 
 def train(training: Training, spec: Spec, data: Ring, key: jax.Array, updates: int) -> tuple[Models, Metrics]:
-    """Returns the models after so many updates on a dataset, and both losses of each update; pure, one scan."""
+    """Returns the models after `updates` updates on a dataset, and the means of both losses; pure, one scan."""
     key_init, key_updates = jax.random.split(key)
-    models = begin(training, spec, data, key_init)
-    optimizer = optax.adam(training.lr)
-
-    def update(carry: tuple[PyTree, PyTree], key: jax.Array) -> tuple[tuple[PyTree, PyTree], Metrics]:
-        params, opt = carry
-        key_batch, key_loss = jax.random.split(key)
-        batch = windows((data,), key_batch, training.batch_size, 1)
-        gradient, metrics = jax.grad(loss, has_aux=True)(params, training, models, batch, key_loss)
-        change, opt = optimizer.update(gradient, opt)
-        return (optax.apply_updates(params, change), opt), metrics
-
-    carry = (models.params, optimizer.init(models.params))
-    (params, _), metrics = jax.lax.scan(update, carry, jax.random.split(key_updates, updates))
-    return dataclasses.replace(models, params=params), metrics
-
-
-def begin(training: Training, spec: Spec, data: Ring, key: jax.Array) -> Models:
-    """Returns the models before the first update, which know the spread of the data's states and of their changes."""
-    key_score, key_inverse = jax.random.split(key)
-    size = spec.observation - spec.goal
-    whole = common.fit(common.start_each(Spec(size, spec.action), {}, {}), (data,)).normalizer
-    assert whole is not None
-    counts = data.valid[..., None]
-    changes = (jnp.roll(data.obs, -1, axis=1) - data.obs) * counts / whole.std.reshape(1, 1, -1)
-    change = jnp.sqrt(jnp.square(changes).sum(axis=(0, 1)) / jnp.maximum(data.valid.sum(), 1))
-    params = {
-        "score": MLP((*training.score_hidden, size + spec.action), "none", "mish").init(
-            key_score, jnp.zeros(size + spec.action + 1)
-        ),
-        "inverse": MLP((*training.inverse_hidden, spec.action), "none", "relu").init(key_inverse, jnp.zeros(2 * size)),
-    }
-    change = jnp.where(change > 0, change, 1.0)
-    return Models(spec, training.score_hidden, training.inverse_hidden, params, whole, change)
+    models = training.fit(training.init(key_init, spec), (data,))
+    return loop.updates(training, models, (data,), key_updates, updates)
 
 
 def loss(
     params: dict[str, PyTree], training: Training, models: Models, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """Returns the sum of the losses of score and inverse model, and each."""
+    """Returns the sum of the losses of score and inverse model, and each of them."""
     key_sigma, key_noise = jax.random.split(key)
-    states, after = (models.normalizer(common.without_goal(obs, models.spec)) for obs in (batch.obs, batch.next_obs))
+    states, after = (models.normalizer(models.spec.behaviour(obs)) for obs in (batch.obs, batch.next_obs))
     x = jnp.concatenate([states, batch.actions[:, 0]], axis=-1)
     low, high = jnp.log(training.sigma_low), jnp.log(training.sigma_high)
     sigma = jnp.exp(low + (high - low) * jax.random.uniform(key_sigma, (len(x), 1)))

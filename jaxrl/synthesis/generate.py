@@ -1,10 +1,11 @@
-"""Synthetic datasets on the host's side: the model is trained and kept in a folder, sampled, and held against the data.
+"""Synthetic datasets on the host: a model is trained and kept in a folder, sampled, and compared with the data.
 
-A model's folder holds generator.json, what it was asked to be and the digest of its data, and checkpoints/.
+A model's folder holds generator.json (its settings and the digest of its data) and checkpoints/.
 """
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from jaxrl.runs.signals import StopRequested, StopRequests
 from jaxrl.synthesis import segments
 from jaxrl.synthesis.model import (
     Generator,
-    GuidingPolicy,
+    TrainedAgent,
     jitted_epoch,
     jitted_init,
     jitted_mean_log_density,
@@ -31,27 +32,38 @@ from jaxrl.synthesis.model import (
 )
 from jaxrl.synthesis.segments import Segments
 from jaxrl.training import loop
-from jaxrl.types import PyTree
+from jaxrl.types import Env, PyTree, Spec
 
 AT_ONCE = 256  # trajectories in one program
-SAVES = 10  # times that a model is saved while it is trained
-JUDGED = 4096  # actions whose log density is averaged, spread evenly over a dataset
+SAVES = 10  # checkpoints of a model while it is trained
+COMPARED = 4096  # actions whose log density is averaged, spread evenly over a dataset
 
 
-def policy_for(dataset: Dataset, config: Config, env: Any, path: Path) -> GuidingPolicy:
-    """Returns a run's agent and newest state. Raises UserError where their sizes are not the dataset's."""
+def check(dataset: Dataset) -> None:
+    """Raises UserError for a dataset that a model cannot learn: without rewards, or whose observations are no vectors."""
+    if isinstance(dataset.observations, Mapping):
+        names = ", ".join(dataset.observations)
+        raise UserError(f"dataset {dataset.path}: observations are a dict ({names}); only vectors can be generated")
+    if dataset.observations.ndim > 2:
+        raise UserError(f"dataset {dataset.path}: observations are images; only vectors can be generated")
+    if dataset.rewards is None:
+        raise UserError(f"dataset {dataset.path}: has no rewards: name the environment that gives them with --env")
+
+
+def policy_for(dataset: Dataset, config: Config, env: Env, path: Path) -> TrainedAgent:
+    """Returns a run's agent and newest state. Raises UserError if their sizes are not the dataset's."""
     sizes = (dataset.observations.shape[1], dataset.actions.shape[1])
     if sizes != (env.spec.observation, env.spec.action):
         raise UserError(
-            f"--policy {path}: it sees observations of {env.spec.observation} entries and acts with {env.spec.action}, "
-            f"dataset {dataset.path} has {sizes[0]} and {sizes[1]}"
+            f"--policy {path}: its observations have {env.spec.observation} entries and its actions {env.spec.action}; "
+            f"those of dataset {dataset.path} have {sizes[0]} and {sizes[1]}"
         )
     agent = loop.on_device(config.agent)
     return agent, newest_state(config, agent, env, path)
 
 
 def settings_in(path: Path) -> Generator | None:
-    """Returns what the model in a folder was asked to be; None where there is none."""
+    """Returns the settings of the model in a folder, or None if there is none."""
     if not (path / "generator.json").exists():
         return None
     fields = _description(path)["generator"]
@@ -69,48 +81,53 @@ def _description(path: Path) -> dict[str, Any]:
 
 
 def prepare(generator: Generator, dataset: Dataset, path: Path) -> tuple[Segments, Segments]:
-    """Returns the sub-trajectories to learn from and to be judged on; makes a model's folder where there is none.
+    """Returns the sub-trajectories to learn from and those held out; makes the model's folder if there is none.
 
-    Raises UserError where the folder holds another model, or one of other data.
+    Raises UserError if the folder holds another model, or one of other data.
     """
-    asked = {"generator": dataclasses.asdict(generator), "dataset_digest": dataset.digest}
     found = settings_in(path)
     if found is not None:
-        for field in dataclasses.fields(Generator):
-            was, now = getattr(found, field.name), getattr(generator, field.name)
-            if was != now:
-                raise UserError(
-                    f"{field.name} = {now}: the model in {path} has {was}; leave it out, or name another folder "
-                    "with --model"
-                )
-        if _description(path)["dataset_digest"] != dataset.digest:
-            raise UserError(f"the model in {path} was trained on other data or rewards: name another with --model")
+        _check_same(found, generator, dataset, path)
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists, but holds no diffusion model: name another folder with --model")
     parts = segments.segments(dataset, generator.length, generator.stride)
     if found is None:
         path.mkdir(parents=True, exist_ok=True)
+        asked = {"generator": dataclasses.asdict(generator), "dataset_digest": dataset.digest}
         write_json(path / "generator.json", asked)
     return parts
+
+
+def _check_same(found: Generator, generator: Generator, dataset: Dataset, path: Path) -> None:
+    """Raises UserError unless the model in a folder has these settings and was trained on this dataset."""
+    was = dataclasses.asdict(found)
+    for name, value in dataclasses.asdict(generator).items():
+        if was[name] != value:
+            raise UserError(
+                f"{name} = {value}: the model in {path} has {was[name]}; leave it out, or name another folder with "
+                "--model"
+            )
+    if _description(path)["dataset_digest"] != dataset.digest:
+        raise UserError(f"the model in {path} was trained on other data or rewards: name another with --model")
 
 
 def fitted(
     generator: Generator, parts: tuple[Segments, Segments], path: Path, key: jax.Array, stop: StopRequests
 ) -> tuple[PyTree, str]:
-    """Returns the parameters to sample from, trained on from the folder's newest checkpoint, and their errors in words.
+    """Returns the parameters to sample from, and the last errors in words; continues from the newest checkpoint.
 
-    Raises StopRequested, having saved, where asked to stop.
+    Raises StopRequested, with a checkpoint, if asked to stop.
     """
-    learn, judge = parts
-    generator = loop.on_device(generator)
-    begin = functools.partial(jitted_init, generator, key, features=len(learn.scale.mean))
+    learn, held_out = parts
+    generator, spec = loop.on_device(generator), Spec(learn.scale.observation, learn.scale.action)
+    begin = functools.partial(jitted_init, generator, key, spec=spec)
     count, updates = generator.epochs
     loaded = checkpoint.load(path / "checkpoints", lambda _: jax.eval_shape(begin))
     done, state = (0, jax.device_put(begin(), jax.devices()[0])) if loaded is None else loaded
     said = "trained before"
     with tqdm(desc="diffusion", total=count * updates, initial=done * updates, unit="update", disable=None) as bar:
         for index in range(done, count):
-            state, metrics = jitted_epoch(generator, state, learn, judge)
+            state, metrics = jitted_epoch(generator, state, learn, held_out)
             said = ", ".join(f"{name} {value:.4f}" for name, value in jax.device_get(metrics).items())
             bar.update(updates)
             bar.set_postfix_str(said)
@@ -129,7 +146,7 @@ def generate(
     scale: Scale,
     key: jax.Array,
     count: int,
-    policy: GuidingPolicy | None = None,
+    policy: TrainedAgent | None = None,
 ) -> Dataset:
     """Returns a dataset of `count` generated trajectories, drawn 256 at a time."""
     at_once = min(count, AT_ONCE)
@@ -142,8 +159,8 @@ def generate(
     return segments.to_dataset(obs, actions, rewards, ended)
 
 
-def comparison(data: Dataset, generated: Dataset, scale: Scale, policy: GuidingPolicy | None) -> list[str]:
-    """Returns lines that hold generated trajectories against the data: how far steps go, how likely actions are.
+def comparison(data: Dataset, generated: Dataset, scale: Scale, policy: TrainedAgent | None) -> list[str]:
+    """Returns lines that compare generated trajectories with the data: lengths of steps, likelihood of actions.
 
     A step's length is that of the change of the observation, in standard deviations of the data.
     """
@@ -159,7 +176,7 @@ def comparison(data: Dataset, generated: Dataset, scale: Scale, policy: GuidingP
     if policy is not None:
         likely = []
         for dataset, rows in zip((data, generated), steps, strict=True):
-            rows = rows[np.linspace(0, len(rows) - 1, JUDGED).astype(int)]
+            rows = rows[np.linspace(0, len(rows) - 1, COMPARED).astype(int)]
             likely.append(jitted_mean_log_density(policy, dataset.observations[rows], dataset.actions[rows]))
         lines.append(f"{'log pi(a | s), mean':<24}" + "".join(f"{value:>12.4f}" for value in likely))
     return lines

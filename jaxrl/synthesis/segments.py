@@ -1,7 +1,7 @@
-"""Datasets as sub-trajectories for a generative model, and what it generates as a dataset again.
+"""Datasets as sub-trajectories for a generative model, and its output as a dataset again.
 
-A step is one row of features: state, action, reward, and whether the step ended the task. Actions stand as atanh, so
-that no generated one leaves [-1, 1]; every feature is standardised (Jackson et al., arXiv 2404.06356).
+A step is one row of features: state, action, reward, and whether the step ended the task. Actions are stored as their
+atanh, so that no generated action leaves [-1, 1]; every feature is standardized (Jackson et al., arXiv 2404.06356).
 """
 
 import jax
@@ -11,19 +11,20 @@ import numpy as np
 from jaxrl.data import files
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
+from jaxrl.ops import normalizer
+from jaxrl.ops.closed_form import NEAR_BOUND
 from jaxrl.ops.diffusion import Scale
 from jaxrl.types import pytree
 
-NEAR_BOUND = 0.999  # actions are clipped to it before atanh
-HELD_OUT = 0.05  # share of the episodes that the model is judged on and does not learn from
+HELD_OUT = 0.05  # share of the episodes that the model does not learn from, to measure its error on
 
 
 @pytree
 class Segments:
-    """S sub-trajectories of H steps, which overlap, so that only their first rows are kept."""
+    """S sub-trajectories of H steps. They overlap, so that only their first rows are kept."""
 
     length: int  # H
-    rows: jax.Array  # [N, O + A + 2], all rows of the dataset, standardised
+    rows: jax.Array  # [N, O + A + 2], all rows of the dataset, standardized
     starts: jax.Array  # [S] int32
     scale: Scale
 
@@ -34,7 +35,7 @@ class Segments:
 
 
 def features(dataset: Dataset) -> np.ndarray:
-    """Returns a row [O + A + 2] per row of a dataset with rewards, not standardised yet; float64."""
+    """Returns a row of features [O + A + 2] per row of a dataset with rewards, not yet standardized, in float64."""
     actions = np.arctanh(np.clip(dataset.actions.astype(np.float64), -NEAR_BOUND, NEAR_BOUND))
     columns = (dataset.observations, actions, _column(dataset.rewards), _column(_ended(dataset)))
     return np.concatenate(columns, axis=1, dtype=np.float64)
@@ -46,7 +47,7 @@ def _column(values: np.ndarray | None) -> np.ndarray:
 
 
 def _ended(dataset: Dataset) -> np.ndarray:
-    """Returns, for each row, whether the task ended in the step that leaves it, [N] bool."""
+    """Returns for each row whether the task ended in the step that leaves it, [N] bool."""
     if dataset.masks is None:
         return np.zeros(len(dataset.terminals), bool)
     return (dataset.masks == 0) & ~dataset.terminals
@@ -55,8 +56,8 @@ def _ended(dataset: Dataset) -> np.ndarray:
 def starts_of(dataset: Dataset, length: int, stride: int) -> np.ndarray:
     """Returns the first rows of all sub-trajectories of `length` steps, ascending, [S].
 
-    They begin at every `stride`-th step, counted from where an episode begins, or the task anew; one more ends where
-    the task ends. None goes on after an end, and none has the step after which the clock ran out.
+    They begin at every `stride`-th step from the start of an episode, or from where the task started again; one more
+    ends where the task ends. None continues after an end, and none has the step after which the clock ran out.
     """
     ended = _ended(dataset)
     last_step = np.append(dataset.terminals[1:], False)  # the row after it closes the episode
@@ -73,15 +74,15 @@ def starts_of(dataset: Dataset, length: int, stride: int) -> np.ndarray:
 
 
 def segments(dataset: Dataset, length: int, stride: int) -> tuple[Segments, Segments]:
-    """Returns the sub-trajectories to learn from, and those of 5 % of the episodes, to be judged on (perhaps none).
+    """Returns the sub-trajectories to learn from, and those of 5 % of the episodes, held out (perhaps none).
 
-    Raises UserError where no episode is long enough.
+    Raises UserError if no episode is long enough.
     """
     starts = starts_of(dataset, length, stride)
     _, closing = files.episodes(dataset)
     held_out = np.random.default_rng(0).permutation(len(closing))[: int(HELD_OUT * len(closing))]
     aside = np.isin(np.searchsorted(closing, starts), held_out)
-    if aside.all():  # nothing to learn from: then nothing is held out
+    if aside.all():  # with nothing left to learn from, nothing is held out
         aside = np.zeros_like(aside)
     if not len(starts):
         raise UserError(
@@ -97,26 +98,24 @@ def segments(dataset: Dataset, length: int, stride: int) -> tuple[Segments, Segm
 
 
 def moments(rows: np.ndarray, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation [F] over all sub-trajectories; 1 for the latter where nothing varies."""
+    """Returns mean and standard deviation [F] over all sub-trajectories; the latter is 1 for constant features."""
     change = np.bincount(starts, minlength=len(rows) + 1) - np.bincount(starts + length, minlength=len(rows) + 1)
     times = np.cumsum(change)[:-1]  # how many sub-trajectories each row is in
-    seen = rows[times > 0]
-    mean = np.average(rows, axis=0, weights=times)
-    std = np.sqrt(np.average(np.square(rows - mean), axis=0, weights=times))
-    return mean, np.where(np.ptp(seen, axis=0) == 0, 1.0, std)
+    mean, variance = normalizer.weighted(rows, times)
+    return mean, np.where(np.ptp(rows[times > 0], axis=0) == 0, 1.0, np.sqrt(variance))
 
 
 def to_dataset(obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, ended: np.ndarray) -> Dataset:
     """Returns generated trajectories of H steps [N, H, ...] as episodes of H - 1 transitions, cut by the clock.
 
-    Where the task ended, an episode ends, and what was generated after it is dropped. If that was in the last step, it
-    is kept: the state that it led to was not generated, but counts for nothing, and the one before stands for it.
+    An episode ends where the task ended; what was generated after it is dropped. If the task ended in the last step,
+    that step is kept: the state it led to was not generated, but has no value, and is filled with the one before.
 
     Raises UserError for values that are not finite.
     """
     length = ended.shape[1]
     if not all(np.isfinite(part).all() for part in (obs, actions, rewards)):
-        raise UserError("the model generated values that are not finite: lower guidance, or train it for longer")
+        raise UserError("the model generated values that are not finite: lower guidance, or train for longer")
     closing = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, length - 1)[:, None]
     row = np.arange(length + 1)[None]
     kept, last = row <= closing, row == closing

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl import ranges
 from jaxrl.agents import A2PR, TD3BC
+from jaxrl.agents.parts import Adam, Autoencoder, Value
 from jaxrl.errors import UserError
 from jaxrl.types import Spec
-from tests.known import KEY, batch_of, bias_of, one_layer_each, quick_to_compile, random_batch
+from tests.known import KEY, batch_of, bias_of, one_layer_each, quick_to_compile, random_batch, with_fields
 
-AGENT = A2PR(actor_hidden=(), critic_hidden=(), vae_hidden=(), alpha=1.5, mask=0.4, vae_weight=3.0)
+AGENT = with_fields(A2PR(alpha=1.5, mask=0.4, vae_weight=3.0), hidden=())
 CLIMB = ([[0, 1], [0, 0]], 0)  # Q_1 = a
 STATE = (1, 0)  # V = s
 
@@ -102,12 +104,14 @@ def test_the_latent_has_the_encoders_mean_and_deviation_and_the_decoder_sees_the
 
 
 def test_the_value_is_the_lower_of_the_target_and_the_same_of_the_updated_critics():
-    agent = dataclasses.replace(AGENT, discount=0.5)
+    agent = with_fields(AGENT, discount=0.5)
     state = known(critic=([[0, 4], [0, 0]], (1, 2)), agent=agent)
     batch = dataclasses.replace(at([0.3, 0.3, 0.3], [0, 0, 0]), terminated=jnp.array([False, False, True]))
     y, next_action = jnp.array([0.8, 5.0, 7.0]), jnp.array([[0.1], [0.5], [0.5]])
-    loss, _ = agent.value_loss(state.params["value"], state, batch, y, next_action)
+    lower = agent.lower_target(state, batch, y, next_action)
+    loss, _ = agent.value_loss(state.params["value"], state, batch, lower)
     goal = np.minimum([0.8, 5.0, 7.0], [0.5 * 1.4, 0.5 * 2, 0])
+    np.testing.assert_allclose(lower, goal, rtol=1e-6)
     assert float(loss) == pytest.approx(np.square(0.3 - goal).mean(), rel=1e-5)
 
 
@@ -120,8 +124,8 @@ held_to = jax.jit(A2PR.held_to)
 def held(state, values, actions, draws=None, agent=AGENT):
     """Returns the action that each pi(s) is pulled to, and the weight of the pull."""
     batch = at(values, actions)
-    pi, draws = agent.choose(state, batch.obs), draws or zeros(len(values))
-    goal, gate = held_to(agent, state, batch, pi, agent.v(state, batch.obs), draws)
+    pi, draws = agent.td3.choose(state, batch.obs), draws or zeros(len(values))
+    goal, gate = held_to(agent, state, batch, pi, agent.v(state, batch), draws)
     return np.asarray(goal)[:, 0].tolist(), np.asarray(gate).tolist()
 
 
@@ -170,12 +174,12 @@ def actor_graded(agent, state, batch, v, draws):
 
 def actor_terms(agent, state, batch):
     """Returns the loss, its terms, and its slope in the action before the tanh, the layer's bias."""
-    v = agent.v(state, batch.obs)
+    v = agent.v(state, batch)
     (loss, metrics), slope = actor_graded(agent, state, batch, v, zeros(len(batch.obs)))
     return float(loss), {name: float(x) for name, x in metrics.items()}, bias_of(slope)[0]
 
 
-def test_the_actor_climbs_the_normalised_critic_and_is_pulled_where_the_gate_is_open():
+def test_the_actor_climbs_the_normalized_critic_and_is_pulled_where_the_gate_is_open():
     state = known(critic=([[1, 1], [0, 0]], 0))  # Q_1 = s + a
     batch = at(VALUES, DATA)
     value = dataclasses.replace(state, params=state.params | {"value": known(value=(2, 0)).params["value"]})  # V = 2 s
@@ -201,7 +205,7 @@ def test_where_the_data_are_better_it_is_the_mask_times_the_penalty_of_td3bc():
         at([0.3, 0.3, 0.0, -0.5, 0.9, 0.9], [0.9, 0.1, 0.2, -0.2, 0, 0]),
     )
     gated = dataclasses.replace(batch, valid=jnp.array([[1.0], [0.0], [1.0], [1.0], [0.0], [0.0]]))
-    plain = TD3BC(actor_hidden=(), critic_hidden=(), alpha=0.0)
+    plain = with_fields(TD3BC(alpha=0.0), hidden=())
     penalty, slope = jax.value_and_grad(lambda actor: plain.actor_loss(actor, state, gated)[0])(state.params["actor"])
     for detach in (False, True):
         agent = dataclasses.replace(AGENT, alpha=0.0, detach_target=detach)
@@ -210,9 +214,9 @@ def test_where_the_data_are_better_it_is_the_mask_times_the_penalty_of_td3bc():
         assert found == pytest.approx(0.4 * bias_of(slope)[0], rel=1e-5)
 
 
-def test_without_a_mask_it_is_td3_on_a_normalised_critic():
+def test_without_a_mask_it_is_td3_on_a_normalized_critic():
     state, batch = known(critic=([[1, 1], [0, 0]], 0.2)), at(VALUES, DATA)
-    plain = TD3BC(actor_hidden=(), critic_hidden=(), alpha=1.5)
+    plain = with_fields(TD3BC(alpha=1.5), hidden=())
     climb = lambda actor: plain.actor_loss(actor, state, batch)[1]["actor/q_loss"]  # noqa: E731
     wanted, slope = jax.value_and_grad(climb)(state.params["actor"])
     loss, metrics, found = actor_terms(dataclasses.replace(AGENT, mask=0.0), state, batch)
@@ -249,21 +253,21 @@ def updated(agent, state, batch):
 
 
 def test_advantages_are_over_the_value_of_before_its_step():
-    agent = dataclasses.replace(AGENT, delay=1, value_lr=1.0, critic_lr=0.0)
+    agent = with_fields(AGENT, delay=1, value_adam=Adam(1.0), critic_adam=Adam(0.0))
     state = known(value=(0, 0), agent=agent, target={"critic": (0, 50.0)}, critic=([[0, 1], [0, 0]], 0))
     state = dataclasses.replace(state, params=state.params | {"critic": known(critic=([[0, 1]], 0)).params["critic"]})
     batch = dataclasses.replace(at([0.0, 0.0], [0.5, 0.5]), rewards=jnp.full((2, 1), 9.0))
     after, metrics = updated(agent, state, batch)
-    assert float(agent.v(after, batch.obs).min()) > 0.9  # above the value of 0.5 that the action has
+    assert float(agent.v(after, batch).min()) > 0.9  # above the value of 0.5 that the action has
     assert float(metrics["vae/share"]) == 1 and float(metrics["actor/gate"]) == pytest.approx(0.4)
 
 
 def test_value_autoencoder_and_actor_see_the_critics_after_their_step():
-    agent = dataclasses.replace(AGENT, delay=1, value_lr=0.0, critic_lr=1.0, discount=0.5)
+    agent = with_fields(AGENT, delay=1, value_adam=Adam(0.0), critic_adam=Adam(1.0), discount=0.5)
     state = known(value=(0, 0.5), critic=(0, 0), agent=agent, target={"critic": (0, 50.0)})
     batch = dataclasses.replace(at([0.0, 0.0], [0.0, 0.0]), rewards=jnp.full((2, 1), 9.0))
     after, metrics = updated(agent, state, batch)
-    q = float(agent.q1(after, batch.obs, batch.actions[:, 0])[0])
+    q = float(agent.td3.first_q(after, batch, batch.actions[:, 0])[0])
     assert q == pytest.approx(1, rel=1e-3)  # one step of Adam from 0
     assert float(metrics["value/loss"]) == pytest.approx((9 + 0.5 * q - 0.5) ** 2, rel=1e-5)  # not towards 9 + 25
     assert float(metrics["vae/share"]) == 1 and float(metrics["actor/gate"]) == pytest.approx(0.4)
@@ -271,7 +275,8 @@ def test_value_autoencoder_and_actor_see_the_critics_after_their_step():
 
 
 def test_the_autoencoder_is_updated_before_the_actor_and_by_its_own_loss_alone():
-    agent = dataclasses.replace(AGENT, delay=1, vae_lr=0.3, critic_lr=0.0, value_lr=0.0, alpha=0.0, mask=1.0)
+    rates = {"vae_adam": Adam(0.3), "critic_adam": Adam(0.0), "value_adam": Adam(0.0)}
+    agent = with_fields(AGENT, delay=1, alpha=0.0, mask=1.0, **rates)
     state = known(agent=agent, encoder=(0.1, 0), decoder=([0, 0.2, 0.2], 0))
     batch = at([-9.0, -9.0], [0.4, 0.4])
     after, metrics = updated(agent, state, batch)
@@ -298,11 +303,12 @@ def test_every_random_number_of_an_update_is_its_own():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"vae_hidden": (8, 0)}, "vae_hidden"),
+        ({"vae": Autoencoder((8, 0))}, "vae.hidden = (8, 0): must be at least 1"),
         *(({name: -1.0}, f"{name} = -1.0: must be at least 0") for name in ("alpha", "mask", "vae_weight")),
-        *(({name: -1.0}, f"{name} = -1.0: must be at least 0") for name in ("value_lr", "vae_lr")),
+        *(({name: Adam(-1.0)}, f"{name}.lr = -1.0: must be at least 0") for name in ("value_adam", "vae_adam")),
+        ({"value": Value(head="bce")}, "value.head = 'bce': must be that of td3.critic.head, 'mse'"),
     ],
 )
-def test_values_out_of_range_are_refused_by_name(fields, message):
+def test_values_that_do_not_fit_are_refused_by_name(fields, message):
     with pytest.raises(UserError, match=re.escape(f"A2PR.{message}")):
-        A2PR(**fields).check()
+        ranges.check(A2PR(**fields))

@@ -6,27 +6,27 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from jaxrl.agents.bc import BC, BCState
-from jaxrl.agents.common import flat_actions, step_mask, unflatten
+from jaxrl import ranges
+from jaxrl.agents.bc import BC
+from jaxrl.agents.learner import State, flat_actions, step_mask, unflatten
+from jaxrl.agents.parts import Adam, FlowPolicy, Net
 from jaxrl.errors import UserError
 from jaxrl.ops import flow
 from jaxrl.types import Batch, Spec
+from tests.known import KEY, bias_of, state_of, with_fields
 
 SPEC = Spec(observation=2, action=2)
-KEY = jax.random.key(0)
-LINEAR = BC(chunk=3, hidden=(), batch_size=64)
+LINEAR = BC(chunk=3, flow=FlowPolicy(Net(()), "fourier"), batch=64)
 SIZE = 6
 
 
-def state_of(obs: float = 0.0, x: float = 0.0, time: float = 0.0, bias: float = 0.0) -> BCState:
+def linear(obs: float = 0.0, x: float = 0.0, time: float = 0.0, bias: float = 0.0) -> State:
     """Returns the state whose velocity is obs * o_0 + x * x_t + time * cos(t) + bias, in every entry alike."""
     kernel = jnp.zeros((2 + SIZE + 64, SIZE)).at[0].set(obs).at[2 : 2 + SIZE].set(x * jnp.eye(SIZE))
     dense = {"kernel": kernel.at[2 + SIZE].set(time), "bias": jnp.full(SIZE, bias)}
-    params = {"params": {"MLP_0": {"Dense_0": dense}}}
-    return BCState(SPEC, params, optax.adam(0.0).init(params), jnp.zeros((), jnp.int32))
+    return state_of({"flow": {"params": {"MLP_0": {"Dense_0": dense}}}}, spec=SPEC)
 
 
 def batch_of(count: int) -> Batch:
@@ -63,7 +63,7 @@ def test_the_loss_is_flow_matching_of_the_flat_chunks_under_their_mask(monkeypat
     monkeypatch.setattr(flow, "matching_error", spy)
     batch = batch_of(2000)
     batch = dataclasses.replace(batch, valid=batch.valid.at[:500, 1:].set(0))
-    state = state_of(obs=0.5, x=-1.0, bias=0.25)
+    state = linear(obs=0.5, x=-1.0, bias=0.25)
     with jax.disable_jit():
         _, metrics = LINEAR.update(state, batch, KEY)
     x0, x1, t = (np.asarray(jax.lax.stop_gradient(seen[name])) for name in ("x0", "x1", "t"))
@@ -79,36 +79,34 @@ def test_the_loss_is_flow_matching_of_the_flat_chunks_under_their_mask(monkeypat
 
 
 def test_an_update_is_one_step_of_adam_against_the_gradient():
-    agent = dataclasses.replace(LINEAR, lr=0.01)
+    agent = dataclasses.replace(LINEAR, adam=Adam(0.01))
     state = jax.jit(BC.init, static_argnums=2)(agent, KEY, SPEC)
     after, metrics = jax.jit(BC.update)(agent, state, batch_of(64), KEY)
-    moved = np.asarray(
-        after.params["params"]["MLP_0"]["Dense_0"]["bias"] - state.params["params"]["MLP_0"]["Dense_0"]["bias"]
-    )
-    np.testing.assert_allclose(np.abs(moved), 0.01, rtol=1e-3)
+    before, moved = (bias_of(x.params["flow"]) for x in (state, after))
+    np.testing.assert_allclose(np.abs(moved - before), 0.01, rtol=1e-3)
     assert int(after.step) == 1 and float(metrics["actor/grad_norm"]) > 0
     again, better = jax.jit(BC.update)(agent, after, batch_of(64), KEY)
     assert float(better["actor/flow_loss"]) < float(metrics["actor/flow_loss"]) and int(again.step) == 2
 
 
-def act(state: BCState, obs=((0.0, 0.0),), **fields):
-    agent, obs = dataclasses.replace(LINEAR, **fields), jnp.asarray(obs)
+def act(state: State, obs=((0.0, 0.0),), steps=10):
+    agent, obs = with_fields(LINEAR, steps=steps), jnp.asarray(obs)
     noise = np.asarray(jax.random.normal(KEY, (len(obs), SIZE)))
     return np.asarray(agent.act(state, obs, KEY)).reshape(len(obs), SIZE), noise
 
 
 @pytest.mark.parametrize("steps", [1, 4, 10])
 def test_acting_integrates_the_velocity_with_euler_steps_and_clips(steps):
-    action, noise = act(state_of(x=-1.0, bias=0.3), flow_steps=steps)
+    action, noise = act(linear(x=-1.0, bias=0.3), steps=steps)
     left = (1 - 1 / steps) ** steps
     np.testing.assert_allclose(action, np.clip(0.3 + left * (noise - 0.3), -1, 1), atol=1e-5)
-    clipped, noise = act(state_of(), flow_steps=steps)
+    clipped, noise = act(linear(), steps=steps)
     np.testing.assert_allclose(clipped, np.clip(noise, -1, 1), atol=1e-6)
     assert np.abs(noise).max() > 1
 
 
 def test_acting_asks_for_the_time_at_which_a_step_begins():
-    action, noise = act(state_of(x=-1.0, time=1.0), flow_steps=4)
+    action, noise = act(linear(x=-1.0, time=1.0), steps=4)
     x = noise
     for time in (0, 0.25, 0.5, 0.75):
         x = x + 0.25 * (np.cos(time) - x)
@@ -116,13 +114,13 @@ def test_acting_asks_for_the_time_at_which_a_step_begins():
 
 
 def test_acting_reads_each_rows_own_observation():
-    action, noise = act(state_of(x=-1.0, obs=1.0), obs=[[0.5, 9.0], [-0.5, 9.0]], flow_steps=1)
+    action, noise = act(linear(x=-1.0, obs=1.0), obs=[[0.5, 9.0], [-0.5, 9.0]], steps=1)
     np.testing.assert_allclose(action, [[0.5] * SIZE, [-0.5] * SIZE], atol=1e-5)
     assert len(np.unique(noise)) == noise.size
 
 
 def test_a_single_chunk_of_data_is_learned_by_heart():
-    agent = BC(chunk=2, hidden=(32, 32), batch_size=64, lr=5e-3)
+    agent = BC(chunk=2, flow=FlowPolicy(Net((32, 32)), "fourier"), adam=Adam(5e-3), batch=64)
     chunk = jnp.array([[0.7, -0.2], [-0.5, 0.1]])
     batch = dataclasses.replace(
         batch_of(64),
@@ -142,9 +140,23 @@ def test_a_single_chunk_of_data_is_learned_by_heart():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"chunk": 0}, {"hidden": (8, 0)}, {"batch_size": 0}, {"flow_steps": 0}, {"lr": -1.0}]
+    ("fields", "message"),
+    [
+        ({"chunk": 0}, "BC.windows.chunk = 0: must be at least 1"),
+        ({"batch_size": 0}, "BC.windows.batch = 0: must be at least 1"),
+        ({"hidden": (8, 0)}, "BC.flow.net.hidden = (8, 0): must be at least 1"),
+        ({"steps": 0}, "BC.flow.steps = 0: must be at least 1"),
+        ({"time_size": 3}, "FlowPolicy.time_size = 3: must be at least 4"),
+        ({"lr": -1.0}, "BC.adam.lr = -1.0: must be at least 0"),
+    ],
 )
-def test_values_out_of_range_are_refused_by_name(fields):
-    (name,) = fields
-    with pytest.raises(UserError, match=re.escape(f"BC.{name} = {fields[name]}: must be at least")):
-        BC(**fields).check()
+def test_values_out_of_range_are_refused_by_name(fields, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        ranges.check(with_fields(BC(), **fields))
+
+
+def test_too_few_time_features_are_refused_for_each_kind_of_them():
+    for time, low in (("fourier", 4), ("sinusoidal", 2), ("raw", 1)):
+        ranges.check(FlowPolicy(time=time, time_size=low))
+        with pytest.raises(UserError, match=f"time_size = {low - 1}: must be at least {low}"):
+            ranges.check(FlowPolicy(time=time, time_size=low - 1))

@@ -28,7 +28,7 @@ SMALL = {
     "hidden": (32, 32),
     "chunk": 3,
     "backup": 3,
-    "batch_size": 16,
+    "batch": 16,
     "num_samples": 4,
     "target_samples": 4,
     "warmup": 0,
@@ -46,7 +46,12 @@ def _quick():
 
 def small(name: str, **fields):
     """Returns an agent with tiny networks, few samples and short schedules, and with these fields, its parts' too."""
-    return on_device(with_fields(AGENTS[name](), **(SMALL | fields)))
+    return on_device(changed(AGENTS[name](), **(SMALL | fields)))
+
+
+def changed(agent, **fields):
+    """Returns an agent with these fields, its parts' too; those that it does not have are ignored."""
+    return with_fields(agent, **{name: value for name, value in fields.items() if values_of(agent, name)})
 
 
 def entered(agent, state, phase: Phase):
@@ -115,7 +120,7 @@ def test_it_is_an_agent_of_frozen_fields_whose_defaults_pass_its_own_check(name)
 
 
 @every_agent
-@pytest.mark.parametrize("field", ["chunk", "batch_size"])
+@pytest.mark.parametrize("field", ["chunk", "batch"])
 def test_it_refuses_a_size_of_zero_by_name(name, field):
     agent = AGENTS[name]()
     if not values_of(agent, field):
@@ -234,7 +239,7 @@ def test_windows_without_any_valid_step_teach_nothing(name, phase):
     fresh = dataclasses.replace(state, opt=jax.tree.map(jnp.zeros_like, state.opt))  # no momentum
     batch = random_batch(6)
     void = {"valid": jnp.zeros_like(batch.valid), "terminated": jnp.zeros_like(batch.terminated)}
-    agent = on_device(with_fields(agent, weight_decay=0.0))  # which needs no data
+    agent = on_device(changed(agent, weight_decay=0.0))  # which needs no data
     for _ in range(period(agent)):
         fresh, _ = compiled(name).update(agent, fresh, dataclasses.replace(batch, **void), KEY)
     assert same(fresh.params, state.params)
@@ -302,9 +307,9 @@ def having(*fields: str):
 @having("chunk", "backup")
 def test_a_backup_shorter_than_the_chunk_is_refused_by_name(name):
     cls = AGENTS[name]
-    with pytest.raises(UserError, match=f"{cls.__name__}.backup = 3: must be at least 4"):
-        ranges.check(cls(chunk=4, backup=3))
-    ranges.check(cls(chunk=4, backup=4))
+    with pytest.raises(UserError, match=f"{cls.__name__}.windows.backup = 3: must be at least 4"):
+        ranges.check(with_fields(cls(), chunk=4, backup=3))
+    ranges.check(with_fields(cls(), chunk=4, backup=4))
 
 
 @having("chunk", "backup")
@@ -413,7 +418,7 @@ def bandit_data() -> rings.Ring:
 @functools.cache
 def bandit_player(name: str) -> dict[str, np.ndarray]:
     """Returns 1000 actions of the agent before and after learning from the data, in each of its phases."""
-    fields = {"chunk": 1, "backup": 1, "batch_size": 128, "num_samples": 16, "target_samples": 1, "curriculum": 500}
+    fields = {"chunk": 1, "backup": 1, "batch": 128, "num_samples": 16, "target_samples": 1, "curriculum": 500}
     near = ClosedForm(delta=0.01, delta_high=0.01)  # a bump is narrow
     judgement = {"eta": 0.1, "temperature": 0.1, "max_weight": 1e6, "trade": 0.5, "operator": near}  # of small rewards
     agent, data = small(name, **fields, lr=3e-3, **judgement), bandit_data()

@@ -11,24 +11,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl import ranges
 from jaxrl.agents import FQL, QC
+from jaxrl.agents.parts import AdamW, Critic, FlowPolicy, Net, OneStepPolicy, Windows
 from jaxrl.errors import UserError
 from tests.known import (
     KEY,
-    NARROW,
     WIDE,
-    Formula,
     batch_of,
     fitted,
+    formula,
     linear_heads,
+    metrics_of,
     pull_of,
     quick_to_compile,
     random_batch,
+    reached,
     same,
+    slopes_of,
     state_of,
+    with_fields,
 )
 
-TINY = QC(chunk=2, backup=3, actor_hidden=(8,), critic_hidden=(8,), batch_size=16, num_samples=4, flow_steps=2)
+TINY = with_fields(QC(), chunk=2, backup=3, hidden=(8,), batch=16, num_samples=4, steps=2)
+KNOWN = QC(
+    chunk=1,
+    backup=1,
+    flow=formula(FlowPolicy(), lambda p, s, x, t: p["drift"] - p["pull"] * x + 0 * t),
+    policy=formula(OneStepPolicy(), lambda p, s, z: p["shift"] + p["scale"] * z),
+    critic=formula(Critic(), lambda p, s, a: linear_heads(p["bias"], p["slope"], a.sum(axis=-1)) + s[None, ..., 0]),
+)
+"""QC with v = drift - pull x, mu(s, z) = m + n z, and Q_j(s, a) = b_j + c_j (sum of the chunk) + s."""
+STRAIGHT = formula(FlowPolicy(), lambda p, s, x, t: (p["drift"] - x) / (1 - t))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,17 +51,9 @@ def _quick():
         yield
 
 
-class Known(QC):
-    """QC with v = drift - pull x, mu(s, z) = m + n z, and Q_j(s, a) = b_j + c_j (sum of the chunk) + s."""
-
-    def behaviour(self, spec):
-        return Formula(lambda p, s, x, t: p["drift"] - p["pull"] * x + 0 * t)
-
-    def policy(self, spec):
-        return Formula(lambda p, s, z: p["shift"] + p["scale"] * z)
-
-    def critic(self):
-        return Formula(lambda p, s, a: linear_heads(p["bias"], p["slope"], a.sum(axis=-1)) + s[None, ..., 0])
+def made(size=1, **fields) -> QC:
+    """Returns `KNOWN` for chunks of a size, with these fields, its parts' too."""
+    return with_fields(KNOWN, **{"chunk": size, "backup": size} | fields)
 
 
 def heads(bias, slope=(0.0, 0.0)):
@@ -55,13 +61,23 @@ def heads(bias, slope=(0.0, 0.0)):
 
 
 def known(critic=None, target=None, drift=0.0, pull=0.0, shift=0.0, scale=0.0):
-    """Returns the state of `Known` with these parameters, critics as `heads`; the flow lets its noise be."""
+    """Returns the state of `KNOWN` with these parameters, critics as `heads`; the flow lets its noise be."""
     params = {
         "flow": {"drift": drift, "pull": pull},
         "policy": {"shift": shift, "scale": scale},
         "critic": critic or heads((0.0, 0.0)),
     }
-    return state_of(params, target)
+    return state_of(params, None if target is None else {"critic": target})
+
+
+def critic_loss(agent, state, batch, draws) -> float:
+    return metrics_of(agent, state, batch, draws)["critic/loss"]
+
+
+def policy_losses(agent, policy, state, batch, draws):
+    """Returns the two losses of the one-step policy with these parameters: its distance to the flow, and its climb."""
+    metrics = agent.loss(state.params | {"policy": policy}, state, batch, draws)[1]
+    return metrics["actor/distillation_loss"], metrics["actor/q_loss"]
 
 
 def drawn(count=1, size=1, **named):
@@ -74,7 +90,7 @@ def drawn(count=1, size=1, **named):
 
 
 def test_the_target_is_the_windows_return_and_the_value_after_it():
-    agent, state = Known(chunk=5, backup=5, discount=0.5), known(target=heads((8.0, 8.0)))
+    agent, state = made(5, discount=0.5), known(target=heads((8.0, 8.0)))
     batch = batch_of(np.ones((3, 5)), [[1] * 5, [1] * 5, [1, 1, 0, 0, 0]], terminated=[0, 1, 0])
     found = agent.td_target(state, batch, drawn(3, 5))
     np.testing.assert_allclose(found, [1.9375 + 8 / 32, 1.9375, 1.5 + 8 / 4])
@@ -82,7 +98,7 @@ def test_the_target_is_the_windows_return_and_the_value_after_it():
 
 @pytest.mark.parametrize(("agg", "value"), [("mean", 7.0), ("min", 4.0)])
 def test_the_online_critic_chooses_what_the_target_values_at_the_next_state(agg, value):
-    agent = Known(chunk=1, backup=1, discount=1.0, agg=agg, num_samples=3)
+    agent = made(discount=1.0, agg=agg, num_samples=3)
     state = known(heads((0, 0), (1.0, 1.0)), heads((10.0, 4.0), (-1.0, -1.0)))
     noise = jnp.array([[[0.2], [0.9], [-3.0]]])
     batch = batch_of([[0.0]], next_obs=[[100.0]], obs=[[-100.0]])
@@ -91,17 +107,17 @@ def test_the_online_critic_chooses_what_the_target_values_at_the_next_state(agg,
 
 
 def test_every_head_regresses_the_target_at_the_windows_own_chunk():
-    agent, state = Known(chunk=2, backup=2, discount=0.5), known(heads((1, 2), (1, -1)), heads((4.0, 6.0)))
+    agent, state = made(2, discount=0.5), known(heads((1, 2), (1, -1)), heads((4.0, 6.0)))
     batch = batch_of([[1.0, 2.0]], actions=[[[0.5], [0.25]]])
-    loss = float(agent.critic_loss(state.params["critic"], state, batch, drawn(size=2)))
-    assert loss == pytest.approx(((3.25 - 1.75) ** 2 + (3.25 - 1.25) ** 2) / 2)
+    assert critic_loss(agent, state, batch, drawn(size=2)) == pytest.approx(
+        ((3.25 - 1.75) ** 2 + (3.25 - 1.25) ** 2) / 2
+    )
 
 
 def test_single_actions_with_returns_of_several_steps():
-    agent, state = Known(chunk=1, backup=5, discount=0.5), known(heads((0, 0), (1, 1)), heads((8.0, 8.0)))
+    agent, state = made(backup=5, discount=0.5), known(heads((0, 0), (1, 1)), heads((8.0, 8.0)))
     batch = batch_of(np.ones((1, 5)), actions=np.full((1, 5, 1), 0.25))
-    loss = float(agent.critic_loss(state.params["critic"], state, batch, drawn()))
-    assert loss == pytest.approx((2.1875 - 0.25) ** 2)
+    assert critic_loss(agent, state, batch, drawn()) == pytest.approx((2.1875 - 0.25) ** 2)
 
 
 @pytest.mark.parametrize(
@@ -120,42 +136,33 @@ def test_a_window_cut_short_trains_the_flow_as_far_as_it_goes_and_the_critic_if_
     steps = sum(valid)
     y = sum(0.5**i for i in range(steps)) + 0.5**steps * 8 * (not terminated)
     state = known(target=heads((8.0, 8.0)))
-    for cut_windows, weight in weights.items():
-        agent = Known(chunk=5, backup=5, discount=0.5, cut_windows=cut_windows)
-        loss = agent.critic_loss(state.params["critic"], state, batch, drawn(size=5))
-        assert float(loss) == pytest.approx(weight * y**2)
-        flow = agent.cloning_loss(state.params["flow"], NARROW, batch, drawn(size=5))
-        assert float(flow) == pytest.approx(0.25 * steps / 5)  # five entries, whether they happened or not
+    for cut, weight in weights.items():
+        agent = made(5, discount=0.5, cut=cut)
+        found = metrics_of(agent, state, batch, drawn(size=5))
+        assert found["critic/loss"] == pytest.approx(weight * y**2)
+        assert found["actor/flow_loss"] == pytest.approx(0.25 * steps / 5)  # five entries, whether they happened or not
 
 
 def test_probabilities_have_targets_that_are_probabilities():
-    agent, state = Known(chunk=1, backup=1, head="bce", discount=0.5), known(heads((0.3, -2.0)), heads((0.0, 0.0)))
+    agent, state = made(head="bce", discount=0.5), known(heads((0.3, -2.0)), heads((0.0, 0.0)))
     batch = batch_of([[0.25], [0.9], [-0.6]])
     wanted = np.array([0.5, 1.0, 0.0])
     np.testing.assert_allclose(agent.td_target(state, batch, drawn(3)), wanted, atol=1e-6)
     p = 1 / (1 + np.exp([[-0.3], [2.0]]))
     entropy = -(wanted[None] * np.log(p) + (1 - wanted[None]) * np.log(1 - p))
-    loss = float(agent.critic_loss(state.params["critic"], state, batch, drawn(3)))
-    assert loss == pytest.approx(entropy.mean(), rel=1e-5)
+    assert critic_loss(agent, state, batch, drawn(3)) == pytest.approx(entropy.mean(), rel=1e-5)
 
 
 # The flow
 
 
-class Straight(Known):
-    """Known, but for a flow straight to p."""
-
-    def behaviour(self, spec):
-        return Formula(lambda p, s, x, t: (p["drift"] - x) / (1 - t))
-
-
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_flow_of_a_single_chunk_of_data_is_straight_and_arrives(steps):
-    agent = Straight(chunk=2, backup=2, flow_steps=steps)
+    agent = dataclasses.replace(made(2), flow=dataclasses.replace(STRAIGHT, steps=steps))
     noise = jax.random.normal(KEY, (64, 2))
     batch = batch_of(np.zeros((64, 2)), actions=np.full((64, 2, 1), 0.3))
-    draws = drawn(64, 2, x0=noise, t=jax.random.uniform(KEY, (64, 1), maxval=0.9))
-    loss = lambda flow: agent.cloning_loss(flow, NARROW, batch, draws)  # noqa: E731
+    state, draws = known(), drawn(64, 2, x0=noise, t=jax.random.uniform(KEY, (64, 1), maxval=0.9))
+    loss = lambda flow: agent.loss(state.params | {"flow": flow}, state, batch, draws)[1]["actor/flow_loss"]  # noqa: E731
     found = fitted(loss, {"drift": 0.0, "pull": 0.0})
     assert float(found["drift"]) == pytest.approx(0.3, abs=1e-3) and float(loss(found)) < 1e-5
     arrived = agent.proposals(known(drift=0.3), jnp.zeros((64, 1)), noise)
@@ -165,7 +172,7 @@ def test_the_flow_of_a_single_chunk_of_data_is_straight_and_arrives(steps):
 @pytest.mark.parametrize("steps", [1, 5])
 def test_proposals_are_euler_steps_from_the_noise_clipped_at_the_end(steps):
     noise = jax.random.normal(KEY, (50, 2))
-    found = Known(chunk=2, backup=2, flow_steps=steps).proposals(known(drift=0.4, pull=-0.5), jnp.zeros((50, 1)), noise)
+    found = made(2, steps=steps).proposals(known(drift=0.4, pull=-0.5), jnp.zeros((50, 1)), noise)
     grown = (1 + 0.5 / steps) ** steps
     np.testing.assert_allclose(found, np.clip((np.asarray(noise) + 0.8) * grown - 0.8, -1, 1), atol=1e-5)
 
@@ -173,31 +180,26 @@ def test_proposals_are_euler_steps_from_the_noise_clipped_at_the_end(steps):
 # Best of N
 
 
-class Aimed(Known):
-    """Known, but for heads that want the chunk to be (0.2, -0.4)."""
-
-    def critic(self):
-        def near(p, s, a):
-            distance = jnp.square(a[..., 0] - 0.2) + jnp.square(a[..., 1] + 0.4)
-            return jnp.stack([-distance, -2 * distance])
-
-        return Formula(near)
+def near(p, s, a):
+    """Heads that want the chunk to be (0.2, -0.4)."""
+    distance = jnp.square(a[..., 0] - 0.2) + jnp.square(a[..., 1] + 0.4)
+    return jnp.stack([-distance, -2 * distance])
 
 
 @pytest.mark.parametrize("agg", ["mean", "min"])
 def test_the_best_of_n_is_the_candidate_that_the_critic_wants(agg):
-    agent, state = Aimed(chunk=2, backup=2, num_samples=32, agg=agg), known()
+    aimed = dataclasses.replace(made(2, num_samples=32), critic=formula(Critic(agg=agg), near))
     noise = np.clip(np.asarray(jax.random.normal(KEY, (7, 32, 2))), -1, 1)
     best = np.linalg.norm(noise - np.array([0.2, -0.4]), axis=-1).argmin(axis=1)
     for greedy in (False, True):
-        action = agent.act(state, jnp.zeros((7, 1)), KEY, greedy=greedy)
+        action = aimed.act(known(), jnp.zeros((7, 1)), KEY, greedy=greedy)
         np.testing.assert_allclose(action[..., 0], noise[np.arange(7), best], atol=1e-6)
 
 
 def test_each_statistic_of_the_heads_has_a_favourite_of_its_own():
     state, noise = known(heads((0, 0), (3.0, -1.0))), jnp.array([[[0.5], [0.1], [0.9]]])
     for agg, favourite in (("min", 0.1), ("mean", 0.9)):
-        agent = Known(chunk=1, backup=1, num_samples=3, agg=agg)
+        agent = made(num_samples=3, agg=agg)
         np.testing.assert_allclose(agent.choose(state, jnp.zeros((1, 1)), noise), [[favourite]], rtol=1e-6)
 
 
@@ -214,17 +216,17 @@ def test_the_best_of_one_is_one_sample_of_the_flow():
 
 
 def test_the_distilled_policy_is_near_the_clipped_flow_and_climbs():
-    agent = Known(chunk=2, backup=2, actor="distill", flow_steps=1, alpha=5.0)
+    agent = made(2, actor="distill", steps=1, alpha=5.0)
     state, batch = known(heads((0, 0), (0.2, 0.4)), drift=0.3, pull=1.0), batch_of(np.zeros((1, 2)))
+    draws = drawn(size=2)
 
     def loss(policy):
-        distance, climb = agent.policy_losses(policy, state, batch, jnp.zeros((1, 2)))
-        return agent.alpha * distance + climb
+        return agent.loss(state.params | {"policy": policy}, state, batch, draws)[0]
 
     found = fitted(loss, {"shift": 0.0, "scale": 0.0})
     assert float(found["shift"]) == pytest.approx(0.3 + 0.3 * 2 / (2 * 5), abs=1e-3)
     outside = known(heads((0, 0), (0.2, 0.4)), drift=3.0, pull=1.0, shift=1.5)
-    losses = lambda policy: agent.policy_losses(policy, outside, batch, jnp.zeros((1, 2)))  # noqa: E731
+    losses = lambda policy: policy_losses(agent, policy, outside, batch, draws)  # noqa: E731
     distance, climb = losses(outside.params["policy"])
     assert (float(distance), float(climb)) == pytest.approx((0.25, -0.6), rel=1e-5)
     assert float(jax.grad(lambda policy: losses(policy)[1])(outside.params["policy"])["shift"]) == 0
@@ -235,7 +237,7 @@ def test_with_a_large_weight_only_the_distillation_is_left():
     state, batch = jax.jit(agent.init, static_argnums=1)(KEY, WIDE), random_batch(0)
     draws = agent.draw(WIDE, batch, KEY)
 
-    alone = jax.jit(jax.grad(lambda p: agent.policy_losses(p, state, batch, draws["distill_noise"])[0]))
+    alone = jax.jit(jax.grad(lambda p: policy_losses(agent, p, state, batch, draws)[0]))
     whole = jax.jit(lambda: pull_of(agent, state, batch, draws))()
     for ours, theirs in zip(*map(jax.tree.leaves, (whole["policy"], alone(state.params["policy"]))), strict=True):
         scale = float(jnp.abs(theirs).max())
@@ -249,32 +251,28 @@ def test_each_loss_moves_its_own_network_alone(actor):
     draws = agent.draw(WIDE, batch, KEY)
     assert ("policy" in state.params) is (actor == "distill")
 
-    @jax.jit
-    def pulls(params):
-        at = lambda p: dataclasses.replace(state, params=p)  # noqa: E731
-        parts = {
-            "critic": lambda p: agent.critic_loss(p["critic"], at(p), batch, draws),
-            "flow": lambda p: agent.cloning_loss(p["flow"], WIDE, batch, draws),
-        }
-        if actor == "distill":
-            parts["policy"] = lambda p: sum(agent.policy_losses(p["policy"], state, batch, draws["distill_noise"]))
-        return {name: jax.grad(part)(params) for name, part in parts.items()}, pull_of(agent, state, batch, draws)
-
-    alone, joint = pulls(state.params)
-    for name, pull in alone.items():
-        reached = {net for net, leaves in pull.items() if any(np.any(leaf) for leaf in jax.tree.leaves(leaves))}
-        assert reached == {name}
-        if name != "policy":
-            for x, y in zip(*map(jax.tree.leaves, (joint[name], pull[name])), strict=True):
+    slopes = slopes_of(agent, state, batch, draws)
+    own = {"critic/loss": "critic", "actor/flow_loss": "flow"}
+    own |= {"actor/distillation_loss": "policy"} if actor == "distill" else {}
+    assert {name: reached(slopes[name]) for name in own} == {name: {net} for name, net in own.items()}
+    if actor == "distill":  # which climbs the critic as it is
+        assert reached(slopes_of(agent, state, batch, draws, through_state=False)["actor/q_loss"]) == {"policy"}
+    joint = pull_of(agent, state, batch, draws)
+    for name, net in own.items():
+        if net != "policy":
+            for x, y in zip(*map(jax.tree.leaves, (joint[net], slopes[name][net])), strict=True):
                 np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 def test_single_actions_distilled_are_flow_q_learning():
-    fields = {"actor_hidden": (8,), "critic_hidden": (8,), "alpha": 7.0, "tau": 0.1, "flow_steps": 3}
-    chunked, plain = QC(chunk=1, backup=1, actor="distill", **fields), FQL(**fields)
+    fields = {"hidden": (8,), "alpha": 7.0, "tau": 0.1, "steps": 3}
+    chunked, plain = (
+        with_fields(QC(Windows(chunk=1, backup=1), actor="distill"), **fields),
+        with_fields(FQL(), **fields),
+    )
     batch = random_batch(0, length=1)
     state = jax.jit(plain.init, static_argnums=1)(KEY, WIDE)
-    theirs = dataclasses.replace(state, opt=chunked.optimizer().init(state.params))
+    theirs = dataclasses.replace(state, opt=chunked.adam.transformation().init(state.params))
     draws = plain.draw(WIDE, batch, KEY)
     after, losses = jax.jit(plain.learn)(state, batch, draws)
     draws = draws | {"next_noise": draws["next_noise"][:, None]}
@@ -290,20 +288,20 @@ def test_single_actions_distilled_are_flow_q_learning():
 
 
 def test_the_target_follows_the_critic_from_before_the_step():
-    agent = dataclasses.replace(TINY, tau=0.25)
+    agent = with_fields(TINY, tau=0.25)
     state, batch = jax.jit(agent.init, static_argnums=1)(KEY, WIDE), random_batch(1)
     update = jax.jit(agent.update)
     after, metrics = update(state, batch, KEY)
     assert same(after.target, state.target) and not same(after.params["critic"], state.params["critic"])
     twice, _ = update(after, batch, KEY)
-    wanted = jax.tree.map(lambda slow, fast: 0.75 * slow + 0.25 * fast, after.target, after.params["critic"])
+    wanted = jax.tree.map(lambda slow, fast: 0.75 * slow + 0.25 * fast, after.target["critic"], after.params["critic"])
     for ours, theirs in zip(jax.tree.leaves(twice.target), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     assert set(metrics) == {"critic/loss", "actor/flow_loss"}
 
 
 def test_weight_decay_shrinks_what_no_loss_moves():
-    agent = dataclasses.replace(TINY, lr=0.1, weight_decay=0.5)
+    agent = dataclasses.replace(TINY, adam=AdamW(0.1, 0.5))
     state = jax.jit(agent.init, static_argnums=1)(KEY, WIDE)
     batch = random_batch(1)
     nothing = dataclasses.replace(batch, valid=0 * batch.valid, terminated=jnp.zeros(16, bool))
@@ -330,22 +328,23 @@ def test_every_random_number_of_an_update_is_its_own():
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("agent", "message"),
     [
-        ({"chunk": 6}, "QC.backup = 5: must be at least 6"),
-        ({"actor_hidden": (8, 0)}, "QC.actor_hidden"),
-        ({"critic_hidden": (0,)}, "QC.critic_hidden"),
-        ({"critics": 0}, "QC.critics = 0: must be at least 1"),
-        ({"num_samples": 0}, "QC.num_samples = 0: must be at least 1"),
-        ({"flow_steps": 0}, "QC.flow_steps = 0: must be at least 1"),
-        ({"time_size": 2}, "QC.time_size = 2: must be at least 4"),
-        ({"lr": -1.0}, "QC.lr = -1.0: must be at least 0"),
-        ({"weight_decay": -1.0}, "QC.weight_decay = -1.0: must be at least 0"),
-        ({"alpha": -1.0}, "QC.alpha = -1.0: must be at least 0"),
-        ({"discount": 1.5}, "QC.discount = 1.5: must be in [0, 1]"),
-        ({"tau": -0.1}, "QC.tau = -0.1: must be in [0, 1]"),
+        (QC(Windows(chunk=6)), "QC.windows.backup = 5: must be at least 6"),
+        (QC(flow=FlowPolicy(Net((8, 0)))), "QC.flow.net.hidden = (8, 0): must be at least 1"),
+        (QC(policy=OneStepPolicy(Net((0,)))), "QC.policy.net.hidden = (0,): must be at least 1"),
+        (QC(critic=Critic(Net((0,)))), "QC.critic.net.hidden = (0,): must be at least 1"),
+        (QC(critic=Critic(heads=0)), "QC.critic.heads = 0: must be at least 1"),
+        (QC(num_samples=0), "QC.num_samples = 0: must be at least 1"),
+        (QC(flow=FlowPolicy(steps=0)), "QC.flow.steps = 0: must be at least 1"),
+        (QC(flow=FlowPolicy(time="fourier", time_size=2)), "FlowPolicy.time_size = 2: must be at least 4"),
+        (QC(adam=AdamW(-1.0)), "QC.adam.lr = -1.0: must be at least 0"),
+        (QC(adam=AdamW(weight_decay=-1.0)), "QC.adam.weight_decay = -1.0: must be at least 0"),
+        (QC(alpha=-1.0), "QC.alpha = -1.0: must be at least 0"),
+        (QC(Windows(discount=1.5)), "QC.windows.discount = 1.5: must be in [0, 1]"),
+        (QC(critic=Critic(tau=-0.1)), "QC.critic.tau = -0.1: must be in [0, 1]"),
     ],
 )
-def test_values_out_of_range_are_refused_by_name(fields, message):
+def test_values_out_of_range_are_refused_by_name(agent, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        QC(**fields).check()
+        ranges.check(agent)

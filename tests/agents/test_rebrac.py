@@ -10,18 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.agents import TD3BC, ReBRAC, common, td3
+from jaxrl import ranges
+from jaxrl.agents import TD3BC, ReBRAC, learner
+from jaxrl.agents.parts import Adam
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
 from jaxrl.replay import ring as rings
 from jaxrl.replay.loading import from_dataset
 from jaxrl.types import Spec
-from tests.known import KEY, WIDE, batch_of, bias_of, one_layer_each, quick_to_compile, random_batch, same
+from tests.known import KEY, WIDE, batch_of, bias_of, one_layer_each, quick_to_compile, random_batch, same, with_fields
 
 PAIR = Spec(observation=1, action=2)
-AGENT = ReBRAC(actor_hidden=(), critic_hidden=(), discount=0.5, beta_actor=0.3, beta_critic=0.2)
+AGENT = with_fields(ReBRAC(beta_actor=0.3, beta_critic=0.2), hidden=(), discount=0.5)
 TRUNCATED = {"followed": [0.0], "next_action": [[9.0, 9.0]]}
 window_at = jax.jit(rings.window_at, static_argnums=3)
+learn = jax.jit(lambda agent, *update: agent.learn(*update))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,8 +45,9 @@ def transitions(count=1, **fields):
 
 
 def critic_loss(agent, state, batch) -> float:
+    """Returns the critics' loss in an update without noise."""
     draws = {"target_noise": jnp.zeros((len(batch.obs), state.spec.action))}
-    return float(agent.critic_loss(state.params["critic"], state, batch, draws)[0])
+    return float(learn(agent, state, batch, draws)[1]["critic/loss"])
 
 
 # The critics (Eq. 3)
@@ -53,7 +57,7 @@ def test_the_target_is_lowered_by_the_squared_distance_to_the_datas_next_action_
     state, batch = known(), transitions()
     y = 1 + 0.5 * (min(2.5, 1.8) - 0.2 * (0.4**2 + 0.4**2))
     assert critic_loss(AGENT, state, batch) == pytest.approx(2 * (2 - y) ** 2, rel=1e-5)
-    noisy = AGENT.penalty(batch, td3.noisy(AGENT, jnp.array([[0.5, -0.2]]), jnp.array([[1.0, -9.0]]), 0.2))
+    noisy = AGENT.penalty(batch, AGENT.td3.noisy(jnp.array([[0.5, -0.2]]), jnp.array([[1.0, -9.0]]), 0.2))
     np.testing.assert_allclose(noisy, [0.2 * (0.6**2 + 0.9**2)], rtol=1e-5)  # of the noisy action
 
 
@@ -73,10 +77,10 @@ def test_a_transition_without_a_next_action_trains_the_actor_and_not_the_critics
     assert critic_loss(AGENT, known(), never) == 0
 
 
-def test_without_penalties_it_is_td3_on_a_normalised_critic():
+def test_without_penalties_it_is_td3_on_a_normalized_critic():
     agent = dataclasses.replace(AGENT, beta_actor=0.0, beta_critic=0.0)
     state, batch = known(), transitions()
-    plain = TD3BC(actor_hidden=(), critic_hidden=(), discount=0.5, alpha=1.0)
+    plain = with_fields(TD3BC(alpha=1.0), hidden=(), discount=0.5)
     assert critic_loss(agent, state, batch) == pytest.approx(critic_loss(plain, state, batch))
     graded = lambda loss, state: jax.value_and_grad(loss)(state.params["actor"], state, batch)  # noqa: E731
     loss, slope = graded(lambda *inputs: agent.actor_loss(*inputs)[0], state)
@@ -102,7 +106,7 @@ def test_the_actor_climbs_the_lower_critic_over_its_mean_size_and_is_held_by_a_s
     assert float(loss) == pytest.approx(held - q.mean() / 2.5, rel=1e-5)
     wanted = (0.3 * 2 * apart.mean(axis=0) - np.array([0, 1 / 2.5])) * (1 - np.square([0.5, -0.2]))
     np.testing.assert_allclose(bias_of(slope), wanted, rtol=1e-5, atol=1e-7)
-    mean = TD3BC(actor_hidden=(), critic_hidden=()).actor_loss(state.params["actor"], state, batch)[1]["actor/bc_loss"]
+    mean = with_fields(TD3BC(), hidden=()).actor_loss(state.params["actor"], state, batch)[1]["actor/bc_loss"]
     assert held == pytest.approx(0.3 * 2 * float(mean), rel=1e-5)  # a factor of the action's two entries
 
 
@@ -174,7 +178,7 @@ def test_no_loss_depends_on_an_action_that_was_not_taken():
 
 
 def test_one_optimiser_moves_the_actor_on_its_momentum_in_updates_that_do_not_train_it():
-    agent = dataclasses.replace(AGENT, joint=True, actor_lr=0.01, critic_lr=0.0, tau=0.25)
+    agent = with_fields(AGENT, joint=True, actor_adam=Adam(0.01), critic_adam=Adam(0.0), tau=0.25)
     start, update = one_layer_each(agent, WIDE, critic=([[1, 2, 3, -2, 1], [3, 2, 1, 1, -2]], 0)), jax.jit(agent.update)
     states = [dataclasses.replace(start, target=jax.tree.map(lambda x: x + 1, start.target))]
     for i in range(3):
@@ -194,17 +198,18 @@ def test_one_optimiser_moves_the_actor_on_its_momentum_in_updates_that_do_not_tr
 
 def test_errors_are_averaged_over_the_critics_there():
     joint = dataclasses.replace(AGENT, joint=True)
-    assert critic_loss(joint, known(), transitions()) == pytest.approx(critic_loss(AGENT, known(), transitions()) / 2)
+    started = one_layer_each(joint, PAIR, actor=(0, np.arctanh((0.5, -0.2))), critic=([[0, 1, 0], [0, 0, 1]], (2, 2)))
+    assert critic_loss(joint, started, transitions()) == pytest.approx(critic_loss(AGENT, known(), transitions()) / 2)
 
 
 @pytest.mark.parametrize("name", ["beta_actor", "beta_critic"])
 def test_a_negative_penalty_is_refused_by_name(name):
     with pytest.raises(UserError, match=re.escape(f"ReBRAC.{name} = -1.0: must be at least 0")):
-        ReBRAC(**{name: -1.0}).check()
+        ranges.check(ReBRAC(**{name: -1.0}))
 
 
 def test_observations_stay_as_they_are_unless_asked():
-    state, asked = known(), dataclasses.replace(AGENT, normalize=True)
+    state, asked = known(), with_fields(AGENT, normalize=True)
     assert AGENT.fit(state, (data(),)) is state
     assert float(asked.fit(state, (data(),)).normalizer.mean[0]) == pytest.approx(np.arange(12)[~ENDS].mean())
-    assert same(common.normalized(state, transitions()).obs, transitions().obs)
+    assert same(learner.normalized(state, transitions()).obs, transitions().obs)

@@ -1,42 +1,60 @@
-"""Facts that the descendants of TD3 share: targets, the order of an update, normalised observations, initial layers."""
+"""Facts about jaxrl.agents.td3 and what its descendants have of it: targets, the order of an update, normalized
+observations, initial layers. Networks have one layer, so that every number is known by hand.
+"""
 
 import dataclasses
 import functools
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.agents import A2PR, PRDC, TD3BC, ReBRAC, common, td3
+from envs.point import Point
+from jaxrl import ranges
+from jaxrl.agents import A2PR, PRDC, TD3, TD3BC, ReBRAC, learner
+from jaxrl.agents.learner import State
+from jaxrl.agents.td3 import climb
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
+from jaxrl.ops import normalizer
 from jaxrl.replay.loading import from_dataset
-from jaxrl.types import Spec
+from jaxrl.training import loop
+from jaxrl.training.schedule import Schedule
+from jaxrl.types import Requirements, Spec
 from tests.known import (
     KEY,
     NARROW,
     WIDE,
     batch_of,
+    bias_of,
     one_layer_each,
     quick_to_compile,
     random_batch,
     same,
+    some_data,
+    values_of,
+    with_fields,
 )
 
-FAMILY = [TD3BC, ReBRAC, PRDC, A2PR]
+FAMILY = [TD3, TD3BC, ReBRAC, PRDC, A2PR]
 every_one = pytest.mark.parametrize("cls", FAMILY, ids=lambda cls: cls.__name__)
 
 
-def linear(cls, **fields):
+def linear(cls, **fields) -> Any:
     """Returns an agent whose networks have no hidden layer."""
-    vae = {"vae_hidden": ()} if cls is A2PR else {}
-    return cls(actor_hidden=(), critic_hidden=(), **vae, **fields)
+    return with_fields(cls(), hidden=(), **fields)
 
 
-LINEAR = linear(TD3BC)
+def td3_of(agent) -> TD3:
+    """Returns the TD3 that an agent is, or has."""
+    return agent if isinstance(agent, TD3) else agent.td3
+
+
+LINEAR = linear(TD3)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,16 +77,16 @@ def test_the_noise_of_target_actions_is_clipped_and_so_are_these():
     agent = dataclasses.replace(LINEAR, target_noise=0.5, noise_clip=0.6)
     batch = batch_of(np.zeros((6, 1)), next_obs=[[0.0], [0.0], [0.0], [0.0], [1.0], [1.0]])
     noise = {"target_noise": jnp.array([[0.0], [1.0], [3.0], [-3.0], [3.0], [0.2]])}
-    found = td3.target_action(agent, state, batch, noise)
+    found = agent.target_action(state, batch, noise)
     np.testing.assert_allclose(found[:, 0], [0.3, 0.8, 0.9, -0.3, 1.0, 0.9], rtol=1e-6)
 
 
 def test_the_target_is_the_reward_and_the_lower_of_the_slow_critics_unless_the_task_is_over():
-    agent = dataclasses.replace(LINEAR, discount=0.9)
+    agent = with_fields(LINEAR, discount=0.9)
     state = one_layer_each(agent, critic=(9, 9), target={"critic": ([[10, 2], [10, -1]], (1, 3))})
     batch = batch_of(np.full((4, 1), 2.0), terminated=[0, 0, 0, 1], next_obs=[[0.0], [0.0], [0.5], [0.5]])
     action = jnp.array([[0.5], [0.9], [0.0], [0.0]])  # 1 + 2 a below 3 - a up to a = 2/3
-    loss = lambda critic: td3.td_target(agent, critic, batch, action)  # noqa: E731
+    loss = lambda critic: agent.td_target(state, critic, batch, action)  # noqa: E731
     np.testing.assert_allclose(loss(state.target["critic"]), [2 + 0.9 * 2, 2 + 0.9 * 2.1, 2 + 0.9 * 6, 2], rtol=1e-6)
     slopes = jax.grad(lambda critic: loss(critic).sum())(state.target["critic"])
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(slopes))
@@ -77,24 +95,46 @@ def test_the_target_is_the_reward_and_the_lower_of_the_slow_critics_unless_the_t
 def test_the_twins_errors_are_added_and_steps_that_did_not_happen_are_no_errors():
     state = one_layer_each(LINEAR, critic=([[0, 2], [0, 0]], (0, 1)))
     batch = batch_of([[0.0]] * 3, valid=[[1], [1], [0]], actions=[[[0.5]], [[-0.5]], [[0.1]]])
-    loss = td3.critic_loss(LINEAR, state.params["critic"], batch, jnp.array([3.0, 0.0, 100.0]))
+    y = jnp.array([3.0, 0.0, 100.0])
+    loss = LINEAR.critic_loss(state.params["critic"], state, batch, y, batch.valid[:, 0])
     assert float(loss) == pytest.approx(((2**2 + 2**2) + (1**2 + 1**2)) / 3)
+
+
+def test_probabilities_have_targets_that_are_probabilities():
+    agent = linear(TD3, discount=0.5, head="bce")
+    state = one_layer_each(agent, critic=(0, (0.3, -2.0)), target={"critic": (0, 0.0)})
+    batch = batch_of([[0.25], [0.9], [-0.6]])
+    y = agent.td_target(state, state.target["critic"], batch, jnp.zeros((3, 1)))
+    wanted = np.array([0.5, 1.0, 0.0])
+    np.testing.assert_allclose(y, wanted, atol=1e-6)
+    p = 1 / (1 + np.exp([[-0.3], [2.0]]))
+    entropy = -(wanted[None] * np.log(p) + (1 - wanted[None]) * np.log(1 - p))
+    loss = float(agent.critic_loss(state.params["critic"], state, batch, y, jnp.ones(3)))
+    assert loss == pytest.approx(entropy.sum(axis=0).mean(), rel=1e-5)
+    assert agent.requires() == Requirements(unit_rewards=True, batch=256)
+    with pytest.raises(UserError, match=re.escape("Goals.negative = True: values are probabilities")):
+        ranges.check(with_fields(agent, negative=True))
 
 
 # What the actor climbs
 
 
-def test_the_first_critic_alone_is_climbed_by_its_value_over_its_mean_size():
-    state = one_layer_each(LINEAR, critic=([[1, 2], [0, 50]], (0, 50)))
-    obs, action = jnp.array([[1.0], [-3.0]]), jnp.array([[0.5], [0.25]])
-    q = td3.first_q(LINEAR, state.params["critic"], obs, action)
-    np.testing.assert_allclose(q, [2.0, -2.5])
-    climb = lambda q: td3.climb(q, 1.8, batch_of([[0.0], [0.0]]))  # noqa: E731
-    loss, weight = climb(q)
+def test_the_actor_climbs_the_first_critic_alone():
+    state = one_layer_each(LINEAR, actor=(0, np.arctanh(0.5)), critic=([[1, 2], [0, 50]], (0, 50)))
+    batch = batch_of(np.zeros((3, 1)), valid=[[1], [1], [0]], obs=[[1.0], [-3.0], [100.0]])
+    (loss, metrics), slope = jax.value_and_grad(LINEAR.actor_loss, has_aux=True)(state.params["actor"], state, batch)
+    assert float(loss) == float(metrics["actor/q_loss"]) == pytest.approx(-((1 + 1) + (-3 + 1)) / 3)
+    assert bias_of(slope)[0] == pytest.approx(-(2 + 2) / 3 * (1 - 0.5**2))
+
+
+def test_a_critic_is_climbed_by_its_value_over_its_mean_size_where_its_scale_is_divided_out():
+    q = jnp.array([2.0, -2.5])
+    over = lambda q: climb(q, 1.8, batch_of([[0.0], [0.0]]))  # noqa: E731
+    loss, weight = over(q)
     assert (float(loss), float(weight)) == pytest.approx((-0.8 * (2 - 2.5) / 2, 0.8))  # 1.8 / 2.25, not 1.8 / .25
-    np.testing.assert_allclose(jax.grad(lambda q: climb(q)[0])(q), [-0.8 / 2, -0.8 / 2])  # lambda is no function of Q
-    assert not np.any(jax.grad(lambda q: climb(q)[1])(q))
-    assert float(climb(2 * q)[0]) == pytest.approx(float(loss)) and float(climb(2 * q)[1]) == pytest.approx(0.4)
+    np.testing.assert_allclose(jax.grad(lambda q: over(q)[0])(q), [-0.8 / 2, -0.8 / 2])  # lambda is no function of Q
+    assert not np.any(jax.grad(lambda q: over(q)[1])(q))
+    assert float(over(2 * q)[0]) == pytest.approx(float(loss)) and float(over(2 * q)[1]) == pytest.approx(0.4)
 
 
 # An update
@@ -103,7 +143,7 @@ def test_the_first_critic_alone_is_climbed_by_its_value_over_its_mean_size():
 @functools.cache
 def three_updates(cls):
     """Returns an agent that updates its actor every second time, its first states and the metrics between them."""
-    agent = linear(cls, tau=0.25, actor_lr=0.01, critic_lr=0.01)
+    agent = linear(cls, tau=0.25, lr=0.01)
     rng = np.random.default_rng(0)
     first = one_layer_each(agent, WIDE)
     params, target = jax.tree.map(
@@ -112,7 +152,7 @@ def three_updates(cls):
     states, rows = [dataclasses.replace(first, params=params, target=target)], []
     update = jax.jit(agent.update)
     for i in range(3):
-        state, metrics = update(states[-1], random_batch(i, length=1), jax.random.key(i))
+        state, metrics = update(states[-1], random_batch(i, length=1), jax.random.key(i), (some_data(WIDE),))
         states.append(state)
         rows.append(metrics)
     return agent, states, rows
@@ -126,7 +166,7 @@ def test_critics_move_every_time_and_the_actor_and_all_targets_every_second_time
         slow = {name for name in before.target if not same(before.target[name], after.target[name])}
         assert moved == before.params.keys() - ({"actor"} if i != 1 else set())
         assert slow == ({"actor", "critic"} if i == 1 else set())
-        assert np.isnan(rows[i]["actor/lambda"]) == (i != 1) and np.isfinite(rows[i]["critic/loss"])
+        assert np.isnan(rows[i]["actor/q_loss"]) == (i != 1) and np.isfinite(rows[i]["critic/loss"])
     assert [int(state.step) for state in states] == [0, 1, 2, 3]
 
 
@@ -142,27 +182,30 @@ def test_targets_move_a_share_tau_of_the_way_to_the_networks_after_their_step(cl
 @every_one
 def test_the_actor_climbs_the_critic_that_has_just_been_updated(cls):
     agent, (_, before, after, _), (_, metrics, _) = three_updates(cls)
-    obs = random_batch(1, length=1).obs
-    q = td3.critics(agent).apply(after.params["critic"], obs, td3.choose(agent, before, obs))
+    obs, td3 = random_batch(1, length=1).obs, td3_of(agent)
+    q = td3.critic.values(after.params["critic"], obs, td3.choose(before, obs))
     q = q.min(axis=0) if cls is ReBRAC else q[0]
-    alpha = getattr(agent, "alpha", 1.0)
-    assert float(metrics["actor/lambda"]) == pytest.approx(alpha / float(jnp.abs(q).mean()), rel=1e-5)
+    alpha = next(iter(values_of(agent, "alpha")), 1.0)
+    weight = 1.0 if cls is TD3 else alpha / float(jnp.abs(q).mean())
+    assert float(metrics["actor/q_loss"]) == pytest.approx(-weight * float(q.mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize(("delay", "made"), [(1, [1, 2, 3]), (3, [np.nan, np.nan, 3])])
 def test_without_a_delay_every_update_is_whole_and_with_one_of_three_every_third(delay, made):
-    change = lambda state: (dataclasses.replace(state, target=state.target + 1), {"at": state.step + 1.0})  # noqa: E731
-    state, rows = common.State(NARROW, {}, jnp.zeros(()), {}, jnp.zeros((), jnp.int32)), []
+    def change(state):
+        return dataclasses.replace(state, target={"x": state.target["x"] + 1}), {"at": state.step + 1.0}
+
+    state, rows = State(NARROW, {}, {"x": jnp.zeros(())}, {}, jnp.zeros((), jnp.int32)), []
     for _ in range(3):
-        state, metrics = common.every(delay, state, change)
-        state = common.counted(state)
+        state, metrics = learner.every(delay, state, change)
+        state = learner.counted(state)
         rows.append(float(metrics["at"]))
     np.testing.assert_array_equal(rows, made)
-    assert float(state.target) == np.isfinite(made).sum()
+    assert float(state.target["x"]) == np.isfinite(made).sum()
 
 
 def test_updates_draw_one_number_per_entry_of_the_next_actions():
-    noise = np.asarray(td3.draw(Spec(3, 2), random_batch(0, 4000, 1), KEY)["target_noise"])
+    noise = np.asarray(TD3().draw(Spec(3, 2), random_batch(0, 4000, 1), KEY)["target_noise"])
     assert noise.shape == (4000, 2)
     np.testing.assert_allclose(noise.mean(axis=0), 0, atol=0.06)
     np.testing.assert_allclose(np.cov(noise.T), np.eye(2), atol=0.08)
@@ -171,7 +214,10 @@ def test_updates_draw_one_number_per_entry_of_the_next_actions():
 # Observations in units of the data's spread
 
 
-def fitted(states: np.ndarray, ends: np.ndarray, agent=LINEAR, spec: Spec | None = None, **how) -> common.State:
+NORMALIZED = linear(TD3, normalize=True)
+
+
+def fitted(states: np.ndarray, ends: np.ndarray, agent=NORMALIZED, spec: Spec | None = None, **how) -> State:
     """Returns the state of an agent that has seen a dataset of these states."""
     states = np.asarray(states, np.float32)
     nothing = np.zeros(len(states), bool)
@@ -219,20 +265,19 @@ def test_the_goals_part_is_measured_in_goals():
 
 
 @every_one
-def test_observations_are_normalised_in_learning_as_in_acting_where_the_agent_says_so(cls):
+def test_observations_are_normalized_in_learning_as_in_acting_where_the_agent_says_so(cls):
     agent = linear(cls, normalize=True)
     ends, states = np.arange(20) == 19, np.linspace(1, 9, 20)[:, None]
-    start = one_layer_each(agent, actor=(1, 0))
+    start, raw = one_layer_each(agent, actor=(1, 0)), linear(cls, normalize=False)
     state = dataclasses.replace(start, normalizer=fitted(states, ends, agent).normalizer)
     rows = states[:-1]
     np.testing.assert_allclose(
-        agent.choose(state, jnp.asarray(rows, jnp.float32)),
+        agent.act(state, jnp.asarray(rows, jnp.float32), KEY, greedy=True)[:, 0],
         np.tanh((rows - rows.mean()) / (rows.std() + 1e-3)),
         atol=1e-6,
     )
-    batch = common.normalized(state, batch_of([[0.0]], obs=[[4.0]], next_obs=[[5.0]]))
+    batch = learner.normalized(state, batch_of([[0.0]], obs=[[4.0]], next_obs=[[5.0]]))
     close((batch.obs, batch.next_obs), [(x - rows.mean()) / (rows.std() + 1e-3) for x in ([[4.0]], [[5.0]])], rtol=1e-5)
-    raw = dataclasses.replace(agent, normalize=False)
     assert same(fitted(states, ends, raw).normalizer, start.normalizer)
 
 
@@ -269,7 +314,28 @@ def test_layers_begin_uniform_within_one_over_the_root_of_their_inputs_and_targe
     assert not any(np.array_equal(leaf[0], leaf[1]) for leaf in critic)  # the twins differ
 
     assert same(state.target, {name: params[name] for name in ("actor", "critic")})
-    assert same(state.normalizer, common.Normalizer(jnp.zeros(170), jnp.ones(170)))
+    assert same(state.normalizer, normalizer.identity(jnp.zeros(170)))
+
+
+# Learning online
+
+
+def test_it_learns_from_its_own_steps_alone_to_go_straight_to_a_goal():
+    env, seed = Point(dimensions=1, horizon=30), jax.random.key(2)
+    agent = with_fields(TD3(), hidden=(16, 16), lr=3e-3, batch=64, discount=0.9, tau=0.02, exploration=0.6)
+    agent = loop.on_device(dataclasses.replace(agent, noise_clip=1.0))
+    schedule = Schedule(
+        offline_updates=0, online_steps=2400, warmup_steps=400, envs=8, utd=0.5, replay=4000, steps_per_epoch=400
+    )
+    carry, (_, online) = jax.jit(loop.run, static_argnums=(1, 2))(agent, env, schedule, seed, None)
+    assert int(carry.updates) == 1200 and int(carry.steps) == 2800
+    found, before = (
+        loop.jitted_evaluate(agent, env, 50, state, KEY) for state in (carry.agent, agent.init(seed, env.spec))
+    )
+    assert before.success.mean() == 0 and found.success.mean() == 1
+    assert online["collect/success"][0] < 0.5 < online["collect/success"][-1]
+    starts = jax.vmap(env.reset)(jax.random.split(KEY, 1000)).obs
+    assert float(found.lengths.mean()) == pytest.approx(float(env.optimal_steps(starts).mean()), abs=1.5)
 
 
 # Refusals
@@ -279,18 +345,18 @@ def test_layers_begin_uniform_within_one_over_the_root_of_their_inputs_and_targe
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"actor_hidden": (8, 0)}, "actor_hidden"),
-        ({"critic_hidden": (0,)}, "critic_hidden"),
+        ({"hidden": (8, 0)}, "actor.net.hidden = (8, 0): must be at least 1"),
+        ({"heads": 0}, "critic.heads = 0: must be at least 1"),
         ({"delay": 0}, "delay = 0: must be at least 1"),
-        ({"actor_lr": -1.0}, "actor_lr = -1.0: must be at least 0"),
-        ({"critic_lr": -1.0}, "critic_lr = -1.0: must be at least 0"),
+        ({"lr": -1.0}, "actor_adam.lr = -1.0: must be at least 0"),
         ({"target_noise": -1.0}, "target_noise = -1.0: must be at least 0"),
         ({"noise_clip": -1.0}, "noise_clip = -1.0: must be at least 0"),
         ({"exploration": -1.0}, "exploration = -1.0: must be at least 0"),
-        ({"discount": 1.5}, "discount = 1.5: must be in [0, 1]"),
-        ({"tau": np.array([0.5, -0.1])}, "tau"),
+        ({"discount": 1.5}, "transitions.discount = 1.5: must be in [0, 1]"),
+        ({"tau": np.array([0.5, -0.1])}, "critic.tau = [ 0.5 -0.1]: must be in [0, 1]"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(cls, fields, message):
-    with pytest.raises(UserError, match=re.escape(f"{cls.__name__}.{message}")):
-        cls(**fields).check()
+    name = "TD3" if cls is TD3 else f"{cls.__name__}.td3"
+    with pytest.raises(UserError, match=re.escape(f"{name}.{message}")):
+        ranges.check(with_fields(cls(), **fields))

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.agents import TD3BC
+from jaxrl import ranges
+from jaxrl.agents import TD3, TD3BC
 from jaxrl.errors import UserError
 from jaxrl.types import Spec
-from tests.known import batch_of, bias_of, fitted, one_layer_each, quick_to_compile
+from tests.known import batch_of, bias_of, fitted, one_layer_each, quick_to_compile, with_fields
 
 PAIR = Spec(observation=1, action=2)
-AGENT = TD3BC(actor_hidden=(), critic_hidden=(), alpha=1.5)
+AGENT = with_fields(TD3BC(alpha=1.5), hidden=())
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,7 +39,7 @@ def loss_of(agent, state, batch):
 BATCH = batch_of([[0.0], [0.0]], obs=[[1.0], [-4.0]], actions=[[[0.9, 0.1]], [[0.1, -0.2]]])
 
 
-def test_the_actor_climbs_the_normalised_critic_and_stays_near_the_data_in_the_mean_over_entries():
+def test_the_actor_climbs_the_normalized_critic_and_stays_near_the_data_in_the_mean_over_entries():
     loss, metrics, slope = loss_of(AGENT, known(), BATCH)
     q = np.array([1 + 2 * 0.5 + 0.5, -4 + 2 * 0.5 + 0.5])  # 2.5 and -2.5
     weight = 1.5 / np.abs(q).mean()
@@ -89,15 +90,20 @@ def test_steps_that_did_not_happen_have_no_weight():
 
 
 def test_the_critics_learn_the_reward_and_the_lower_slow_critic_at_the_slow_actors_noisy_action():
-    agent = dataclasses.replace(AGENT, discount=0.5, target_noise=0.1)
+    agent = with_fields(AGENT, discount=0.5, target_noise=0.1)
     slow = {"actor": (0, np.arctanh([0.25, 0.0])), "critic": ([[0, 4, 0], [0, 0, 2]], (1, 3))}
     state = one_layer_each(agent, PAIR, target=slow, critic=(0, (1, 2)))
     batch = batch_of([[1.0], [1.0]], actions=np.zeros((2, 1, 2)), terminated=[False, True])
-    loss, _ = agent.critic_loss(state.params["critic"], state, batch, {"target_noise": jnp.array([[1.0, -6.0]] * 2)})
+    _, metrics = agent.learn(state, batch, {"target_noise": jnp.array([[1.0, -6.0]] * 2)})
     y = np.array([1 + 0.5 * min(1 + 4 * 0.35, 3 - 2 * 0.5), 1])  # the noise of -0.6 is clipped to -0.5
-    assert float(loss) == pytest.approx(np.mean((1 - y) ** 2 + (2 - y) ** 2), rel=1e-5)
+    assert float(metrics["critic/loss"]) == pytest.approx(np.mean((1 - y) ** 2 + (2 - y) ** 2), rel=1e-5)
+
+
+def test_its_td3_is_that_of_the_paper_but_for_normalized_observations():
+    assert TD3BC().td3 == dataclasses.replace(TD3(), normalize=True)
+    assert TD3BC().requires() == TD3().requires()
 
 
 def test_a_negative_weight_is_refused_by_name():
     with pytest.raises(UserError, match=re.escape("TD3BC.alpha = -1.0: must be at least 0")):
-        TD3BC(alpha=-1.0).check()
+        ranges.check(TD3BC(alpha=-1.0))

@@ -406,3 +406,149 @@ def test_the_report_reads_as_a_table():
         "actions [1]               -1     0.350         1  60.0 % at a bound",
         "  action 0                -1     0.350         1  60.0 % at a bound",
     ]
+
+
+# Images, and observations of several arrays
+
+
+def seen():
+    """The columns of `tiny` with a vector, a number and an image in place of the observations."""
+    columns = {name: column for name, column in tiny().items() if name != "observations"}
+    ids = tiny()["observations"][:, 0]
+    image = np.broadcast_to(ids[:, None, None, None], (7, 2, 4, 3)).astype(np.uint8)
+    state, clock = tiny()["observations"].astype(np.float64), ids.astype(np.int64)
+    return columns | {"observations/state": state, "observations/clock": clock, "observations/camera": image}
+
+
+def test_observations_of_several_arrays_are_a_dict_whose_images_stay_bytes(tmp_path):
+    np.savez(tmp_path / "a.npz", **seen())
+    dataset = files.load(tmp_path / "a.npz")
+    found = {name: (x.shape, x.dtype.name) for name, x in dataset.observations.items()}
+    assert found == {"state": ((7, 2), "float32"), "clock": ((7,), "float32"), "camera": ((7, 2, 4, 3), "uint8")}
+    np.testing.assert_array_equal(dataset.observations["camera"][:, 1, 3, 2], tiny()["observations"][:, 0])
+    assert set(dataset.extra) == {"button_states"}
+    files.save(tmp_path / "b.npz", dataset)
+    assert_same(files.load(tmp_path / "b.npz"), dataset)
+    assert set(np.load(tmp_path / "b.npz").files) == set(seen())
+
+
+def test_images_alone_are_one_array(tmp_path):
+    image = seen()["observations/camera"]
+    dataset = files.load(written(tmp_path, observations=image))
+    assert dataset.observations.dtype == np.uint8
+    np.testing.assert_array_equal(dataset.observations, image)
+    few = files.load(written(tmp_path, observations=image[:, 0, 0]))
+    assert few.observations.dtype == np.float32  # bytes that are no images are numbers
+
+
+def test_the_full_layout_of_several_arrays_becomes_compact():
+    columns, step = seen(), ~tiny()["terminals"]
+    rows, after = {name: column[step] for name, column in columns.items()}, np.flatnonzero(step) + 1
+    following = {f"next_{name}": columns[name][after] for name in columns if name.startswith("observations/")}
+    dataset = files.from_columns(rows | following | {"terminals": columns["terminals"][after]})
+    wanted = files.from_columns(columns)
+    np.testing.assert_array_equal(dataset.terminals, wanted.terminals)
+    for name, column in wanted.observations.items():
+        np.testing.assert_array_equal(dataset.observations[name], column)
+        assert dataset.observations[name].dtype == column.dtype
+    other = {name: column for name, column in following.items() if name != "next_observations/clock"}
+    with pytest.raises(UserError, match=r"missing column 'next_observations/clock': there is 'next_observations/cam"):
+        files.from_columns(rows | other)
+
+
+def test_keys_choose_among_several_arrays(tmp_path):
+    np.savez(tmp_path / "a.npz", **seen())
+    assert set(files.load(tmp_path / "a.npz", ("camera", "clock")).observations) == {"camera", "clock"}
+    with pytest.raises(UserError, match=r"unknown observation key 'camra': did you mean 'camera'\?"):
+        files.load(tmp_path / "a.npz", ("camra",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"observations": np.zeros((7, 2))}, "column 'observations' stands beside 'observations/camera'"),
+        (
+            {"observations/state": np.zeros((6, 2))},
+            "column 'observations/state' has 6 rows, 'observations/camera' has 7",
+        ),
+        (
+            {"observations/state": np.zeros((7, 0))},
+            r"'observations/state' must be \[rows, ...\]: its shape is \(7, 0\)",
+        ),
+        (
+            {"next_observations/eye": np.zeros((7, 2))},
+            "'next_observations/eye' has no column 'observations/eye' to follow",
+        ),
+    ],
+)
+def test_several_arrays_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        files.from_columns(seen() | changes)
+
+
+def test_the_report_has_a_row_for_each_array(tmp_path):
+    report = files.describe(files.from_columns(seen()))
+    json.dumps(report)
+    arrays = report["observations"]["arrays"]
+    assert arrays["state"]["max"] == [13, 5] and arrays["camera"]["image"] == [2, 4, 3]
+    assert (arrays["camera"]["min"], arrays["camera"]["max"]) == ([0], [13])
+    rows = {line.split("  ")[0]: line.split() for line in files.format_report(report).splitlines()[-6:]}
+    assert rows["observations/state [2]"][-2:] == ["1", "constant"]
+    assert rows["observations/camera [2, 4, 3]"][-4:] == ["0", "7.000", "13", "pixels"]
+
+
+def test_an_environment_relabels_dicts():
+    def relabel(obs, actions, following):
+        return following["clock"] - obs["clock"], following["camera"][:, 0, 0, 0] == 13
+
+    dataset = files.relabelled(files.from_columns(seen()), relabel)
+    np.testing.assert_array_equal(dataset.rewards[~dataset.terminals], np.ones(5))
+    np.testing.assert_array_equal(dataset.masks, [1, 1, 1, 1, 1, 0, 1])
+
+
+def test_vectors_are_the_arrays_side_by_side_without_images():
+    found = files.vectors(files.from_columns(seen()).observations)
+    np.testing.assert_array_equal(
+        found, np.concatenate([seen()["observations/clock"][:, None], seen()["observations/state"]], 1)
+    )
+    array = files.from_columns(tiny()).observations
+    assert files.vectors(array) is array or np.shares_memory(files.vectors(array), array)
+    assert files.vectors(seen()["observations/camera"]).shape == (7, 0)
+
+
+# Discrete actions
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        (np.zeros((7, 1), np.int64), "column 'actions' has the dtype int64: discrete actions are not supported"),
+        (np.zeros(7, np.int32), "column 'actions' has the dtype int32: discrete actions are not supported"),
+        (np.zeros((7, 2), bool), "column 'actions' has the dtype bool: discrete actions are not supported"),
+        (
+            np.array([[0], [1], [0], [0], [1], [1], [0.0]]),
+            "column 'actions' holds 0 and 1 only, as discrete actions do: discrete actions are not supported, an "
+            r"action is a vector of continuous numbers in \[-1, 1\]; if these are continuous, scale them",
+        ),
+        (
+            np.array([[0], [3], [0], [0], [1], [1], [0.0]]),
+            "column 'actions' holds whole numbers only, row 1, entry 0 is 3: discrete actions are not supported",
+        ),
+    ],
+)
+def test_discrete_actions_are_refused(actions, message):
+    with pytest.raises(UserError, match=message):
+        files.from_columns(tiny() | {"actions": actions})
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        np.zeros((7, 1)),
+        np.array([[-1], [1], [0], [-1], [1], [1], [0.0]]),
+        np.array([[1], [1], [0], [1], [1], [1], [0.0]]),  # 0 where no step was taken
+        np.array([[0, 1], [1, 0], [0, 0], [1, 1], [1, 0], [0, 1], [0, 0.0]]),
+    ],
+)
+def test_continuous_actions_at_whole_numbers_are_not(actions):
+    np.testing.assert_array_equal(files.from_columns(tiny() | {"actions": actions}).actions, actions)

@@ -199,6 +199,62 @@ def test_robomimic_demonstrations_are_ordered_by_number(tmp_path):
     np.testing.assert_array_equal(dataset.observations[::3, 0], [110, 210, 1010])
 
 
+# Images
+
+
+def pictures(count, first=0):
+    return np.broadcast_to(first + np.arange(count)[:, None, None, None], (count, 4, 5, 3)).astype(np.uint8)
+
+
+def test_a_group_with_images_is_a_dict_whose_images_stay_bytes(tmp_path):
+    images = {
+        f"data/demo_{i}/{obs}/view_image": pictures(2, 100 * i + after)
+        for i in (0, 1)
+        for obs, after in (("obs", 0), ("next_obs", 1))
+    }
+    dataset = files.load(written(tmp_path, robomimic() | images))
+    assert {name: x.shape[1:] for name, x in dataset.observations.items()} == {
+        "object": (2,),
+        "robot0_eef_pos": (3,),
+        "view_image": (4, 5, 3),
+    }
+    assert dataset.observations["view_image"].dtype == np.uint8
+    np.testing.assert_array_equal(dataset.observations["view_image"][:, 0, 0, 0], [0, 1, 2, 100, 101, 102])
+    np.testing.assert_array_equal(dataset.observations["object"][:, 0], [10, 12, 14, 110, 112, 114])
+    chosen = files.load(tmp_path / "data.hdf5", ("object", "robot0_eef_pos"))
+    assert chosen.observations.shape == (6, 5)  # vectors alone are side by side, as ever
+    files.save(tmp_path / "out.npz", dataset)
+    assert files.load(tmp_path / "out.npz").digest == dataset.digest
+
+
+def test_minari_images_are_columns_too(tmp_path):
+    tree = minari(**{f"episode_{i}/observations": None for i in (0, 1)})
+    for i, count in enumerate((3, 4)):
+        tree |= {
+            f"episode_{i}/observations/camera": pictures(count),
+            f"episode_{i}/observations/x": np.ones((count, 2)),
+        }
+    dataset = files.load(written(tmp_path, tree))
+    assert {name: (x.shape, x.dtype.name) for name, x in dataset.observations.items()} == {
+        "camera": ((7, 4, 5, 3), "uint8"),
+        "x": ((7, 2), "float32"),
+    }
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_observations_of_a_d4rl_file_may_be_images_or_a_group(tmp_path, full):
+    following = {"next_observations/camera": pictures(7, 1), "next_observations/state": np.ones((7, 2))}
+    tree = d4rl(observations=None) | (following if full else {})
+    tree |= {"observations/camera": pictures(7), "observations/state": np.ones((7, 2))}
+    dataset = files.load(written(tmp_path, tree))
+    assert {name: x.dtype.name for name, x in dataset.observations.items()} == {"camera": "uint8", "state": "float32"}
+    ids = [0, 1, 2, 2, 3, 4, 5, 5, 6, 7] if full else [0, 1, 1, 2, 3, 4, 5, 6]
+    np.testing.assert_array_equal(dataset.observations["camera"][:, 0, 0, 0], ids)
+    assert set(files.load(tmp_path / "data.hdf5", ("camera",)).observations) == {"camera"}
+    alone = files.load(written(tmp_path, d4rl(observations=pictures(7)), "alone.hdf5"))
+    assert alone.observations.shape == (8, 4, 5, 3) and alone.observations.dtype == np.uint8
+
+
 # Any
 
 

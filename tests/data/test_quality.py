@@ -8,6 +8,7 @@ import pytest
 from jaxrl.data import files, mixing
 from jaxrl.data import quality as measures
 from jaxrl.errors import UserError
+from jaxrl.ops import normalizer
 from jaxrl.runs import plots
 
 
@@ -123,17 +124,20 @@ def test_coverage_is_relative_to_a_reference_of_as_many_steps_and_its_limits():
         measures.coverage(dataset, dataset_of(np.zeros((2, 6, 2))))
 
 
-# Moments
+# Spread
 
 
-def test_moments_are_exact_far_from_zero_and_constant_columns_are_not_scaled(monkeypatch):
-    monkeypatch.setattr(measures, "CHUNK", 100)
+def test_the_spread_is_exact_far_from_zero_and_constant_columns_are_not_scaled(monkeypatch):
+    monkeypatch.setattr(normalizer, "PIECE", 100)
     values = np.stack([4096 + np.tile([-1, 1], 5000), np.full(10_000, 0.1), np.arange(10_000)], 1).astype(np.float32)
-    found = measures.moments(values)
+    found = measures.spread(values)
     np.testing.assert_allclose(found.mean, [4096, np.float32(0.1), 4999.5], rtol=1e-12)
     np.testing.assert_allclose(found.std, [1, 0, np.sqrt((1e8 - 1) / 12)], rtol=1e-12)
-    np.testing.assert_allclose(found.scale, [1, 1, np.sqrt((1e8 - 1) / 12)], rtol=1e-12)
-    np.testing.assert_allclose(measures.standardised(values[:2], found)[:, :2], [[-1, 0], [1, 0]], atol=1e-9)
+    np.testing.assert_allclose(found.normalizer.std, [1, 1, np.sqrt((1e8 - 1) / 12)], rtol=1e-12)
+    assert found.std[1] == 0 and found.variance == (found.std**2).sum()
+    units = found.normalizer(values[:2])
+    assert units.dtype == np.float64
+    np.testing.assert_allclose(units[:, :2], [[-1, 0], [1, 0]], atol=1e-9)
 
 
 def test_constant_entries_are_named():
@@ -144,7 +148,19 @@ def test_constant_entries_are_named():
     assert measures.format_report(found).splitlines()[-1].endswith("2  not scaled: entries 1, 3 of 4")
 
 
-# Neighbours
+def test_arrays_of_a_dict_are_measured_side_by_side_and_images_left_out():
+    vector = dataset_of(noise((3, 9, 4)), rewards=noise((3, 9)))
+    parts = {"a": vector.observations[:, :1], "b": vector.observations[:, 1:]}
+    images = {"pixels": np.zeros((27, 2, 2, 3), np.uint8)}
+    as_dict = dataclasses.replace(vector, observations=parts | images)
+    expected, found = measures.measure(vector), measures.measure(as_dict)
+    np.testing.assert_array_equal(found.neighbourhoods.nearest, expected.neighbourhoods.nearest)
+    assert (found.coverage, found.size) == (expected.coverage, 4)
+    with pytest.raises(UserError, match="observations are images, whose quality is not measured"):
+        measures.measure(dataclasses.replace(vector, observations=images))
+
+
+# Neighbors
 
 
 @pytest.mark.parametrize(("width", "scale", "shift"), [(1, 1, 0), (2, 1, 0), (28, 1, 0), (3, 1e-3, 10), (2, 0, 1)])
@@ -164,7 +180,7 @@ def test_similarity_is_the_share_of_other_episodes_within_the_median_nearest_dis
     states = np.concatenate([noise((5, 40, 2)), np.tile(noise((5, 1, 2), 1), (1, 40, 1)) * 0.01], axis=0)
     found = measures.neighbourhoods(dataset_of(states), neighbours=3, queries=10_000)
     rows = states[:, :-1].reshape(-1, 2).astype(np.float32)
-    rows = measures.standardised(rows, measures.moments(states.reshape(-1, 2).astype(np.float32)))
+    rows = measures.spread(states.reshape(-1, 2).astype(np.float32)).normalizer(rows)
     every = np.sqrt(((rows[:, None] - rows[None]) ** 2).sum(-1))
     owner = np.repeat(np.arange(10), 39)
     every[owner[:, None] == owner[None]] = np.inf
@@ -200,7 +216,7 @@ def test_additive_noise_is_the_transition_diversity_less_the_share_of_the_step_i
     states = np.stack([np.zeros((400, entries)), throws], axis=1)
     dataset = dataset_of(states)
     found = measures.neighbourhoods(dataset, neighbours=k, queries=400)
-    scale = measures.moments(dataset.observations).scale
+    scale = measures.spread(dataset.observations).std
     expected = (throws.var(axis=0) / scale**2).sum() * (1 - 1 / (k + 1))
     # All start alike, so that which nine are nearest is arbitrary, and their changes are independent of each other.
     assert found.diversity.mean() == pytest.approx(expected, rel=0.15)
@@ -232,10 +248,10 @@ def test_queries_are_drawn_by_seed_and_neighbours_are_as_many_as_there_are():
 
 def test_one_episode_has_no_neighbours_and_counts_are_checked():
     alone = dataset_of(noise((1, 9, 2)))
-    assert "neighbours                            not measured: they are looked for in other" in (
+    assert "neighbors                             not measured: they are searched for in other" in (
         measures.format_report(measures.measure(alone))
     )
-    with pytest.raises(UserError, match="has one episode, neighbours are looked for in others"):
+    with pytest.raises(UserError, match="has one episode; neighbors are searched for in other"):
         measures.neighbourhoods(alone)
     for name in ("neighbours", "queries"):
         with pytest.raises(UserError, match=f"{name} = 0: must be at least 1"):

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from envs.point import Bandit, Point
 from envs.scripted import SKILLS
 from envs.template import Cart
 from jaxrl.errors import UserError
-from jaxrl.types import Env, EnvState, Spec
+from jaxrl.types import Env, EnvState, Leaf, Spec
 
 ROOT = Path(__file__).parents[2]
 simulator = pytest.mark.simulator
@@ -360,17 +361,121 @@ class Stub:
 
 
 @simulator
-def test_adapted_states_are_flat_strong_and_tell_done_from_truncated():
+def test_adapted_states_are_strong_and_tell_done_from_truncated():
     env = Adapted(Stub(), horizon=2)
-    assert env.spec == Spec(observation=3, action=1)
+    assert env.spec == Spec((Leaf("angle", (2,)), Leaf("velocity", (1,))), action=1)
     assert [str(finding) for finding in check(env) if not finding.ok] == []
 
     state = env.reset(jax.random.key(0))
-    assert state.obs.tolist() == [0.0, 1.0, 3.0] and state.obs.dtype == jnp.float32
+    assert {name: x.tolist() for name, x in state.obs.items()} == {"angle": [0.0, 1.0], "velocity": [3.0]}
+    assert {x.dtype for x in state.obs.values()} == {jnp.dtype("float32")}
     solved = env.step(state, jnp.ones(1))
     assert solved.success and not solved.terminated and float(solved.reward) == 2.0
     died = env.step(solved, -jnp.ones(1))
     assert died.terminated and not died.truncated and died.success
+
+
+class Robot:
+    """A simulator that observes as Playground's robots do, with a camera."""
+
+    action_size = 2
+
+    def __init__(self, *left_out):
+        self.left_out = left_out
+
+    def reset(self, key):
+        from brax.envs import State
+
+        obs = {
+            "state": jnp.array([1.0, 2.0]),
+            "privileged_state": {"state": jnp.array([1.0, 2.0]), "push": jnp.array([99.0])},
+            "pixels/front": jnp.zeros((4, 5, 3), jnp.uint8),
+        }
+        seen = {name: part for name, part in obs.items() if name not in self.left_out}
+        return State(None, seen, jnp.zeros(()), jnp.zeros(()))
+
+    def step(self, state, action):
+        return state
+
+
+def seen_by(env: Adapted) -> tuple[list[str], list[str]]:
+    """Returns the keys that policies and critics see."""
+    obs = env.reset(jax.random.key(0)).obs
+    return sorted(env.spec.actor(obs)), sorted(env.spec.critic(obs))
+
+
+def test_a_privileged_state_is_for_critics_alone_unless_another_choice_is_made():
+    env = Adapted(Robot(), 5)
+    assert env.spec.observation == (
+        Leaf("pixels/front", (4, 5, 3), "uint8"),
+        Leaf("privileged_state", (3,)),
+        Leaf("state", (2,)),
+    )
+    assert seen_by(env) == (["state"], ["privileged_state"])
+    obs = env.spec.actor(env.reset(jax.random.key(0)).obs)
+    assert 99.0 not in obs["state"]
+    assert seen_by(Adapted(Robot("privileged_state"), 5)) == (["state"], ["state"])
+    assert seen_by(Adapted(Robot("privileged_state", "state"), 5)) == (["pixels/front"], ["pixels/front"])
+    assert seen_by(Adapted(Robot("state"), 5)) == (["pixels/front", "privileged_state"], ["privileged_state"])
+    assert seen_by(Adapted(Robot(), 5, ("privileged_state", "state"))) == (
+        ["privileged_state", "state"],
+        ["privileged_state"],
+    )
+
+
+@pytest.fixture
+def playground(monkeypatch):
+    """Has `playground/Robot` and `playground/Cart` built by a stand-in for MuJoCo Playground."""
+    config = types.SimpleNamespace(episode_length=7, impl="warp")
+    registry = types.SimpleNamespace(
+        ALL_ENVS=("Robot", "Cart"),
+        get_default_config=lambda name: config,
+        load=lambda name, config: Robot() if name == "Robot" else Flat(),
+    )
+    monkeypatch.setitem(sys.modules, "mujoco_playground", types.SimpleNamespace(registry=registry))
+
+
+class Flat(Robot):
+    """One whose observation is an array."""
+
+    def reset(self, key):
+        return super().reset(key).replace(obs=jnp.arange(3.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "actor", "critic"),
+    [
+        ("", ["state"], ["privileged_state"]),
+        ("?actor=state&critic=state,privileged_state", ["state"], ["privileged_state", "state"]),
+        ("?critic=state", ["state"], ["state"]),
+        ("?actor=pixels/front,state", ["pixels/front", "state"], ["privileged_state"]),
+    ],
+)
+def test_keys_are_chosen_by_options(playground, options, actor, critic):
+    env = envs.make(f"playground/Robot{options}")
+    assert seen_by(env) == (actor, critic)
+    assert env.horizon == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "Robot?actor=sate",
+            r"playground/Robot: unknown observation key 'sate': did you mean 'state'\? known are pixels",
+        ),
+        ("Robot?critic=state,secret", "playground/Robot: unknown observation key 'secret'"),
+        ("Robot?obs=state", "unknown option 'obs'"),
+        ("Cart?actor=state", "playground/Cart: observations are one array: there are no keys to choose"),
+    ],
+)
+def test_keys_that_do_not_exist_are_refused(playground, name, says):
+    with pytest.raises(UserError, match=says):
+        envs.make(f"playground/{name}")
+
+
+def test_an_array_of_playground_stays_an_array(playground):
+    assert envs.make("playground/Cart").spec == Spec(3, 2)
 
 
 # The checker
@@ -415,12 +520,70 @@ class Unhashable:
     step = Cart.step
 
 
+class Chooser(Cart):
+    """One that takes the number of a choice."""
+
+    def step(self, state: EnvState, action: jax.Array) -> EnvState:
+        return super().step(state, jnp.array([[-1.0], [1.0]])[action])
+
+
+class Seeing(Cart):
+    """One that observes a dict of a vector and an image; `spec` says what."""
+
+    spec = Spec((Leaf("cart", (2,)), Leaf("image", (2, 2, 3), "uint8")), action=1)
+
+    def seen(self, state: EnvState) -> EnvState:
+        obs = {"cart": state.obs, "image": jnp.full((2, 2, 3), state.steps, jnp.uint8)}
+        return dataclasses.replace(state, obs=obs)
+
+    def reset(self, key: jax.Array) -> EnvState:
+        return self.seen(super().reset(key))
+
+    def step(self, state: EnvState, action: jax.Array) -> EnvState:
+        return self.seen(super().step(dataclasses.replace(state, obs=state.obs["cart"]), action))
+
+
+def seeing(*leaves: Leaf, **fields):
+    """Returns one whose spec is another."""
+    return type("Misled", (Seeing,), {"spec": Spec(leaves or Seeing.spec.observation, 1, **fields)})()
+
+
+IMAGE = Leaf("image", (2, 2, 3), "uint8")
 TREE, CLOCK = "step returns the tree that reset returns", "steps starts at 0 and counts every step"
 CUT = "truncates at the horizon and not before, unless terminated"
 FAULTS = {
     "part": (type("Partless", (), {"horizon": 3, "reset": None})(), "has spec, horizon, reset and step", "spec, step"),
     "sizes": (type("Sizeless", (Cart,), {"spec": Spec(2, 1, goal=2)})(), "spec holds sizes", "goal < observation"),
     "horizon": (Cart(horizon=0), "horizon is a positive int", "0"),
+    "keys": (seeing(actor_keys=("card",)), "spec holds sizes", "key 'card' is none of the arrays cart, image"),
+    "no keys": (
+        type("Keyed", (Cart,), {"spec": Spec(2, 1, critic_keys=("cart",))})(),
+        "spec holds sizes",
+        "it names the keys cart, but observations are one array",
+    ),
+    "twice": (seeing(IMAGE, IMAGE), "spec holds sizes", "each under a name of its own"),
+    "wide": (
+        seeing(Leaf("cart", (2,), "float16"), IMAGE),
+        "spec holds sizes",
+        "arrays are float32, or images of dtype",
+    ),
+    "flat": (seeing(Leaf("image", (12,), "uint8")), "spec holds sizes", "with the shape (height, width, channels)"),
+    "goal": (seeing(goal=2), "spec holds sizes", "goal is 2, the array 'goal' has 0 entries: both must agree"),
+    "leaf": (
+        seeing(Leaf("cart", (3,)), IMAGE),
+        "shapes and dtypes are those of the contract",
+        "obs['cart'] is float32[2], must be float32[3]",
+    ),
+    "no leaf": (
+        seeing(Leaf("cart", (2,)), Leaf("eye", (1,))),
+        "shapes and dtypes are those of the contract",
+        "obs['eye'] is absent, must be float32[1]; obs['image'] is uint8[2, 2, 3], must be absent",
+    ),
+    "discrete": (
+        Chooser(),
+        "step(state, action) can be traced",
+        "it takes the number of a choice: discrete actions are",
+    ),
     "hash": (Unhashable(), "can be a static argument of jit", "eq=False"),
     "numpy": (type("Numpy", (Cart,), {"reset": numpy_start})(), "reset draws from its key alone", "numpy"),
     "dict": (type("Dict", (Cart,), {"reset": lambda *_: {}})(), "reset returns an EnvState", "it returns dict"),
@@ -471,6 +634,16 @@ FAULTS = {
         "where step gave [-1. -1.",
     ),
 }
+
+
+def test_a_dict_of_a_vector_and_an_image_keeps_the_contract():
+    assert [str(finding) for finding in check(Seeing(horizon=3)) if not finding.ok] == []
+    blurred = type("Blurred", (Seeing,), {"seen": lambda self, state: Seeing.seen(self, broken_obs(state))})
+    assert "finite under random actions" in [finding.rule for finding in check(blurred()) if not finding.ok]
+
+
+def broken_obs(state: EnvState) -> EnvState:
+    return dataclasses.replace(state, obs=jnp.sqrt(state.obs))
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.agents import BC
-from jaxrl.agents.parts import Adam, FlowPolicy
+from jaxrl.agents.parts import Adam, FlowPolicy, Windows
 from jaxrl.ops import flow
 from jaxrl.types import Batch
 from tests.golden.recorded import Recorded
@@ -17,7 +17,7 @@ NETS = {"flow": "policy"}
 def replay(r: Recorded) -> dict[str, Any]:
     """Returns all that the file expects."""
     agent = BC(
-        chunk=r["batch/actions"].shape[1],
+        Windows(r["batch/actions"].shape[1], r["batch/actions"].shape[1]),
         flow=FlowPolicy(r.net("policy"), steps=r.hparams["denoise_steps"], **r.time("policy")),
         adam=Adam(r.hparams["bc_lr"]),
     )

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxrl.agents.common import flat_actions
 
 from jaxrl.agents import DQC
-from jaxrl.agents.common import flat_actions
 from jaxrl.networks import apply, repeat_for
 from jaxrl.ops import flow, losses
 from jaxrl.types import Batch

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jaxrl.agents import FQL
-from jaxrl.agents.parts import Adam, Critic, FlowPolicy, OneStepPolicy
+from jaxrl.agents.parts import Adam, Critic, FlowPolicy, OneStepPolicy, Windows
 from jaxrl.ops import flow
 from tests.golden.recorded import Recorded
 
@@ -17,12 +17,11 @@ def replay(r: Recorded) -> dict[str, Any]:
     """Returns all that the file expects."""
     h = r.hparams
     agent = FQL(
+        Windows(discount=h["discount"]),
         flow=FlowPolicy(r.net("actor_bc_flow"), steps=h["flow_steps"], **r.time("actor_bc_flow")),
         policy=OneStepPolicy(r.net("actor_onestep_flow")),
-        critic=Critic(r.net("critic"), r.critics("critic"), h["q_agg"]),
+        critic=Critic(r.net("critic"), r.critics("critic"), h["q_agg"], tau=h["tau"]),
         adam=Adam(h["lr"]),
-        discount=h["discount"],
-        tau=h["tau"],
         alpha=h["alpha"],
         normalize_q=h["normalize_q_loss"],
     )

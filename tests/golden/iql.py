@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.agents import IQL
-from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Value
+from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Value, Windows
 from jaxrl.ops import losses
 from tests.golden.recorded import Recorded
 
@@ -18,12 +18,11 @@ def replay(r: Recorded) -> dict[str, Any]:
     """Returns all that the file expects."""
     h = r.hparams
     agent = IQL(
+        Windows(discount=h["discount"]),
         actor=GaussianPolicy(r.net("actor"), "unit" if h["const_std"] else "learned"),
-        critic=Critic(r.net("critic"), r.critics("critic"), "min"),
+        critic=Critic(r.net("critic"), r.critics("critic"), "min", tau=h["tau"]),
         value=Value(r.net("value")),
         adam=Adam(h["lr"]),
-        discount=h["discount"],
-        tau=h["tau"],
         expectile=h["expectile"],
         extraction=h["actor_loss"],
         alpha=h["alpha"],

@@ -6,8 +6,7 @@ from typing import Any
 import jax
 
 from jaxrl.agents import QC
-from jaxrl.agents.learner import critic_weight, flat_actions
-from jaxrl.agents.parts import AdamW, Critic, FlowPolicy, OneStepPolicy
+from jaxrl.agents.parts import AdamW, Critic, FlowPolicy, OneStepPolicy, Windows
 from jaxrl.networks import repeat_for
 from jaxrl.ops import flow
 from tests.golden.recorded import Recorded
@@ -19,18 +18,14 @@ def replay(r: Recorded) -> dict[str, Any]:
     length = r["batch/actions"].shape[1]
     distilled = h["actor_type"] == "distill-ddpg"
     agent = QC(
-        chunk=length if h["action_chunking"] else 1,
-        backup=length,
+        Windows(length if h["action_chunking"] else 1, length, discount=h["discount"], cut="drop"),
         actor="distill" if distilled else "best_of_n",
         flow=FlowPolicy(r.net("actor_bc_flow"), steps=h["flow_steps"], **r.time("actor_bc_flow")),
         policy=OneStepPolicy(r.net("actor_bc_flow")),
-        critic=Critic(r.net("critic"), r.critics("critic"), h["q_agg"]),
+        critic=Critic(r.net("critic"), r.critics("critic"), h["q_agg"], tau=h["tau"]),
         adam=AdamW(h["lr"], h["weight_decay"]),
-        discount=h["discount"],
-        tau=h["tau"],
         num_samples=1 if distilled else r["draws/sample/noise"].shape[1],
         alpha=h["alpha"],
-        cut_windows="drop",
     )
     nets = {"flow": "actor_bc_flow", "critic": "critic"} | ({"policy": "actor_onestep_flow"} if distilled else {})
     state = r.state(agent, r.spec(), nets, "critic", "target_critic")
@@ -65,14 +60,14 @@ def samples(agent: QC, state, obs, noise) -> dict[str, Any]:
 
 def values(agent: QC, state, batch, draws) -> dict[str, Any]:
     """Returns the intermediate quantities of the first update."""
-    action, next_action = flat_actions(batch, agent.chunk), agent.choose(state, batch.next_obs, draws["next_noise"])
+    action, next_action = agent.windows.actions(batch), agent.choose(state, batch.next_obs, draws["next_noise"])
     velocity = agent.flow.velocity(state.params["flow"], batch.obs)
     x_t = flow.interpolate(draws["x0"], action, draws["t"])
     result = {
         "next_actions": next_action,
         "next_q": agent.critic.value(state.target["critic"], batch.next_obs, next_action),
         "q_target": agent.td_target(state, batch, draws),
-        "valid_weight": critic_weight(batch, agent.chunk, agent.cut_windows),
+        "valid_weight": agent.windows.weight(batch),
         "q": agent.critic.outputs(state.params["critic"], batch.obs, action),
         "bc_x_t": x_t,
         "bc_velocity_pred": velocity(x_t, draws["t"], draws["t"]),

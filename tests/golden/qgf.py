@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.agents import QGF
-from jaxrl.agents.learner import critic_weight, flat_actions
-from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Value
+from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Value, Windows
 from jaxrl.networks import time_features
 from jaxrl.ops import flow
 from jaxrl.ops.guidance import QGuidance
@@ -50,28 +49,24 @@ def build(r: Recorded) -> QGF:
     elif h["apply_jacobian"]:
         gradient = "jacobian"
     return QGF(
-        chunk=length if h["action_chunking"] else 1,
-        backup=length,
+        Windows(length if h["action_chunking"] else 1, length, discount=h["discount"], cut="drop"),
         flow=FlowPolicy(r.net("policy"), steps=h["denoise_steps"], **r.time("policy")),
-        critic=Critic(r.net("critic"), r.critics("critic"), h["q_aggregation"]),
+        critic=Critic(r.net("critic"), r.critics("critic"), h["q_aggregation"], tau=h["tau"]),
         value=Value(r.net("value")),
         flow_adam=Adam(h["bc_lr"]),
         critic_adam=Adam(h["critic_lr"]),
         value_adam=Adam(h["value_lr"]),
-        discount=h["discount"],
-        tau=h["tau"],
         expectile=h["expectile"],
         guide=QGuidance(
             gradient=gradient, ascent_steps=h.get("qgrad_steps", 0), ascent_size=h.get("qgrad_step_size", 0.0)
         ),
-        cut_windows="drop",
         mask_actor=False,
     )
 
 
 def intermediate(agent: QGF, state, batch, draws) -> dict[str, Any]:
     """Returns the intermediate quantities of the first update."""
-    action, params = flat_actions(batch, agent.chunk), state.params
+    action, params = agent.windows.actions(batch), state.params
     x_t = flow.interpolate(draws["x0"], action, draws["t"])
     return {
         "next_v": agent.value.value(params["value"], batch.next_obs),
@@ -79,7 +74,7 @@ def intermediate(agent: QGF, state, batch, draws) -> dict[str, Any]:
         "q": agent.critic.values(params["critic"], batch.obs, action),
         "target_q": agent.critic.value(state.target["critic"], batch.obs, action),
         "v": agent.value.value(params["value"], batch.obs),
-        "valid_weight": critic_weight(batch, agent.chunk, agent.cut_windows),
+        "valid_weight": agent.windows.weight(batch),
         "bc_x_t": x_t,
         "bc_velocity_pred": agent.flow.velocity(params["flow"], batch.obs)(x_t, draws["t"], draws["t"]),
     }

@@ -7,51 +7,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl.agents import ReBRAC, td3
-from jaxrl.networks import apply
+from jaxrl.agents import TD3, ReBRAC
+from jaxrl.agents.parts import Adam, Critic, DeterministicPolicy, Transitions
+from jaxrl.agents.rebrac import continued
 from tests.golden.recorded import Recorded, distance, norm
-from tests.golden.td3 import networks, started
-
-NETS = ("actor", "critic")
+from tests.golden.td3 import due, networks, started, whole_updates
 
 
 def replay(r: Recorded) -> dict[str, Any]:
     """Returns all that the file expects."""
     h = r.hparams
-    agent = ReBRAC(
-        actor_hidden=r.hidden("actor"),
-        critic_hidden=r.hidden("critic"),
-        activation=r.activation("critic"),
-        actor_norm=r.norm("actor"),
-        critic_norm=r.norm("critic"),
-        actor_lr=h["lr"],
-        discount=h["discount"],
-        tau=h["tau"],
+    td3 = TD3(
+        DeterministicPolicy(r.net("actor")),
+        Critic(r.net("critic"), agg="min", tau=h["tau"]),
+        Adam(h["lr"]),
+        transitions=Transitions(discount=h["discount"]),
         delay=h["actor_freq"],
         target_noise=h["actor_noise"],
         noise_clip=h["actor_noise_clip"],
-        beta_actor=h["alpha_actor"],
-        beta_critic=h["alpha_critic"],
         exploration=h["actor_noise"],
-        joint=True,
     )
-    whole = h["full_update_per_step"]
+    agent = ReBRAC(td3, beta_actor=h["alpha_actor"], beta_critic=h["alpha_critic"], joint=True)
     followed = jnp.ones_like(r["batch/masks"])
     batch = dataclasses.replace(r.one_step(), next_action=r["batch/next_actions"], followed=followed)
     state = started(r, agent)
-    state = dataclasses.replace(state, step=jnp.asarray(int(whole[0]), jnp.int32), normalizer=unchanged(r))
+    got = sampled(r, agent, state)
     draws = {"target_noise": r["draws/step0/next_noise"]}
     values = jax.jit(functools.partial(intermediate, agent))(state, batch, draws)
-    got = {f"expected/step0/values/{name}": value for name, value in values.items()}
-    action = td3.choose(agent, state, r["sample/observations"])
-    noisy = td3.noisy(agent, action, r["draws/sample/noise"], agent.exploration)
-    got |= {"expected/sample/temperature_0/actions": action, "expected/sample/temperature_1/actions": noisy}
+    got |= {f"expected/step0/values/{name}": value for name, value in values.items()}
     first, learn = networks(r, state), jax.jit(agent.learn)
-    for k, complete in enumerate(whole):
+    for k, whole in enumerate(whole_updates(r, td3.delay)):
         draws = {"target_noise": r[f"draws/step{k}/next_noise"]}
-        got |= {f"expected/step{k}/{name}": x for name, x in losses(r, agent, state, batch, draws, complete).items()}
+        got |= {f"expected/step{k}/{name}": x for name, x in losses(r, agent, state, batch, draws, whole).items()}
         before = networks(r, state)
-        state, _ = learn(state, batch, draws)
+        state, _ = learn(due(state, td3.delay, whole), batch, draws)
         for name, params in networks(r, state).items():
             got[f"expected/step{k}/after/param_norm/{name}"] = norm(params)
             got[f"expected/step{k}/after/update_norm/{name}"] = distance(params, before[name])
@@ -60,16 +49,18 @@ def replay(r: Recorded) -> dict[str, Any]:
     return got
 
 
-def unchanged(r: Recorded) -> Any:
-    """Returns the normaliser that changes nothing."""
-    size = r.spec().observation
-    return td3.common.Normalizer(jnp.zeros(size), jnp.ones(size))
+def sampled(r: Recorded, agent: ReBRAC, state) -> dict[str, Any]:
+    """Returns the actions at temperatures of 0 and 1, which scale the noise of exploration."""
+    action = agent.td3.choose(state, r["sample/observations"])
+    noisy = agent.td3.noisy(action, r["draws/sample/noise"], agent.td3.exploration)
+    return {"expected/sample/temperature_0/actions": action, "expected/sample/temperature_1/actions": noisy}
 
 
 def losses(r: Recorded, agent: ReBRAC, state, batch, draws, whole: bool) -> dict[str, Any]:
     """Returns the losses, gradients and their norms before an update."""
-    critic = jax.jit(jax.value_and_grad(agent.critic_loss, has_aux=True))
-    (total, _), gradient = critic(state.params["critic"], state, batch, draws)
+    y = agent.td_target(state, batch, draws)
+    critic = lambda params: agent.td3.critic_loss(params, state, batch, y, continued(batch)) / 2  # noqa: E731
+    total, gradient = jax.jit(jax.value_and_grad(critic))(state.params["critic"])
     got, gradients = {"loss/critic": total}, {"critic": gradient}
     gradients["actor"] = jax.tree.map(jnp.zeros_like, state.params["actor"])
     if whole:
@@ -85,15 +76,14 @@ def losses(r: Recorded, agent: ReBRAC, state, batch, draws, whole: bool) -> dict
 
 def intermediate(agent: ReBRAC, state, batch, draws) -> dict[str, Any]:
     """Returns the intermediate quantities of the first update."""
-    action = td3.target_action(agent, state, batch, draws)
-    q = lambda params, obs, action: apply(td3.critics(agent), params, obs, action)  # noqa: E731
-    chosen = td3.choose(agent, state, batch.obs)
+    td3, chosen = agent.td3, agent.td3.choose(state, batch.obs)
+    action = td3.target_action(state, batch, draws)
     return {
         "next_actions": action,
-        "next_q_min": q(state.target["critic"], batch.next_obs, action).min(axis=0),
+        "next_q_min": td3.critic.value(state.target["critic"], batch.next_obs, action),
         "next_action_penalty": agent.penalty(batch, action) / agent.beta_critic,
-        "target_q": td3.td_target(agent, state.target["critic"], batch, action, agent.penalty(batch, action)),
-        "q": q(state.params["critic"], batch.obs, batch.actions[:, 0]),
+        "target_q": agent.td_target(state, batch, draws),
+        "q": td3.critic.values(state.params["critic"], batch.obs, batch.actions[:, 0]),
         "policy_actions": chosen,
-        "policy_q": q(state.params["critic"], batch.obs, chosen).min(axis=0),
+        "policy_q": td3.critic.value(state.params["critic"], batch.obs, chosen),
     }

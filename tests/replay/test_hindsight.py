@@ -73,6 +73,59 @@ def test_negative_rewards_count_the_steps_before_the_goal():
     np.testing.assert_allclose(target, [0, -(1 + 0.9 + 0.81), -(1 - 0.9**5) / 0.1 - 2 * 0.9**5], rtol=1e-6)
 
 
+# Observations that are dicts, and history
+
+
+def test_the_goal_of_a_dict_is_a_key_of_its_own():
+    rows = np.arange(20)
+    obs = {"state": jnp.asarray(rows[:, None], jnp.float32), "image": jnp.asarray(rows[:, None, None, None], jnp.uint8)}
+    said = Hindsight(jnp.stack([10.0 * rows, -rows], axis=1), jnp.array([0]), jnp.array([19]))
+    start, goal = jnp.array([3, 3]), jnp.array([6, 12])
+    batch = window_at(obs, jnp.asarray(rows[:, None], jnp.float32), said, start, goal, LENGTH, goals.DEFAULT)
+    for seen, row in ((batch.obs, [3, 3]), (batch.next_obs, [6, 8])):
+        np.testing.assert_array_equal(seen["state"][:, 0], row)
+        np.testing.assert_array_equal(seen["image"][:, 0, 0, 0], row)
+        np.testing.assert_array_equal(seen["goal"], [[60, -6], [120, -12]])
+        assert seen["image"].dtype == jnp.uint8
+    np.testing.assert_array_equal(batch.terminated, [True, False])
+
+
+def test_images_that_are_their_own_goals_are_not_stored_again():
+    images = {"pixels": jnp.arange(20, dtype=jnp.uint8).reshape(20, 1, 1, 1)}
+    args = hindsight(19), jnp.array([3]), jnp.array([6]), LENGTH, goals.DEFAULT
+    batch = window_at(images, jnp.zeros((20, 1)), *args)
+    assert batch.obs["goal"].dtype == jnp.uint8
+    assert (int(batch.obs["goal"].ravel()[0]), int(batch.next_obs["pixels"].ravel()[0])) == (6, 6)
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_the_steps_before_a_window_have_its_goal_and_the_rewards_for_it(negative):
+    dataset, law = data(6, 15, 9), Goals(0.0, 0.0, negative=negative)
+    laid = from_dataset(dataset, np.zeros(30), np.zeros(30, bool), goals=dataset.observations)
+    batch = jax.jit(ring.windows, static_argnums=(2, 3), static_argnames="history")(
+        (laid,), jax.random.key(0), 4000, LENGTH, law, history=4
+    )
+    start, goal = (np.asarray(batch.obs[:, i], int) for i in (0, 1))
+    first = np.array([0, 6, 21])[np.searchsorted([0, 6, 21], start, side="right") - 1]
+    row = start[:, None] + np.arange(-4, 0)
+    there = row >= first[:, None]
+    assert there.any(axis=0).all() and not there.all(axis=1).all() and (there & (row == goal[:, None])).any()
+    before = jax.tree.map(np.asarray, batch.history)
+    np.testing.assert_array_equal(before.valid, there)
+    np.testing.assert_array_equal(before.obs, np.stack([row, goal[:, None] + 0 * row], axis=-1) * there[..., None])
+    np.testing.assert_allclose(before.actions, np.stack([row, -row], -1) / 1000 * there[..., None], atol=1e-7)
+    met = (row == goal[:, None]) & there
+    np.testing.assert_array_equal(before.rewards, np.where(met, 0, -1) * there if negative else met)
+
+
+def test_windows_in_hindsight_have_the_further_columns_of_their_first_step():
+    dataset = dataclasses.replace(data(6, 15), extra={"mark": np.arange(21) * 3})
+    nothing = np.zeros(21, bool)
+    laid = from_dataset(dataset, nothing, nothing, goals=dataset.observations, columns=("mark",))
+    batch = jax.jit(ring.windows, static_argnums=(2, 3))((laid,), jax.random.key(0), 200, LENGTH)
+    np.testing.assert_array_equal(batch.extra["mark"], 3 * batch.obs[:, 0].astype(int))
+
+
 # The law
 
 

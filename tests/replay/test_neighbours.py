@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import envs
+from experiments.neighbours import ways
 from jaxrl.data import files
 from jaxrl.errors import UserError
 from jaxrl.replay import loading, neighbours
@@ -23,12 +24,13 @@ from jaxrl.replay.neighbours import Index
 from jaxrl.runs import memory
 from jaxrl.runs.config import Config
 from jaxrl.runs.datasets import in_memory, load_data
+from jaxrl.types import Leaf, Requirements, Spec
 from tests.known import quick_to_compile
 
 EXACT = ("blocks", "tree")
 jitted = jax.jit(neighbours.nearest, static_argnames=("k", "method", "block"))
-known_of = jax.jit(neighbours.known_of, static_argnames=("count", "batch", "block"))
-nearest_known = jax.jit(neighbours.nearest_known, static_argnames=("k", "method", "block"))
+known_of = jax.jit(ways.known_of, static_argnames=("count", "batch", "block"))
+nearest_known = jax.jit(ways.nearest_known, static_argnames=("k", "method", "block"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -306,7 +308,7 @@ def test_a_forest_keeps_one_tree_per_scaling_and_lets_the_oldest_go():
 
 def test_a_tree_of_too_few_rows_says_so():
     forest = random_index(40, valid=np.arange(40) < 2).forest
-    with pytest.raises(UserError, match="2 rows of the dataset can be searched, 3 neighbours"):
+    with pytest.raises(UserError, match="2 rows of the dataset can be searched, 3 neighbors"):
         forest.nearest(*[np.zeros(3, np.float32)] * 2, np.zeros((1, 3)), np.zeros((1, 2)), k=3)
 
 
@@ -335,6 +337,13 @@ def test_a_search_refuses_before_it_is_traced():
         jax.jit(functools.partial(neighbours.nearest, k=6))(random_index(5), *queries(2))
 
 
+def test_observations_in_a_dict_are_refused():
+    ring = rings.empty(1, 4, Spec((Leaf("a", (2,)), Leaf("b", (3,))), 1))
+    for search in (neighbours.with_forest, lambda ring: neighbours.index_of((ring,), 0.0, 1.0)):
+        with pytest.raises(UserError, match=r"observations are a dict \(a, b\); only vectors can be searched"):
+            search(ring)
+
+
 # Rings and runs
 
 
@@ -342,8 +351,12 @@ def test_a_search_refuses_before_it_is_traced():
 class Searching:
     """All that a run asks of an agent before it begins, and that it searches."""
 
-    searches: bool = True
+    kdtree: bool = True
     chunk: int = 1
+
+    def requires(self) -> Requirements:
+        """Returns what its data must have."""
+        return Requirements(kdtree=self.kdtree)
 
 
 def walk(path, episodes: int = 4, steps: int = 6):
@@ -396,7 +409,7 @@ def test_a_run_grows_trees_for_agents_that_search_a_single_file_on_the_cpu(tmp_p
 
     ring = laid(base)
     assert ring.forest is not None and ring.forest.trees == {}
-    assert laid(dataclasses.replace(base, agent=Searching(searches=False))).forest is None
+    assert laid(dataclasses.replace(base, agent=Searching(kdtree=False))).forest is None
     stream = laid(dataclasses.replace(base, data=str(tmp_path)))
     assert stream.at(0).forest is None  # each file would be a program of its own
     planned, copies = memory.abstract_data(base, env)
@@ -413,22 +426,33 @@ def test_a_run_grows_trees_for_agents_that_search_a_single_file_on_the_cpu(tmp_p
 
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxrl.replay import neighbours
-from jaxrl.types import Spec
+from jaxrl.replay.neighbours import Index
 assert jax.device_count() == 4
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-mesh = jax.make_mesh((2, 2), ("x", "y"))
+mesh, axes = jax.make_mesh((2, 2), ("x", "y")), ("x", "y")
 rng = np.random.default_rng(0)
 for rows, k in ((103, 40), (2, 2)):
     states, actions, asked, wanted = (jnp.asarray(rng.normal(size=(n, 2)), jnp.float32) for n in (rows, rows, 9, 9))
     valid = jnp.arange(rows) >= rows - 73  # of 103 rows, none that the first device gets
-    data = neighbours.Index(states, actions, valid, jnp.zeros(2), jnp.ones(2))
-    dealt = neighbours.spread(data, mesh)
-    assert dealt.states.shape[0] % 4 == 0 and len(dealt.states.sharding.device_set) == 4
-    search = jax.jit(lambda index, s, a: neighbours.nearest_over(mesh, index, s, a, k=k, block=40))
+    data = Index(states, actions, valid, jnp.zeros(2), jnp.ones(2))
+    padded = (jnp.pad(x, ((0, -rows % 4), *((0, 0),) * (x.ndim - 1))) for x in (states, actions, valid))
+    dealt = Index(*(jax.device_put(x, jax.NamedSharding(mesh, P(axes))) for x in padded), data.mean, data.weight)
+    assert len(dealt.states) % 4 == 0 and len(dealt.states.sharding.device_set) == 4
+    share = len(dealt.states) // 4
+    few = min(k, share)
+
+    def own(index, states, actions):
+        distance, row = neighbours.nearest(index, states, actions, few, "blocks", max(40, few))
+        found = distance, row + jax.lax.axis_index(axes).astype(jnp.int32) * share
+        return neighbours.smallest(*(jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in found), k)
+
+    parts = Index(P(axes), P(axes), P(axes), P(), P())
+    search = jax.shard_map(own, mesh=mesh, in_specs=(parts, P(), P()), out_specs=(P(), P()), check_vma=False)
     alone = jax.jit(lambda index, s, a: neighbours.nearest(index, s, a, k=k, block=40))
-    found, expected = search(dealt, asked, wanted), alone(data, asked, wanted)
+    found, expected = jax.jit(search)(dealt, asked, wanted), alone(data, asked, wanted)
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
 print("the same")

@@ -11,13 +11,15 @@ from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
 from jaxrl.ops import losses
 from jaxrl.replay import ring as rings
+from jaxrl.replay.kdtree import Forest
 from jaxrl.replay.loading import from_dataset
 from jaxrl.replay.ring import Steps
-from jaxrl.types import Spec
+from jaxrl.replay.weighting import weights_of
+from jaxrl.types import Leaf, Spec
 
 add = jax.jit(rings.add)
-window_at = jax.jit(rings.window_at, static_argnums=3)
-windows = jax.jit(rings.windows, static_argnums=(2, 3))
+window_at = jax.jit(rings.window_at, static_argnums=(3, 4))
+windows = jax.jit(rings.windows, static_argnames=("batch", "length", "history"))
 
 PAIR = Spec(observation=1, action=2)
 ODDS = (0.12, 0.08, 0.05)  # of a step that terminates, that truncates, that is not finite
@@ -75,6 +77,15 @@ class Reference:
             steps.append(row)
             if row.ends:
                 break
+        return steps
+
+    def before(self, start: int, length: int, kept: int) -> list[Transition]:
+        """Returns the steps of the same episode before the start-th of the last `kept` rows, at most `length`."""
+        history, steps = self.rows[len(self.rows) - kept :], []
+        for row in reversed(history[max(start - length, 0) : start]):
+            if row is None or not row.valid or row.ends:
+                break
+            steps.insert(0, row)
         return steps
 
 
@@ -202,6 +213,142 @@ def test_an_episode_goes_on_over_many_chunks():
     batch = window_at(ring, jnp.array([0]), jnp.array([0]), 6)
     np.testing.assert_array_equal(batch.rewards[0], np.arange(6) + 0.5)
     np.testing.assert_array_equal(batch.next_obs[0], [6])
+
+
+# Observations that are dicts
+
+
+TREE = Spec((Leaf("id", (1,)), Leaf("image", (2, 1, 3), "uint8")), action=2)
+
+
+def tree_of(obs: jax.Array) -> dict[str, jax.Array]:
+    """Returns observations [..., 1] as dicts with an image of six bytes that are the id's, and those after it."""
+    image = (obs[..., None, None].astype(jnp.int32) + jnp.arange(6).reshape(1, 1, 2, 1, 3)) % 256
+    return {"id": obs, "image": image.astype(jnp.uint8)}
+
+
+def test_dicts_keep_their_dtypes_and_are_stored_and_drawn_like_arrays():
+    rng, lanes = np.random.default_rng(1), [Reference(lane) for lane in range(3)]
+    plain, tree = (rings.empty(3, 23, spec) for spec in (PAIR, TREE))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype.name), tree.obs) == {
+        "id": ((3, 23, 1), "float32"),
+        "image": ((3, 23, 2, 1, 3), "uint8"),
+    }
+    lane, start = (jnp.asarray(x.ravel()) for x in np.indices((3, 23)))
+    for _ in range(30):
+        steps = steps_of([reference.chunk(4, rng) for reference in lanes], 4)
+        plain = add(plain, steps)
+        tree = add(tree, dataclasses.replace(steps, obs=tree_of(steps.obs)))
+    wanted, found = window_at(plain, lane, start, 5, 3), window_at(tree, lane, start, 5, 3)
+    real = np.asarray(found.valid[:, 0]) > 0
+    for obs, ids, there in (
+        (found.obs, wanted.obs, np.ones(len(lane))),
+        (found.next_obs, wanted.next_obs, np.ones(len(lane))),
+        (found.history.obs, wanted.history.obs, np.asarray(wanted.history.valid)),
+    ):
+        np.testing.assert_array_equal(obs["id"], ids)
+        image = (np.asarray(ids, int) + np.arange(6)) % 256 * there[..., None].astype(int)
+        assert obs["image"].dtype == jnp.uint8
+        np.testing.assert_array_equal(np.asarray(obs["image"]).reshape(image.shape)[real], image[real])
+    np.testing.assert_array_equal(found.rewards, wanted.rewards)
+    both = windows((tree, tree), jax.random.key(0), 64, length=2)
+    assert both.obs["image"].dtype == jnp.uint8
+    np.testing.assert_array_equal(both.obs["image"][:, 0, 0, 0], np.asarray(both.obs["id"][:, 0], int) % 256)
+
+
+# Further columns
+
+
+LOG = {"log_density": jax.ShapeDtypeStruct((), jnp.float32), "chain": jax.ShapeDtypeStruct((2,), jnp.int32)}
+
+
+def with_extra(steps: Steps) -> Steps:
+    """Returns steps that leave their ids behind in two further columns."""
+    ids = steps.rewards - 0.5
+    extra = {"log_density": -ids, "chain": jnp.stack([ids, ids + 7], axis=-1).astype(jnp.int32)}
+    return dataclasses.replace(steps, extra=extra)
+
+
+def test_further_columns_are_stored_with_the_steps_and_windows_have_those_of_their_first():
+    rng, lanes = np.random.default_rng(2), [Reference(lane) for lane in range(3)]
+    ring = rings.empty(3, 23, PAIR, LOG)
+    assert (ring.extra["chain"].shape, ring.extra["chain"].dtype) == ((3, 23, 2), jnp.int32)
+    for _ in range(30):
+        ring = add(ring, with_extra(steps_of([reference.chunk(4, rng) for reference in lanes], 4)))
+    lane, start = (jnp.asarray(x.ravel()) for x in np.indices((3, 22)))
+    batch = window_at(ring, lane, start, 3)
+    real = np.asarray(batch.valid[:, 0]) > 0
+    ids = np.asarray(batch.obs[:, 0])[real]
+    assert real.sum() > 30
+    np.testing.assert_array_equal(batch.extra["log_density"][real], -ids)
+    np.testing.assert_array_equal(batch.extra["chain"][real], np.stack([ids, ids + 7], axis=-1))
+
+
+def test_windows_of_several_rings_have_the_columns_that_all_of_them_have():
+    full, other = two_rings()
+    add_column = lambda ring, *names: dataclasses.replace(ring, extra={n: 2 * ring.rewards for n in names})  # noqa: E731
+    batch = windows((add_column(full, "a", "b"), add_column(other, "c", "b")), jax.random.key(3), 500, length=2)
+    assert set(batch.extra) == {"b"}
+    real = np.asarray(batch.valid[:, 0]) > 0
+    np.testing.assert_array_equal(batch.extra["b"][real], 2 * batch.rewards[real, 0])
+    assert windows((full, add_column(other, "c")), jax.random.key(3), 5, length=2).extra == {}
+
+
+@pytest.mark.parametrize(("kept", "message"), [({}, "keeps none, the steps bring chain, log_density"), (LOG, "brin")])
+def test_columns_are_never_dropped_in_silence(kept, message):
+    steps = history(*"...")
+    with pytest.raises(UserError, match=message):
+        rings.add(rings.empty(1, 9, PAIR, kept), steps if kept else with_extra(steps))
+
+
+def test_what_a_ring_knows_besides_its_columns_is_kept():
+    data, rewards, terminated = dataset(5, 4)
+    ring = from_dataset(data, rewards, terminated, goals=data.observations)
+    forest = Forest(*(np.asarray(x[0]) for x in (ring.obs, ring.actions, ring.valid)))
+    weights = weights_of(np.zeros(2), np.array([0, 5]), np.array([4, 3]))
+    known = dataclasses.replace(ring, forest=forest, weights=weights, extra={"mark": ring.rewards})
+    steps = dataclasses.replace(history(*".."), extra={"mark": jnp.array([[3.0, 4.0]])})
+    after = rings.add(known, steps)
+    assert after.forest is forest and after.hindsight is ring.hindsight and after.weights is weights
+    np.testing.assert_array_equal(after.extra["mark"][0, 9], 3.0)
+
+
+# The steps before a window
+
+
+@pytest.mark.parametrize(("chunk", "length", "rows"), [(4, 5, 23), (1, 3, 7), (5, 1, 12)])
+def test_the_steps_before_every_window_are_those_of_a_plain_list(chunk, length, rows):
+    rng, lanes = np.random.default_rng(chunk), [Reference(lane) for lane in range(3)]
+    ring = rings.empty(len(lanes), rows, PAIR)
+    lane, start = (jnp.asarray(x.ravel()) for x in np.indices((len(lanes), rows - 1)))
+    counts = np.zeros(length + 1, int)
+    for _ in range(60):
+        ring = add(ring, steps_of([reference.chunk(chunk, rng) for reference in lanes], chunk))
+        kept = [min(len(reference.rows), rows - 1) for reference in lanes]
+        found = jax.tree.map(np.asarray, window_at(ring, lane, start, 1, length).history)
+        for i, (at, age) in enumerate(zip(np.asarray(lane), np.asarray(start), strict=True)):
+            if age >= kept[at]:
+                continue  # no such window
+            ids = np.array([step.obs for step in lanes[at].before(age, length, kept[at])])
+            missing, counts[len(ids)] = length - len(ids), counts[len(ids)] + 1
+            padded = lambda x, missing=missing: np.pad(x, [(missing, 0)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
+            np.testing.assert_array_equal(found.valid[i], np.arange(length) >= missing)
+            np.testing.assert_array_equal(found.obs[i, :, 0], padded(ids))
+            np.testing.assert_array_equal(found.actions[i], padded(np.stack([ids + 0.25, -ids], -1).reshape(-1, 2)))
+            np.testing.assert_array_equal(found.rewards[i], padded(ids + 0.5))
+    assert min(len(reference.rows) for reference in lanes) > 3 * rows  # every lane went round, several times
+    assert (counts > 30).all()  # every length of history was seen
+
+
+def test_windows_have_their_history_whatever_ring_they_are_from():
+    batch = windows(two_rings(), jax.random.key(4), 500, length=2, history=3)
+    before, real = batch.history, np.asarray(batch.valid[:, 0]) > 0
+    ids = np.asarray(batch.obs) - [[3, 2, 1]]
+    there = np.asarray(before.valid) * real[:, None] > 0
+    assert 100 < there.sum() < 3 * real.sum()
+    np.testing.assert_array_equal(np.asarray(before.obs)[..., 0][there], ids[there])
+    np.testing.assert_array_equal(np.asarray(before.rewards)[there], (ids + 0.5)[there])
+    assert windows(two_rings(), jax.random.key(4), 500, length=2).history is None
 
 
 # Drawing

@@ -77,10 +77,10 @@ def test_each_step_executes_what_the_definition_says(execution):
 
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=name)
 def test_an_episode_that_ends_starts_its_memory_anew_and_that_of_no_other(execution):
-    """The first episode of the first environment has 5 steps, later ones have 9; the second environment's has more."""
+    """The first episode of the first environment has 5 steps, later ones have 9; the second environment has more."""
     length = execution.length(CHUNK)
     states = side_by_side(clock(0, dies=5), clock(1))
-    steps, _ = collected(Scribe(), execution, Clock(), states, 24 // length, clock(7, dies=9))
+    steps, _rollout = collected(Scribe(), execution, Clock(), states, 24 // length, clock(7, dies=9))
     one, two = (steps["actions"][i][steps["taken"][i]] for i in range(2))
     np.testing.assert_allclose(two, [expected(execution, t) for t in range(len(two))], rtol=0, atol=1e-6)
     clocks = [*range(5), *range(9), *range(9), *range(9)][: len(one)]

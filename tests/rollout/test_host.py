@@ -342,7 +342,7 @@ def test_an_episode_that_was_cut_off_ends_as_by_the_clock():
     assert windows.valid.sum(axis=1).tolist() == [1, 1, 2] and windows.terminated.tolist() == [True, False, False]
 
 
-BC = "--agent.chunk=2 --agent.batch-size=8 --agent.flow.net.hidden 8 --agent.flow-steps=2".split()
+BC = "--agent.windows.chunk=2 --agent.windows.batch=8 --agent.flow.net.hidden 8 --agent.flow.steps=2".split()
 SCHEDULE = (
     "--schedule.offline-updates=20 --schedule.updates-per-epoch=10 --schedule.eval-every=2 --schedule.eval-episodes=4 "
     "--schedule.online-steps=72 --schedule.steps-per-epoch=24 --schedule.warmup-steps=12 --schedule.envs=3 "

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 import envs
-from jaxrl.agents import TD3BC
+from jaxrl import ranges
+from jaxrl.agents.parts import Critic, DeterministicPolicy, Net
+from jaxrl.agents.td3 import TD3
+from jaxrl.agents.td3bc import TD3BC
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
 from jaxrl.replay import ring as rings
@@ -17,7 +20,8 @@ from jaxrl.replay.loading import from_dataset
 from jaxrl.rollout import device as rollout
 from jaxrl.synthesis import cdsa
 from jaxrl.synthesis.cdsa import Correction, Training
-from jaxrl.types import Spec
+from jaxrl.training import loop
+from jaxrl.types import Fitting, Leaf, Learner, Spec
 from tests.known import KEY, fitted, quick_to_compile
 
 SPEC = Spec(observation=2, action=2)
@@ -173,12 +177,14 @@ def walk() -> tuple[Dataset, rings.Ring]:
 def test_what_is_learned_moves_actions_to_the_data_and_inverts_the_dynamics():
     data, ring = walk()
     training = Training(score_hidden=(32, 32), inverse_hidden=(32,), lr=3e-3, batch_size=128, sigma_low=0.1)
-    models, losses = jax.jit(cdsa.train, static_argnames=("spec", "updates"))(training, SPEC, ring, KEY, updates=1000)
+    models, _ = jax.jit(cdsa.train, static_argnames=("spec", "updates"))(training, SPEC, ring, KEY, updates=900)
+    more = jax.jit(loop.updates, static_argnames="count")
+    models, losses = more(training, models, (ring,), jax.random.key(1), count=100)
     inside = ~data.terminals
     np.testing.assert_allclose(models.normalizer.mean, data.observations[inside].mean(axis=0), atol=1e-5)
     change = np.diff(data.observations, axis=0, append=0)[inside] / data.observations[inside].std(axis=0)
     np.testing.assert_allclose(models.change, np.sqrt(np.square(change).mean(axis=0)), rtol=1e-2)
-    assert float(losses["score/loss"][-100:].mean()) < 0.9 * 4 and float(losses["inverse/loss"][-100:].mean()) < 0.01
+    assert float(losses["score/loss"]) < 0.9 * 4 and float(losses["inverse/loss"]) < 0.01
 
     states = jnp.asarray(data.observations[inside][::20])
     wild = jnp.asarray(np.clip(data.actions[inside][::20] + 0.4, -1, 1))
@@ -199,7 +205,8 @@ def test_the_example_of_the_documentation_runs():
         textwrap.dedent(inspect.getdoc(cdsa).split("ring:\n\n")[1]).replace("100_000", "3").replace(", 100)", ", 2)")
     )
     assert "correct" in example
-    env, agent = envs.make("point?horizon=5"), TD3BC(actor_hidden=(4,), critic_hidden=(4,))
+    small = Net((4,), "relu", "none", "torch")
+    env, agent = envs.make("point?horizon=5"), TD3BC(TD3(DeterministicPolicy(small), Critic(small, agg="min")))
     _, ring = walk()
     known = {
         "jax": jax,
@@ -215,7 +222,30 @@ def test_the_example_of_the_documentation_runs():
     assert not np.array_equal(known["before"].track, known["after"].track)
 
 
+def test_the_models_learn_in_the_one_loop_of_updates_after_they_have_seen_the_data():
+    _, ring = walk()
+    training = Training(score_hidden=(4,), inverse_hidden=(4,), batch_size=8)
+    assert isinstance(training, Learner) and isinstance(training, Fitting)
+    key_init, key_updates = jax.random.split(KEY)
+    begun = training.init(key_init, SPEC)
+    np.testing.assert_array_equal([begun.normalizer.std, begun.change], 1)
+    models, _ = jax.jit(cdsa.train, static_argnames=("spec", "updates"))(training, SPEC, ring, KEY, updates=3)
+    count = jax.jit(loop.updates, static_argnames="count")
+    again, _ = count(training, jax.jit(training.fit)(begun, (ring,)), (ring,), key_updates, count=3)
+    np.testing.assert_allclose(
+        models.params["score"]["params"]["Dense_0"]["kernel"],
+        again.params["score"]["params"]["Dense_0"]["kernel"],
+        rtol=1e-5,
+        atol=1e-7,
+    )
+
+
 # What is refused
+
+
+def test_observations_in_a_dict_are_refused():
+    with pytest.raises(UserError, match="these observations are a dict of arrays"):
+        Training().init(KEY, Spec((Leaf("state", (2,)),), 2))
 
 
 def test_chunks_are_refused():
@@ -234,8 +264,10 @@ def test_chunks_are_refused():
         (Correction(0.0, 0.0, steps=0), "Correction.steps = 0: must be at least 1"),
         (Training(sigma_low=0.0), "Training.sigma_low = 0.0"),
         (Training(sigma_low=0.5, sigma_high=0.1), "Training.sigma_high = 0.1: must be at least 0.5"),
+        (Training(score_hidden=(8, 0)), r"Training.score_hidden = \(8, 0\): must be at least 1"),
+        (Training(lr=float("nan")), "Training.lr = nan: must be finite"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        settings.check()
+        ranges.check(settings)

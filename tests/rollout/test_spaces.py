@@ -1,0 +1,78 @@
+"""Facts about jaxrl.rollout.spaces: which actions of simulators are refused, and where."""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from envs.checker import check
+from jaxrl.rollout import spaces
+from jaxrl.rollout.workers import Pool, SimulatorFailed
+from jaxrl.types import Spec
+from tests import walk
+
+
+class Box:
+    """A space of vectors, as Gymnasium's."""
+
+    def __init__(self, low, high, dtype=np.float32):
+        self.low, self.high = np.array([low], dtype), np.array([high], dtype)
+
+    def __repr__(self):
+        return f"Box({self.low[0]}, {self.high[0]})"
+
+
+class Discrete:
+    """A space of n choices."""
+
+    dtype, shape = np.dtype(np.int64), ()
+
+    def __repr__(self):
+        return "Discrete(3)"
+
+
+class Described(walk.Walk):
+    """The walk, with a space of its actions."""
+
+    def __init__(self, space=None):
+        super().__init__()
+        self.action_space = space
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DescribedEnv:
+    space: object
+    spec: ClassVar[Spec] = Spec(3, 1)
+    horizon: ClassVar[int] = walk.HORIZON
+    tasks: int = 2
+
+    def builder(self, picture=0):
+        return functools.partial(Described, self.space)
+
+
+@pytest.mark.parametrize(
+    ("space", "says"),
+    [
+        (Box(-1, 1), ""),
+        (Box(-2, 2), "its actions lie in [-2, 2], an action is a vector of continuous numbers in [-1, 1]: scale them"),
+        (Box(0, 1), "its actions lie in [0, 1]"),
+        (Box(0, 4, np.int64), "its actions are Box(0, 4): discrete actions are not supported"),
+        (Discrete(), "its actions are Discrete(3): discrete actions are not supported"),
+    ],
+)
+def test_the_checker_names_actions_that_do_not_fit(space, says):
+    failed = [str(finding) for finding in check(DescribedEnv(space)) if not finding.ok]
+    assert len(failed) == (1 if says else 0)
+    assert all(line.startswith(f"FAIL  actions are continuous, in [-1, 1]: {says}") for line in failed)
+
+
+def test_a_simulator_of_discrete_actions_is_refused_before_its_first_episode():
+    slots = np.arange(1)
+    with Pool(functools.partial(Described, Discrete()), 8, workers=1) as pool:
+        with pytest.raises(
+            SimulatorFailed, match=r"cannot be used: its actions are Discrete\(3\): discrete actions are"
+        ):
+            pool.reset("walk", slots, slots, slots)
+    assert spaces.discrete(walk.Walk()) == ""  # it describes none
