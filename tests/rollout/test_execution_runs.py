@@ -128,7 +128,7 @@ def test_members_of_a_sweep_are_the_runs_alone_bit_for_bit(execution):
     agents, seeds = [Drifting(rate=0.1), Drifting(rate=0.5)], [3, 4]
     programs = Programs(env, "map")
     everyone, keys = programs.place(stacked(agents)), programs.place(keys_of(seeds))
-    (phase,) = phases(schedule, execution.length(4))
+    (phase,) = phases(schedule, agents[0], length=execution.length(4))
     assert phase.iterations * 4 * execution.length(4) == 48
     population = programs.begin(everyone, schedule=schedule, keys=keys, execution=execution)
     for _ in range(phase.epochs):
@@ -153,6 +153,6 @@ def test_a_whole_run_as_one_program_is_executed_so_too():
     schedule = Schedule(offline_updates=0, online_steps=48, warmup_steps=0, envs=4, steps_per_epoch=48, utd=0.25)
     carry, _ = jax.jit(lambda agent: loop.run(agent, env, schedule, jax.random.key(0), None, execution))(agent)
     again = loop.jitted_begin(agent, env, schedule, jax.random.key(0), execution)
-    (phase,) = phases(schedule, 1)
+    (phase,) = phases(schedule, agent, length=1)
     again, _ = loop.jitted_epoch(agent, env, phase, again, None, execution)
     assert int(loop.digest(carry)) == int(loop.digest(again)) and int(carry.steps) == 48

@@ -158,7 +158,7 @@ def test_in_simulators_it_learns_to_walk():
     simulators = host.Simulators(env, 2)
     with contextlib.closing(simulators):
         before = host.evaluate(simulators, agent, carry.agent, KEY, 10)
-        carry, metrics = host_loop.epoch(simulators, agent, phase, carry, None)
+        carry, metrics = host_loop.epoch(simulators, agent, phase, carry, None, 32)
         after = host.evaluate(simulators, agent, carry.agent, KEY, 10)
     assert before.success.mean() == 0 and after.success.mean() == 1
     assert metrics["agent/ratio"] < 1e-5 and 0 < metrics["agent/decision"] < walk.HORIZON
@@ -171,7 +171,7 @@ def test_an_unroll_in_simulators_is_that_of_its_decisions():
     simulators = host.Simulators(WalkEnv(), 1)
     with contextlib.closing(simulators), pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_loop, "jitted_learn_from", lambda *given: (found.append(given[3]), learn(*given))[1])
-        host_loop.epoch(simulators, AGENT, dataclasses.replace(ONLINE, iterations=3), carry, None)
+        host_loop.epoch(simulators, AGENT, dataclasses.replace(ONLINE, iterations=3), carry, None, 3)
     assert [unroll.memory.tolist() for unroll in found] == [[0] * 3, [4] * 3, [0] * 3]  # an episode has eight steps
     for unroll in found:
         steps = unroll.steps
