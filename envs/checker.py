@@ -99,9 +99,11 @@ def _simulations(env: HostEnv) -> Iterator[Finding]:
         return
     yield Finding("simulators run in a worker process")
     found, wanted = _shapes(start, 1), _shapes(env.spec.example())
-    fits = [shape for shape, _ in found.values()] == [shape for shape, _ in wanted.values()]
-    theirs = ", ".join(str(shape) for shape, _ in found.values())
-    yield Finding("observations have the size of spec", "" if fits else f"theirs is {theirs}: flatten, or correct spec")
+    theirs = ", ".join(f"{place} {_described(leaf)}" if place else str(leaf[0]) for place, leaf in found.items())
+    yield Finding(
+        "observations have the size of spec",
+        "" if found == wanted else f"theirs is {theirs}: flatten, or correct spec",
+    )
     finite = _finite(start, 0) and seen["valid"][seen["taken"]].all()
     yield Finding("all numbers are finite", "" if finite else "a step gave a number that is not: end the episode there")
     same = _equal(start, jax.tree.map(lambda x: np.broadcast_to(x[0], x.shape), start))

@@ -39,7 +39,7 @@ def check(agent: Agent, env: Env | HostEnv, envs: int, count: int) -> None:
         raise UserError(f"devices = {count}: there are {here}")
     if count > 1 and on_host(env):
         raise UserError(f"devices = {count}: this environment's simulators step on the CPU, one device is enough")
-    for name, size in (("the agent's batch_size", batch), ("schedule.envs", envs)):
+    for name, size in (("the agent's batch", batch), ("schedule.envs", envs)):
         if size is not None and size % count:
             raise UserError(f"{name} = {size}: must be a multiple of the {count} devices")
 

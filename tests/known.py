@@ -17,6 +17,7 @@ import optax
 
 from jaxrl.agents import learner
 from jaxrl.agents.learner import State
+from jaxrl.agents.parts import with_fields as with_fields
 from jaxrl.data.files import Dataset
 from jaxrl.ops import normalizer
 from jaxrl.replay.loading import from_dataset
@@ -28,24 +29,6 @@ NARROW = Spec(observation=1, action=1)
 WIDE = Spec(observation=3, action=2)
 
 T = TypeVar("T")
-
-
-def with_fields(settings: T, **values: Any) -> T:
-    """Returns settings in which every field of these names has that value, in the parts as well."""
-    for name in values:
-        assert values_of(settings, name), f"nothing in {settings} is called {name}"
-    return _replaced(settings, values)
-
-
-def _replaced(settings: Any, values: dict[str, Any]) -> Any:
-    changed = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name in values:
-            changed[field.name] = values[field.name]
-        elif dataclasses.is_dataclass(value):
-            changed[field.name] = _replaced(value, values)
-    return dataclasses.replace(settings, **changed)
 
 
 def values_of(settings: Any, name: str) -> list[Any]:

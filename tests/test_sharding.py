@@ -11,13 +11,12 @@ import pytest
 
 import envs
 from jaxrl import sharding
-from jaxrl.agents.td3 import TD3
 from jaxrl.agents.td3bc import TD3BC
 from jaxrl.errors import UserError
 from jaxrl.runs import driver
 from jaxrl.training import loop
 from jaxrl.training.schedule import Schedule, phases
-from tests.known import quick_to_compile
+from tests.known import quick_to_compile, with_fields
 from tests.sweeps.test_population import AGENT, dataset
 
 ENV = envs.make("point")
@@ -92,7 +91,7 @@ def test_without_several_devices_nothing_is_moved():
     [
         (16, 4, 3, "devices = 3: there are 2"),
         (16, 4, 0, "devices = 0: there are 2"),
-        (15, 4, 2, "the agent's batch_size = 15: must be a multiple of the 2 devices"),
+        (15, 4, 2, "the agent's batch = 15: must be a multiple of the 2 devices"),
         (16, 3, 2, "schedule.envs = 3: must be a multiple of the 2 devices"),
     ],
 )
@@ -100,4 +99,4 @@ def test_what_cannot_be_spread_is_refused(batch, environments, count, message, m
     monkeypatch.setattr(jax, "local_devices", lambda: [None, None])
     sharding.check(AGENT, ENV, 4, 2)
     with pytest.raises(UserError, match=message):
-        sharding.check(TD3BC(TD3(batch_size=batch)), ENV, environments, count)
+        sharding.check(with_fields(TD3BC(), batch=batch), ENV, environments, count)

@@ -1,10 +1,12 @@
-"""Facts about jaxrl.types: what policies, critics and models of behaviour see of an observation."""
+"""Facts about jaxrl.types: what networks see of an observation, what agents require of data."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.types import Leaf, Spec
+from jaxrl.types import Leaf, Requirements, Spec, requirements
 
 LEAVES = (
     Leaf("state", (2,)),
@@ -54,3 +56,19 @@ def test_by_default_all_keys_are_seen_numbers_and_matrices_as_vectors():
 def test_without_the_goal_a_dict_lacks_its_key():
     spec = Spec(LEAVES, 1, 2, ("state", "goal"), ("privileged", "goal")).without_goal()
     assert spec == Spec(LEAVES[:-1], 1, 0, ("state",), ("privileged",))
+
+
+def test_an_agent_that_requires_nothing_needs_windows_of_its_chunk():
+    @dataclasses.dataclass
+    class Plain:
+        chunk: int
+
+    @dataclasses.dataclass
+    class Backing(Plain):
+        backup: int
+
+        def requires(self) -> Requirements:
+            return Requirements(window=self.backup, columns=("log_density",))
+
+    assert requirements(Plain(3)) == Requirements(window=3)
+    assert requirements(Backing(5, 25)) == Requirements(window=25, columns=("log_density",))

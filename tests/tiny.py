@@ -21,8 +21,9 @@ from jaxrl.training import loop
 
 ENV = "point?horizon=20"
 AGENT = (
-    "--agent.chunk=2 --agent.batch-size=16 --agent.num-samples=2 --agent.target-samples=2 --agent.warmup=5 "
-    "--agent.curriculum=20 --agent.actor-hidden 8 --agent.critic-hidden 8"
+    "--agent.windows.chunk=2 --agent.windows.backup=2 --agent.windows.batch=16 --agent.num-samples=2 "
+    "--agent.target-samples=2 --agent.distillation.warmup=5 --agent.distillation.curriculum=20 "
+    "--agent.actor.net.hidden 8 --agent.critic.net.hidden 8"
 ).split()
 SCHEDULE = (
     "--schedule.offline-updates=40 --schedule.updates-per-epoch=10 --schedule.eval-every=2 --schedule.eval-episodes=4 "
@@ -123,11 +124,8 @@ def carry(path: Path, epoch: int = EPOCHS) -> dict[str, np.ndarray]:
     """Returns every leaf of a run's checkpoint by its path, random keys as numbers."""
     config = directory.read_config(path)
     agent = loop.on_device(config.agent)
-    timeline = timeline_of(config)
-    loaded = checkpoint.load(
-        path / "checkpoints",
-        lambda done: driver.abstract_carry(agent, make(config.env), config.schedule, timeline, done),
-    )
+    given = (agent, make(config.env), config.schedule, timeline_of(config))
+    loaded = checkpoint.load(path / "checkpoints", lambda done: driver.abstract_carry(*given, done, config.execution))
     assert loaded is not None and loaded[0] == epoch
     numbers = jax.tree.map(
         lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x, loaded[1]

@@ -47,6 +47,23 @@ class Walk:
         return np.full((self.picture, self.picture, 3), int(255 * min(abs(self.x), 1)), np.uint8)
 
 
+class Sensed(Walk):
+    """One that observes a dict: where it is and its target in double precision, and two pixels of the position."""
+
+    def observed(self):
+        pixels = np.full((2, 1, 1), np.nan_to_num(100 * abs(self.x)), np.uint8)
+        return {"place": np.array([self.x, self.target]), "pixels": pixels}
+
+
+class Dense(Walk):
+    """One whose reward is how far a step moves towards the target."""
+
+    def step(self, action):
+        before = self.x
+        obs, _, *rest = super().step(action)
+        return obs, (self.x - before) * np.sign(self.target), *rest
+
+
 class Blind(Walk):
     """One that cannot be rendered."""
 

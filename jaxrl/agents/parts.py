@@ -6,7 +6,7 @@ observation is the caller's choice, see `types.Spec`.
 """
 
 import dataclasses
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from jaxrl.types import Batch, Observation, PyTree, Requirements, Scalar, pytree
 
 FEWEST_FEATURES = {"fourier": 4, "sinusoidal": 2, "raw": 1}
 """The least number of time features of each kind: Fourier features range between two frequencies, and have both."""
+
+T = TypeVar("T")
 
 CutWindows: TypeAlias = Literal["keep", "drop"]
 """Whether windows that an episode's end cuts short train the critic."""
@@ -502,3 +504,32 @@ def _layers(net: Net) -> tuple[tuple[int, ...], Norm, Activation]:
 
 def _given(obs: Observation, action: jax.Array | None) -> tuple[Observation, ...]:
     return (obs,) if action is None else (obs, action)
+
+
+# Settings of agents made of parts
+
+
+def with_fields(settings: T, **values: Any) -> T:
+    """Returns settings in which every field of these names has that value, those of its parts included.
+
+    So `with_fields(agent, hidden=(64, 64), lr=1e-3)` changes all networks and all optimizers. Raises TypeError for a
+    name that occurs nowhere.
+    """
+    found: set[str] = set()
+    changed = _replaced(settings, values, found)
+    if missing := values.keys() - found:
+        raise TypeError(f"nothing in {type(settings).__name__} is called {', '.join(sorted(missing))}")
+    return changed
+
+
+def _replaced(settings: Any, values: dict[str, Any], found: set[str]) -> Any:
+    """Returns settings with these values, and adds the names that occur to those found."""
+    changed = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in values:
+            found.add(field.name)
+            changed[field.name] = values[field.name]
+        elif dataclasses.is_dataclass(value):
+            changed[field.name] = _replaced(value, values, found)
+    return dataclasses.replace(settings, **changed)

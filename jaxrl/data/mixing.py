@@ -1,4 +1,4 @@
-"""Datasets made from datasets, whole episodes at a time: chosen ones, mixtures, the best."""
+"""Datasets made of whole episodes of others: chosen ones, mixtures, the best."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jaxrl.errors import UserError
 
 
 def take(dataset: Dataset, chosen: Sequence[int] | np.ndarray) -> Dataset:
-    """Returns these episodes of a dataset, in this order; one that is named twice is there twice."""
+    """Returns these episodes of a dataset, in this order; an index that occurs twice gives an episode twice."""
     first, last = files.episodes(dataset)
     rows = np.concatenate([np.arange(first[i], last[i] + 1) for i in chosen])
     return files.from_columns({name: column[rows] for name, column in files.to_columns(dataset).items()})
@@ -20,8 +20,8 @@ def take(dataset: Dataset, chosen: Sequence[int] | np.ndarray) -> Dataset:
 def mix(good: Dataset, bad: Dataset, ratio: float, steps: int, seed: int = 0) -> Dataset:
     """Returns at least `steps` steps of whole episodes in random order, int(steps * ratio) of them from `good`.
 
-    Episodes of each are drawn with replacement until its share is reached, as Hong et al. (2023) mixed theirs.
-    Extra columns that only one of the two has are left out.
+    Episodes of each are drawn with replacement until its share is reached, as in Hong et al. (2023). Extra columns that
+    only one of the two has are left out.
 
     Raises:
         UserError: a ratio outside [0, 1], no steps, sizes that differ, rewards in one of the two only.
@@ -59,7 +59,7 @@ def top(dataset: Dataset, fraction: float) -> Dataset:
 
 
 def _drawn(dataset: Dataset, steps: int, random: np.random.Generator) -> list[int]:
-    """Returns episodes, drawn with replacement until they have so many steps."""
+    """Returns indices of episodes, drawn with replacement until these have so many steps."""
     first, last = files.episodes(dataset)
     chosen: list[int] = []
     while steps > 0:
@@ -69,7 +69,7 @@ def _drawn(dataset: Dataset, steps: int, random: np.random.Generator) -> list[in
 
 
 def _alike(good: Dataset, bad: Dataset) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Returns the columns that both have; where one says which steps end the task, the other's do not."""
+    """Returns the columns that both have. If only one has masks, no step of the other ends its task."""
     pair = (good, bad)
     if (good.rewards is None) != (bad.rewards is None):
         lacking = next(dataset for dataset in pair if dataset.rewards is None)

@@ -1,8 +1,8 @@
-"""Goals in hindsight: any state that an episode reached may stand as the goal of any earlier one, or of another.
+"""Goals in hindsight: any state that an episode reached may be the goal of its earlier states, or of another episode.
 
-A window starts where all its steps stay in their episode, draws a goal by the law `Goals`, and ends where it meets
-that goal: after k steps with success where the goal lies k < H rows ahead, else after all H steps, with bootstrap. A
-goal exactly H steps ahead is left to the bootstrap, which then sees a state that is its own goal.
+A window starts where all its steps stay in their episode, draws a goal by the law `Goals`, and ends where it reaches
+that goal: after k steps, with success, where the goal is k < H rows ahead, else after all H steps, with bootstrap. A
+goal exactly H steps ahead is left to the bootstrap, which then evaluates a state that is its own goal.
 
 The law is that of DQC (Li, Park, Levine, arXiv 2512.10926, and its official code); the geometric law of the future is
 that of OGBench (Park et al., arXiv 2410.20092). Rows are indices into one lane of whole episodes, see
@@ -24,7 +24,7 @@ from jaxrl.types import Batch, History, Observation, pytree
 
 @pytree
 class Goals:
-    """Which goals a window is relabelled with: its own first state, a later state of its episode, or any other."""
+    """Which goals windows are relabeled with: their own first state, a later state of their episode, or any other."""
 
     current: Fraction = 0.2  # probability of the window's first state
     future: Fraction = 0.5  # probability of a later state of the episode; the rest are starts of any episode
@@ -53,7 +53,7 @@ DEFAULT = Goals()
 
 @pytree
 class Hindsight:
-    """What goal sampling knows of T rows that hold E whole episodes. Episodes of no steps are never drawn."""
+    """The goals and episodes of T rows that hold E whole episodes. Episodes of no steps are never drawn."""
 
     goals: jax.Array | None  # [T, ...], each row as a goal; None: its observation, which is one array, not stored twice
     first: jax.Array  # [E] int32, the row of each episode's first state
@@ -71,7 +71,7 @@ def draw(hindsight: Hindsight, key: jax.Array, batch: int, length: int, law: Goa
 
 
 def starts(hindsight: Hindsight, key: jax.Array, batch: int, length: int) -> tuple[jax.Array, jax.Array]:
-    """Returns rows [batch], uniform over all whose `length` next steps stay in the episode, and the episode's last."""
+    """Returns rows [batch], uniform over those whose next `length` steps stay in the episode, and its last rows."""
     count = jnp.maximum(hindsight.steps - length + 1, 0)  # per episode
     ends = jnp.cumsum(count)
     draw = jax.random.randint(key, (batch,), 0, jnp.maximum(ends[-1], 1))
@@ -81,7 +81,7 @@ def starts(hindsight: Hindsight, key: jax.Array, batch: int, length: int) -> tup
 
 
 def ahead(key: jax.Array, left: jax.Array, law: Goals) -> jax.Array:
-    """Returns how many rows ahead a goal of the same episode lies, of which `left` [B] >= 1 are left.
+    """Returns how many rows ahead a goal of the same episode is, where `left` [B] >= 1 rows are left.
 
     The uniform law rounds a uniform number in [1, left], as the official code of DQC does: the nearest and the
     furthest row have half the probability of the others.
@@ -103,7 +103,7 @@ def window_at(
 ) -> Batch:
     """Returns the windows from rows `start` [B] towards the rows `goal` [B], in lanes `obs` [T, ...], `actions` [T, A].
 
-    Observations have the goal, see `with_goals`. Every action of a window happened, also those after it met its goal.
+    Observations include the goal, see `with_goals`. All actions of a window were taken, also those after its goal.
     """
     distance = goal - start
     reached = (distance >= 0) & (distance < length)

@@ -1,4 +1,4 @@
-"""A dataset as a task needs it: sizes held against the environment's, rewards and goals added, laid out as a ring."""
+"""A dataset prepared for a task: sizes checked against the environment's, rewards and goals added, as a ring."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ AnyEnv: TypeAlias = Env | HostEnv
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is known of a dataset without its content."""
+    """The sizes of a dataset, without its content."""
 
     path: str
     entries: Mapping[str, tuple[int, ...]]  # the shape of one row of each column
@@ -49,7 +49,7 @@ def sizes_of(dataset: Dataset) -> Sizes:
 
 
 def check_fits(sizes: Sizes, env: AnyEnv) -> None:
-    """Raises UserError where a dataset's sizes are not the environment's, or it lacks what nothing supplies."""
+    """Raises UserError where a dataset's sizes are not the environment's, or rewards or goals are missing."""
     spec, where, (actions,) = env.spec, f"dataset {sizes.path}", sizes.entries["actions"]
     if isinstance(spec.observation, int):
         _check_vectors(sizes, spec.observation, spec.goal)
@@ -113,8 +113,8 @@ def observed(dataset: Dataset, spec: Spec) -> Observations:
 
 
 def goal_source(sizes: Sizes, env: AnyEnv) -> Literal["environment", "file", "states"]:
-    """Returns where it is said what a dataset's states are as goals: in the environment's `goal_of`, in the file's
-    column oracle_reps, or nowhere, where a goal is a whole state. Raises UserError where it has to be said.
+    """Returns what maps a dataset's states to goals: the environment's `goal_of`, the file's column oracle_reps, or
+    nothing, where a goal is a whole state. Raises UserError where none of them applies.
     """
     goal = goal_of(env.spec)
     if isinstance(env, NamesGoals):
@@ -165,9 +165,9 @@ def to_ring(
     """Returns the dataset in device memory, with the environment's own rewards where it can relabel.
 
     Rewards r become scale * r + shift; with `probabilities`, UserError where they then leave [0, 1]. In a
-    goal-conditioned environment goals are drawn in hindsight, and rewards with them. `room` is the rows and the
-    episodes that there is place for, so that datasets of several sizes are alike. `weighting` says which episodes are
-    drawn more often. With `searched`, the host can look for neighbors among the rows. `columns` are the dataset's
+    goal-conditioned environment goals are drawn in hindsight, and rewards with them. `room` is the least number of rows
+    and episodes to allocate, so that datasets of several sizes have the same layout. `weighting` says which episodes
+    are drawn more often. With `searched`, the host can search for neighbors among the rows. `columns` are the dataset's
     further columns that are kept in `Ring.extra`.
     """
     check_weighting(weighting, env)
@@ -200,7 +200,7 @@ def check_columns(sizes: Sizes, columns: Sequence[str]) -> None:
 
 
 def check_weighting(weighting: Weighting, env: AnyEnv) -> None:
-    """Raises UserError where trajectories are to be weighted, but goals in hindsight give each of them many returns."""
+    """Raises UserError where trajectories are to be weighted in a task whose goals are drawn in hindsight."""
     if weighting.kind != "uniform" and env.spec.goal:
         raise UserError(
             f"weighting.kind = {weighting.kind!r}: goals are drawn in hindsight here, so that no trajectory has one "
@@ -209,9 +209,9 @@ def check_weighting(weighting: Weighting, env: AnyEnv) -> None:
 
 
 def weigh(dataset: Dataset, weighting: Weighting, room: int = 0) -> Weights | None:
-    """Returns how often each episode of a dataset with rewards is drawn, None where all transitions are alike.
+    """Returns how often each episode of a dataset with rewards is drawn; None where transitions are drawn uniformly.
 
-    `room` is the episodes that there is place for, where that is more than the dataset has.
+    `room` is the least number of episodes to allocate.
     """
     if weighting.kind == "uniform":
         return None
@@ -235,9 +235,9 @@ def check_probabilities(rewards: np.ndarray, path: str) -> None:
 
 
 def states_and_goals(dataset: Dataset, env: AnyEnv) -> tuple[Observations, np.ndarray]:
-    """Returns (states [N, ...], what they are as goals [N, ...]); the same array where a goal is a whole state.
+    """Returns states [N, ...] and the goals [N, ...] that they are; the same array where a goal is a whole state.
 
-    Observations that hold the goal that was pursued lose it.
+    The goal that was pursued is dropped from observations that include it.
     """
     spec = env.spec.without_goal()
     states = observed(dataset, spec)
@@ -258,7 +258,7 @@ def abstract_ring(
     searched: bool = False,
     columns: Sequence[str] = (),
 ) -> Ring:
-    """Returns the shapes of what `to_ring` makes of a dataset of these sizes; its trees, if any, have no rows."""
+    """Returns the shapes of the ring that `to_ring` makes of a dataset of these sizes; KD-trees, if any, are empty."""
     check_weighting(weighting, env)
     check_columns(sizes, columns)
     spec, rows = env.spec, sizes.rows + 1
@@ -289,12 +289,12 @@ def from_dataset(
 ) -> Ring:
     """Returns a dataset as a full ring. `rewards` [N] and `terminated` [N] belong to the transition leaving each row.
 
-    Whole episodes are dealt to the lanes, the longest first, each to the lane that is shortest so far. A row that
-    closes an episode keeps its observation and loses its action.
+    Whole episodes are distributed over the lanes, the longest first, each to the lane that is shortest so far. The
+    action in the last row of an episode has no meaning.
 
-    With `goals` [N, ...], what stands for each row as a goal, they are drawn in hindsight, from one lane; the same
-    array as the observations is not stored again. `room` is the rows and the episodes that there is place for, where
-    that is more than the dataset has. `columns` are those of `Dataset.extra` that are kept.
+    With `goals` [N, ...], the goal that each row is, goals are drawn in hindsight, from one lane; an array that is the
+    observations themselves is not stored again. `room` is the least number of rows and episodes to allocate. `columns`
+    are the columns of `Dataset.extra` that are kept.
     """
     if not dataset.terminals[-1:].any():
         raise UserError("dataset: the last row must close an episode (terminals[-1] is False)")
@@ -334,7 +334,7 @@ def from_dataset(
 
 
 def _deal(first: np.ndarray, last: np.ndarray, lanes: int) -> list[np.ndarray]:
-    """Returns the rows of each lane: of whole episodes, the longest first, each in the lane that is shortest so far."""
+    """Returns the rows of each lane: whole episodes, the longest first, each in the lane that is shortest so far."""
     if lanes == 1:
         return [np.arange(last[-1] + 1)]
     piles = [[np.zeros(0, np.int64)] for _ in range(lanes)]

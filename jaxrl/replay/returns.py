@@ -1,4 +1,4 @@
-"""What came of each row of a ring: the discounted return that was earned from it on, to the end of its episode."""
+"""The discounted return from each row of a ring to the end of its episode."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,22 +10,22 @@ from jax import lax
 from jaxrl.replay.ring import Ring
 from jaxrl.types import PyTree, Scalar
 
-STRETCH = 128  # consecutive rows that a loop goes through, for all stretches of a ring at once
+STRETCH = 128  # consecutive rows that one loop visits, in all stretches of a ring at once
 
 
 @jax.jit
 def returns_to_go(ring: Ring, discount: Scalar) -> jax.Array:
-    """Returns the discounted return [L, T] that was earned from each row on; NaN where it is not known.
+    """Returns the discounted return [L, T] from each row on; NaN where it is not known.
 
-    It is known of episodes that are over, because the task ended or the clock cut them, and not of those that are
-    under way or that a broken simulator ended. Where the clock cut an episode of one reward only, that reward goes on
-    forever. What follows a row that ended the task is an episode of its own; one whose first rows have been
-    overwritten consists of those that are left.
+    It is known for episodes that are over, by termination or truncation, and unknown for those that are under way or
+    that a broken simulator ended. Where an episode was truncated and all its rewards are equal, that reward is taken to
+    go on forever. What follows a terminal step is an episode of its own; an episode whose first rows have been
+    overwritten consists of the rest.
     """
     rows, back = ring.valid.shape[1], ring.head + 1
     missing = -rows % STRETCH
 
-    def in_order(column: jax.Array) -> jax.Array:  # of time, after some empty rows; the head comes last
+    def in_order(column: jax.Array) -> jax.Array:  # by time, after some empty rows; the head comes last
         return jnp.pad(jax.vmap(jnp.roll)(column, -back), ((0, 0), (missing, 0)))
 
     columns = (ring.rewards, ring.valid, ring.terminated, ring.truncated)
@@ -51,9 +51,9 @@ def returns_to_go(ring: Ring, discount: Scalar) -> jax.Array:
 
 
 def scanned(joined: Callable[[Any, Any], Any], columns: PyTree, reverse: bool = False) -> PyTree:
-    """Returns what an associative function makes of all up to each row, columns [L, n * STRETCH].
+    """Returns the scan of columns [L, n * STRETCH] by an associative function.
 
-    As `jax.lax.associative_scan` does, which would take a hundred times as long to compile for long lanes.
+    `jax.lax.associative_scan` gives the same, but takes a hundred times as long to compile for long lanes.
     """
 
     def step(before: PyTree, row: PyTree) -> tuple[PyTree, PyTree]:

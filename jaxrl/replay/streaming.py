@@ -1,11 +1,11 @@
-"""A dataset larger than memory: a folder of files, of which each epoch sees one while the next is being loaded.
+"""A dataset larger than memory: a folder of files. Each epoch uses one while the next is being loaded.
 
-A pass over the files takes them in a random order, which depends on the run's seed and on the number of the pass
-alone: a run that is resumed at any epoch needs no memory of the epochs before. All are laid out alike, with room for
-the largest, so that one program serves all. Two are in memory at a time.
+A pass over the files takes them in a random order, which depends only on the run's seed and the number of the pass, so
+a run can be resumed at any epoch. All have the same layout, with room for the largest, so that one program fits all.
+Two are in memory at a time.
 
-The headers of all files are read before a run begins, and what differs from the first file is refused then. Their
-digest comes from the checksums that an .npz file keeps of its columns, so that it costs no reading of the content.
+The headers of all files are read before a run begins, and a file that differs from the first is refused then. The
+digest is computed from the checksums that an .npz file keeps of its columns, without reading their content.
 """
 
 import concurrent.futures
@@ -60,10 +60,10 @@ class Shards:
 
 
 def find(data: str) -> Shards | None:
-    """Returns the files that a folder holds or a pattern matches; None where `data` is the name of a single file.
+    """Returns the files in a folder or of a pattern; None where `data` is the name of a single file.
 
-    Files called *-val.npz are validation splits and are left out. Raises UserError where there are none, and for the
-    first that cannot be read, or is unlike the others.
+    Files called *-val.npz are validation splits and are left out. Raises UserError where there are no files, and for
+    the first that cannot be read or differs from the others.
     """
     path = Path(data).expanduser()
     if path.is_dir():
@@ -82,7 +82,7 @@ def find(data: str) -> Shards | None:
 
 
 def peek(path: Path) -> Shard:
-    """Returns what a file's headers and ends of episodes tell. Raises UserError where it is no compact dataset."""
+    """Returns a file's sizes, from its headers and episode ends. Raises UserError where it is no compact dataset."""
     try:
         with zipfile.ZipFile(path) as archive:
             headers = {info.filename.removesuffix(".npy"): header_of(archive, info) for info in archive.infolist()}
@@ -122,7 +122,7 @@ def sizes_of(path: Path, headers: dict[str, tuple[tuple[int, ...], np.dtype]], t
 
 
 def checksum(path: Path) -> str:
-    """Returns what tells a file's content from any other's, without reading it: its columns' own CRC-32."""
+    """Returns the CRC-32 checksums of a file's columns, which an .npz file stores: its content is not read."""
     with zipfile.ZipFile(path) as archive:
         return " ".join(sorted(f"{info.filename}:{info.file_size}:{info.CRC:08x}" for info in archive.infolist()))
 
@@ -141,13 +141,13 @@ def check_alike(first: Sizes, other: Sizes) -> None:
 
 
 def order(seed: int, epoch: int, count: int) -> int:
-    """Returns which of `count` files an epoch sees: each once per pass, in an order of the seed and the pass."""
+    """Returns which of `count` files an epoch uses: each once per pass, in an order that depends on seed and pass."""
     passed, place = divmod(epoch, count)
     return int(np.random.default_rng([seed, passed]).permutation(count)[place])
 
 
 class Stream:
-    """The data of a run's epochs, one file each. What is wrong with a file is raised by the epoch that needs it."""
+    """The data of a run's epochs, one file each. An error in a file is raised by the epoch that needs it."""
 
     def __init__(self, shards: Shards, place: Callable[[Dataset], Ring], seed: int, epochs: int) -> None:
         """Loads nothing yet; `place` lays a file out in device memory."""
@@ -155,10 +155,10 @@ class Stream:
         self.held: dict[int, concurrent.futures.Future[Ring]] = {}
 
     def at(self, epoch: int) -> Ring:
-        """Returns an epoch's data, once they are there, and lets a thread begin with those of the next."""
+        """Returns an epoch's data once they are loaded, and starts to load those of the next in a thread."""
         count = len(self.shards.shards)
         now, then = (order(self.seed, min(e, self.epochs - 1), count) for e in (epoch, epoch + 1))
-        self.held = {now: self.held.get(now) or self._load(now)}  # lets go of all others
+        self.held = {now: self.held.get(now) or self._load(now)}  # drops all others
         ring = self.held[now].result()
         if then not in self.held:
             self.held[then] = self._load(then)
@@ -180,7 +180,7 @@ def load(shard: Shard, place: Callable[[Dataset], Ring]) -> Ring:
 
 
 def format_report(shards: Shards) -> str:
-    """Returns a table of the files, as people read it."""
+    """Returns a table of the files."""
     lines = [("file", "rows", "episodes", "longest")]
     each = [shard.sizes for shard in shards.shards]
     lines += [(Path(s.path).name, f"{s.rows:,}", f"{s.episodes:,}", f"{s.longest:,}") for s in each]

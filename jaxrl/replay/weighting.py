@@ -1,15 +1,15 @@
 """Trajectory weighting: which episodes of a dataset are learned from more often, for any agent.
 
 Paper: Hong, Agrawal, Tachet des Combes, Laroche, "Harnessing Mixed Offline Reinforcement Learning Datasets via
-Trajectory Weighting", arXiv 2306.13085. Offline methods stay near the behaviour; drawing the better trajectories more
-often makes a better behaviour to stay near. Where dynamics are stochastic a high return may be luck.
+Trajectory Weighting", arXiv 2306.13085. Offline methods stay near the behaviour of the data; drawing the better
+trajectories more often improves that behaviour. With stochastic dynamics a high return may be luck.
 
-A transition of trajectory i has the probability u_i / sum_j T_j u_j. It is drawn in two levels, first the trajectory
-with probability proportional to T_i u_i, then one of its T_i steps uniformly, which is that law without the rounding
-of a float32 cumulative sum over all transitions. No loss is corrected for it.
+A transition of trajectory i has the probability u_i / sum_j T_j u_j. It is drawn in two steps: first the trajectory,
+with probability proportional to T_i u_i, then one of its T_i transitions, uniformly. That avoids the rounding of a
+float32 cumulative sum over all transitions. Losses are not corrected for it.
 
-Deliberate differences from the official code: a spread of scores that is only rounding counts as none, and Top-K%
-keeps at least one trajectory (there 0/0, and none).
+Deliberate differences from the official code: scores that differ by rounding alone count as equal (there 0/0), and
+Top-K% keeps at least one trajectory (there none).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jaxrl.types import pytree
 
 Kind: TypeAlias = Literal["uniform", "return", "advantage", "top"]
 
-ROUNDING = 1e-6  # of the largest: numbers that differ by less are equal, as float32 rewards leave them
+ROUNDING = 1e-6  # relative to the largest: sums of float32 rewards that differ by less count as equal
 FULL = 2**32  # a probability of 1, in units of one random word
 
 
@@ -33,16 +33,16 @@ FULL = 2**32  # a probability of 1, in units of one random word
 class Weighting:
     """Which trajectories of the dataset are learned from more often; the replay stays uniform.
 
-    Returns are sums of the dataset's rewards, or the environment's own, before reward_scale and reward_shift. Of a
-    folder of files, each is weighted within itself.
+    Returns are sums of the dataset's rewards, or of the environment's own, before reward_scale and reward_shift. In a
+    folder of files, trajectories are weighted within each file.
     """
 
     kind: Kind = "uniform"
-    """Transitions alike; trajectories by their return, by its advantage over others from such a start, or the top."""
+    """Uniform; by a trajectory's return; by its advantage over the return expected from its start; or the top."""
     temperature: float = 0.1
-    """Of return and advantage: the best trajectory's transitions are e^(1/temperature) as likely as the worst's."""
+    """For return and advantage: the best trajectory's transitions are e^(1/temperature) as likely as the worst's."""
     fraction: float = 0.1
-    """Of top: the share of trajectories that are kept, at least one."""
+    """For top: the share of trajectories that are kept, at least one."""
 
     def check(self) -> None:
         """Raises UserError where a value is out of range."""
@@ -59,12 +59,12 @@ UNIFORM = Weighting()
 
 @pytree
 class Weights:
-    """The draw of E trajectories from one lane, as an alias table (Walker 1977): a place, then its owner or other."""
+    """An alias table (Walker 1977) of E trajectories: draw a uniform entry, then take itself or its alternative."""
 
     first: jax.Array  # [E] int32, the row of each trajectory's first transition
     steps: jax.Array  # [E] int32, its transitions
-    share: jax.Array  # [E] uint32, the probability in units of 2^-32 that a place gives its own trajectory
-    other: jax.Array  # [E] int32, the trajectory that it gives else
+    share: jax.Array  # [E] uint32, the probability in units of 2^-32 that an entry gives its own trajectory
+    other: jax.Array  # [E] int32, the trajectory that it gives otherwise
 
 
 def trajectory_weights(
@@ -77,9 +77,9 @@ def trajectory_weights(
 ) -> np.ndarray:
     """Returns log u_i [E] float64, from undiscounted returns [E], steps [E] and first observations [E, O].
 
-    "return": y_i / temperature, y the returns moved and scaled to [0, 1]. "advantage": the same of what a linear
-    regression of the returns on the first observations leaves over. "top": 0 for the floor(fraction E) largest
-    returns, the earlier of equal ones, and -inf for the rest. Where scores do not differ, all is uniform.
+    "return": y_i / temperature, y the returns shifted and scaled to [0, 1]. "advantage": the same for the residuals of
+    a linear regression of the returns on the first observations. "top": 0 for the floor(fraction E) largest returns,
+    the earlier of equal ones, and -inf for the rest. Where all scores are equal, trajectories are too.
     """
     returns, lengths = np.asarray(returns, np.float64), np.asarray(lengths)
     if returns.ndim != 1 or not len(returns) == len(lengths) == len(initial_obs) > 0:
@@ -113,9 +113,9 @@ def regressed(returns: np.ndarray, initial_obs: np.ndarray) -> np.ndarray:
 
 
 def probabilities(log_weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Returns p_i [E] float64, the probability of each single transition of trajectory i.
+    """Returns p_i [E] float64, the probability of each transition of trajectory i.
 
-    Raises UserError where the weights are all zero, or one is not a number: there is nothing to draw.
+    Raises UserError where all weights are zero, or one is not a number.
     """
     log_weights, lengths = np.asarray(log_weights, np.float64), np.asarray(lengths)
     if (np.isnan(log_weights) | (log_weights == np.inf)).any():
@@ -128,18 +128,18 @@ def probabilities(log_weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def weights_of(log_weights: np.ndarray, first: np.ndarray, lengths: np.ndarray, room: int = 0) -> Weights:
-    """Returns the draw of trajectories that begin in rows `first` [E]; `room` is what there is place for, if more.
+    """Returns the alias table of trajectories that begin in rows `first` [E], with at least `room` entries.
 
-    Raises UserError where the weights are all zero, or one is not a number.
+    Raises UserError where all weights are zero, or one is not a number.
     """
-    none = max(room - len(lengths), 0)  # trajectories without steps, which are never drawn
+    none = max(room - len(lengths), 0)  # trajectories without steps are never drawn
     share, other = alias_table(np.pad(probabilities(log_weights, lengths) * lengths, (0, none)))
     first, lengths = (np.pad(x, (0, none)).astype(np.int32) for x in (first, lengths))
     return Weights(*(jnp.asarray(x) for x in (first, lengths, share, other)))
 
 
 def alias_table(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (share uint32, other int32) [E] of the law q [E]: a uniform place gives its own entry with probability
+    """Returns (share uint32, other int32) [E] of the probabilities q [E]: a uniform entry gives itself with probability
     share / 2^32, else the other (Vose 1991). An entry of probability 0 is never given.
     """
     left = (q * len(q) / q.sum()).tolist()

@@ -34,7 +34,7 @@ KNOBS = {  # what takes memory, and what it grows with
     "replay": "schedule.replay",
     "environments": "schedule.envs",
     "search trees": "the rows of the dataset",
-    "working memory": "the agent's batch_size, schedule.eval_episodes",
+    "working memory": "the agent's batch, schedule.eval_episodes",
 }
 
 

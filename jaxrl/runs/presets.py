@@ -1,69 +1,17 @@
 """Named configurations of every agent: sizes for minutes on a CPU, and the published ones."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from jaxrl.agents import (
-    A2PR,
-    AGENTS,
-    AWAC,
-    BC,
-    CFPI,
-    CQL,
-    DQC,
-    FMQ,
-    FQL,
-    IQL,
-    ODICE,
-    PRDC,
-    QC,
-    QGF,
-    TD3,
-    TD3BC,
-    FamO2O,
-    ReBRAC,
-)
-from jaxrl.agents.parts import (
-    Adam,
-    AdamW,
-    Autoencoder,
-    Critic,
-    DeterministicPolicy,
-    FlowMapPolicy,
-    FlowPolicy,
-    GaussianPolicy,
-    MixturePolicy,
-    Net,
-    OneStepPolicy,
-    QuantileCritic,
-    SelfDistillation,
-    SquashedGaussianPolicy,
-    Value,
-    Windows,
-)
+from jaxrl.agents import AGENTS, AWAC, CFPI, CQL, DQC, FMQ, FQL, IQL, ODICE, QC, QGF, TD3, FamO2O
+from jaxrl.agents.parts import Adam, MixturePolicy, QuantileCritic, SelfDistillation, Windows, with_fields
 from jaxrl.errors import UserError, unknown
-from jaxrl.networks import Norm
 from jaxrl.ops.closed_form import ClosedForm
 from jaxrl.runs.config import Config
 from jaxrl.training.schedule import Schedule
 
 Preset = Literal["quick", "paper"]
-_SMALL = (128, 128, 128)
-_WIDE = (1024, 1024, 1024, 1024)
-_LR = 1e-3  # of all networks in minutes
-_FLOW = FlowPolicy(Net(_SMALL))
-_ONE_STEP = OneStepPolicy(Net(_SMALL))
-_AFTER, _RELU, _TORCH = Net(_SMALL, norm="after"), Net(_SMALL, "relu"), Net(_SMALL, "relu", initial="torch")
-_CRITIC = Critic(_AFTER)
-
-
-def _qgf(hidden: tuple[int, ...]) -> dict[str, Any]:
-    """Returns QGF's networks with these widths."""
-    before = Net(hidden, norm="before")
-    flow = FlowPolicy(Net(hidden, norm="before_but_last"), "sinusoidal", 16)
-    return {"flow": flow, "critic": Critic(before, agg="min"), "value": Value(before)}
-
-
+A = TypeVar("A")
 _DRAWN = ClosedForm(bound="jensen", delta=0.2, delta_high=2.0, draws=10)
 _MINUTES = Schedule(
     offline_updates=12_000,
@@ -80,142 +28,53 @@ _ONLINE = dataclasses.replace(_MINUTES, offline_updates=0, warmup_steps=6_400)
 _LONG = Schedule(online_steps=0)
 
 
-def _td3(norm: Norm = "none", *, normalize: bool = True) -> TD3:
-    """Returns TD3 with small networks, LayerNorm in the critics where `norm` says, and high learning rates."""
-    return TD3(
-        DeterministicPolicy(Net(_SMALL, "relu", "none", "torch")),
-        Critic(Net(_SMALL, "relu", norm, "torch"), agg="min"),
-        Adam(_LR),
-        Adam(_LR),
-        normalize=normalize,
-    )
+def _small(agent: A) -> A:
+    """Returns an agent with small networks and high learning rates."""
+    return with_fields(agent, hidden=(128, 128, 128), lr=1e-3)
+
+
+def _published(agent: Any, schedule: Schedule = _LONG, reward_shift: float = 0.0) -> Config:
+    """Returns the configuration of an agent with its published sizes, by default for offline training alone."""
+    return Config(agent, schedule=schedule, data_steps=1_000_000, reward_shift=reward_shift)
 
 
 PRESETS: dict[str, dict[str, Config]] = {
-    "quick": {name: Config(agent(), schedule=_MINUTES) for name, agent in AGENTS.items()}
+    "quick": {name: Config(_small(agent()), schedule=_OFFLINE) for name, agent in AGENTS.items()}
     | {  # minutes on two CPU cores
-        "bc": Config(BC(flow=FlowPolicy(Net(_SMALL), "fourier"), adam=Adam(_LR)), schedule=_OFFLINE),
         "fmq": Config(
-            FMQ(
-                actor=FlowMapPolicy(Net(_SMALL)),
-                distillation=SelfDistillation(warmup=500, curriculum=4_000),
-                critic=_CRITIC,
-                adam=AdamW(_LR),
-                target_samples=4,
-            ),
+            _small(FMQ(target_samples=4, distillation=SelfDistillation(warmup=500, curriculum=4_000))),
             schedule=_MINUTES,
         ),
-        "iql": Config(
-            IQL(
-                windows=Windows(chunk=5, backup=5),
-                actor=GaussianPolicy(Net(_SMALL)),
-                critic=dataclasses.replace(_CRITIC, agg="min"),
-                value=Value(_AFTER),
-                adam=Adam(_LR),
-            ),
-            schedule=_OFFLINE,
-        ),
-        "qgf": Config(
-            QGF(**_qgf(_SMALL), flow_adam=Adam(_LR), critic_adam=Adam(_LR), value_adam=Adam(_LR)), schedule=_OFFLINE
-        ),
-        "fql": Config(
-            FQL(Windows(chunk=5, backup=5), flow=_FLOW, policy=_ONE_STEP, critic=_CRITIC, adam=Adam(_LR), alpha=3.0),
-            schedule=_MINUTES,
-        ),
-        "qc": Config(
-            QC(flow=_FLOW, policy=_ONE_STEP, critic=_CRITIC, adam=AdamW(_LR), num_samples=8), schedule=_MINUTES
-        ),
-        "dqc": Config(
-            DQC(
-                windows=Windows(chunk=5, backup=10),
-                flow=FlowPolicy(_AFTER),
-                critic=Critic(_AFTER, agg="min", head="bce"),
-                value=Value(_AFTER, head="bce"),
-                adam=Adam(_LR),
-            ),
-            schedule=_OFFLINE,
-            reward_shift=1.0,
-        ),
-        "td3": Config(_td3(normalize=False), env="push?reward=dense", schedule=_ONLINE),
-        "td3bc": Config(TD3BC(_td3()), schedule=_OFFLINE),
-        "rebrac": Config(ReBRAC(_td3("after", normalize=False)), schedule=_OFFLINE),
-        "prdc": Config(PRDC(_td3()), schedule=_OFFLINE),
-        "a2pr": Config(
-            A2PR(_td3(), Value(Net(_SMALL, "relu", "none", "torch")), Autoencoder(_SMALL), value_adam=Adam(_LR)),
-            schedule=_OFFLINE,
-        ),
-        "cql": Config(
-            CQL(
-                actor=SquashedGaussianPolicy(_TORCH),
-                critic=Critic(_TORCH, agg="min"),
-                actor_adam=Adam(3e-4),
-                critic_adam=Adam(_LR),
-            ),
-            schedule=_OFFLINE,
-        ),
-        "awac": Config(
-            AWAC(
-                actor=GaussianPolicy(_TORCH, std="learned"),
-                critic=Critic(_TORCH, agg="min"),
-                actor_adam=Adam(_LR),
-                critic_adam=Adam(_LR),
-                temperature=3.0,
-            ),
-            schedule=_OFFLINE,
-        ),
-        "odice": Config(
-            ODICE(
-                actor=GaussianPolicy(_TORCH, std="learned"),
-                value=Critic(dataclasses.replace(_TORCH, norm="before"), agg="min", epsilon="1e-5"),
-                actor_adam=Adam(_LR),
-                value_adam=Adam(_LR),
-                trade=0.4,
-            ),
-            schedule=_OFFLINE,
-        ),
-        "famo2o": Config(
-            FamO2O(
-                family=GaussianPolicy(_RELU, std="learned"),
-                balance=GaussianPolicy(_RELU, std="learned"),
-                critic=Critic(_RELU, agg="min"),
-                value=Value(_RELU),
-                adam=Adam(_LR),
-            ),
-            schedule=_MINUTES,
-        ),
+        "iql": Config(_small(IQL(Windows(chunk=5, backup=5))), schedule=_OFFLINE),
+        "fql": Config(_small(FQL(Windows(chunk=5, backup=5), alpha=3.0)), schedule=_MINUTES),
+        "qc": Config(_small(QC(num_samples=8)), schedule=_MINUTES),
+        "dqc": Config(_small(DQC(Windows(chunk=5, backup=10))), schedule=_OFFLINE, reward_shift=1.0),
+        "td3": Config(_small(TD3()), env="push?reward=dense", schedule=_ONLINE),
+        "cql": Config(dataclasses.replace(_small(CQL()), actor_adam=Adam(3e-4)), schedule=_OFFLINE),
+        "awac": Config(_small(AWAC(temperature=3.0)), schedule=_OFFLINE),
+        "odice": Config(_small(ODICE(trade=0.4)), schedule=_OFFLINE),
+        "famo2o": Config(_small(FamO2O()), schedule=_MINUTES),
         "cfpi": Config(
-            CFPI(
-                actor=MixturePolicy(_TORCH, components=1),
-                critic=QuantileCritic(_SMALL[:2]),
-                actor_adam=Adam(_LR),
-                critic_adam=Adam(_LR),
-                operator=_DRAWN,
+            dataclasses.replace(
+                _small(CFPI(actor=MixturePolicy(components=1), operator=_DRAWN)), critic=QuantileCritic((128, 128))
             ),
             schedule=_OFFLINE,
         ),
     },
-    "paper": {name: Config(agent(), schedule=_LONG, data_steps=1_000_000) for name, agent in AGENTS.items()}
+    "paper": {name: _published(agent()) for name, agent in AGENTS.items()}
     | {  # the published sizes, for an accelerator
-        "bc": Config(BC(), schedule=_LONG, data_steps=1_000_000),
-        "fmq": Config(FMQ(), data_steps=1_000_000),
-        "iql": Config(IQL(), schedule=_LONG, data_steps=1_000_000),
-        "qgf": Config(
-            QGF(Windows(chunk=5, backup=5, batch=1024, discount=0.999), **_qgf(_WIDE)),
+        "fmq": _published(FMQ(), schedule=Schedule()),
+        "qgf": _published(
+            with_fields(QGF(), hidden=(1024, 1024, 1024, 1024), batch=1024, discount=0.999),
             schedule=dataclasses.replace(_LONG, offline_updates=500_000),
-            data_steps=1_000_000,
         ),
-        "fql": Config(FQL(), data_steps=1_000_000),
-        "qc": Config(QC(), data_steps=1_000_000),
-        "dqc": Config(DQC(), schedule=_LONG, data_steps=1_000_000, reward_shift=1.0),
+        "fql": _published(FQL(), schedule=Schedule()),
+        "qc": _published(QC(), schedule=Schedule()),
+        "dqc": _published(DQC(), reward_shift=1.0),
         "td3": Config(TD3(), schedule=Schedule(offline_updates=0, warmup_steps=25_000)),
-        "cql": Config(CQL(), schedule=_LONG, data_steps=1_000_000),
-        "awac": Config(AWAC(), schedule=_LONG, data_steps=1_000_000),
-        "odice": Config(ODICE(), schedule=_LONG, data_steps=1_000_000),
-        "famo2o": Config(FamO2O(), data_steps=1_000_000),
-        "cfpi": Config(CFPI(), schedule=_LONG, data_steps=1_000_000),
+        "famo2o": _published(FamO2O(), schedule=Schedule()),
     },
 }
-
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "dqc": {  # the special cases that its paper compares with, all without the chunk critic

@@ -82,7 +82,7 @@ def test_the_noise_of_target_actions_is_clipped_and_so_are_these():
 
 
 def test_the_target_is_the_reward_and_the_lower_of_the_slow_critics_unless_the_task_is_over():
-    agent = dataclasses.replace(LINEAR, discount=0.9)
+    agent = with_fields(LINEAR, discount=0.9)
     state = one_layer_each(agent, critic=(9, 9), target={"critic": ([[10, 2], [10, -1]], (1, 3))})
     batch = batch_of(np.full((4, 1), 2.0), terminated=[0, 0, 0, 1], next_obs=[[0.0], [0.0], [0.5], [0.5]])
     action = jnp.array([[0.5], [0.9], [0.0], [0.0]])  # 1 + 2 a below 3 - a up to a = 2/3
@@ -322,7 +322,7 @@ def test_layers_begin_uniform_within_one_over_the_root_of_their_inputs_and_targe
 
 def test_it_learns_from_its_own_steps_alone_to_go_straight_to_a_goal():
     env, seed = Point(dimensions=1, horizon=30), jax.random.key(2)
-    agent = with_fields(TD3(), hidden=(16, 16), lr=3e-3, batch_size=64, discount=0.9, tau=0.02, exploration=0.6)
+    agent = with_fields(TD3(), hidden=(16, 16), lr=3e-3, batch=64, discount=0.9, tau=0.02, exploration=0.6)
     agent = loop.on_device(dataclasses.replace(agent, noise_clip=1.0))
     schedule = Schedule(
         offline_updates=0, online_steps=2400, warmup_steps=400, envs=8, utd=0.5, replay=4000, steps_per_epoch=400
@@ -352,8 +352,8 @@ def test_it_learns_from_its_own_steps_alone_to_go_straight_to_a_goal():
         ({"target_noise": -1.0}, "target_noise = -1.0: must be at least 0"),
         ({"noise_clip": -1.0}, "noise_clip = -1.0: must be at least 0"),
         ({"exploration": -1.0}, "exploration = -1.0: must be at least 0"),
-        ({"discount": 1.5}, "discount = 1.5: must be in [0, 1]"),
-        ({"tau": np.array([0.5, -0.1])}, "tau = [ 0.5 -0.1]: must be in [0, 1]"),
+        ({"discount": 1.5}, "transitions.discount = 1.5: must be in [0, 1]"),
+        ({"tau": np.array([0.5, -0.1])}, "critic.tau = [ 0.5 -0.1]: must be in [0, 1]"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(cls, fields, message):

@@ -79,12 +79,15 @@ def mistake(argv: list[str], capsys) -> str:
         ("train fmq point --seed 1.5", "Error parsing --seed: invalid literal for int() with base 10: '1.5'"),
         ("train fmq point --seed", "Missing value for argument '--seed'. Expected 1 values."),
         ("train fmq point --seed -1", "seed = -1: must be at least 0"),
-        ("train fmq point --agent.lr abc", "Error parsing --agent.lr: could not convert string to float: 'abc'"),
-        ("train fmq point --agent.lr nan", "FMQ.lr = nan: must be at least 0"),
-        ("train fmq point --agent.discount 1.5", "FMQ.discount = 1.5: must be in [0, 1]"),
         (
-            "train fmq point --agent.actor-hidden a",
-            "Error parsing --agent.actor-hidden: Could not find valid parse for",
+            "train fmq point --agent.adam.lr abc",
+            "Error parsing --agent.adam.lr: could not convert string to float: 'abc'",
+        ),
+        ("train fmq point --agent.adam.lr nan", "FMQ.adam.lr = nan: must be finite"),
+        ("train fmq point --agent.windows.discount 1.5", "FMQ.windows.discount = 1.5: must be in [0, 1]"),
+        (
+            "train fmq point --agent.actor.net.hidden a",
+            "Error parsing --agent.actor.net.hidden: Could not find valid parse for",
         ),
         (
             "train fmq point --agent.offline-agg max",
@@ -191,7 +194,7 @@ def test_another_agents_or_environments_checkpoint_is_refused(whole, tmp_path, m
     )
     values = json.loads(Path("whole/config.json").read_text())
     Path("whole/config.json").write_text(json.dumps(values | {"agent_name": "bc"}))
-    assert mistake(["eval", "whole"], capsys).startswith("unknown field of BC 'actor_hidden'")
+    assert mistake(["eval", "whole"], capsys).startswith("unknown field of BC 'actor'")
     other = config.to_dict(preset("quick", "bc")) | {"data": values["data"], "env": values["env"]}
     Path("whole/config.json").write_text(json.dumps(other))
     for command in (["eval", "whole"], ["train", "--resume=whole"]):
@@ -262,7 +265,7 @@ def test_a_run_directory_holds_what_it_promises(whole):
     assert {path.name for path in whole.iterdir()} == tops | {"checkpoints", "tensorboard"}
     written = json.loads((whole / "config.json").read_text())
     assert json.loads(json.dumps(config.to_dict(directory.read_config(whole)))) == written
-    assert (written["schedule"]["online_steps"], written["agent"]["actor_hidden"]) == (48, [8])
+    assert (written["schedule"]["online_steps"], written["agent"]["actor"]["net"]["hidden"]) == (48, [8])
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["dataset_digest"] == files.load(whole.parent / "data.npz").digest
     assert manifest["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
@@ -403,7 +406,9 @@ def test_the_help_of_train_says_what_a_newcomer_needs(capsys):
         assert fact in text
     for code in ("0 ", "2 ", "75 ", "130 "):
         assert re.search(rf"^ +(exit code )?{code}", text, re.MULTILINE)
-    assert "--agent.hidden" in text and "--agent.critics" not in text  # the flags of the agent that was named
+    assert (
+        "--agent.flow.net.hidden" in text and "--agent.critic.heads" not in text
+    )  # the flags of the agent that was named
 
 
 def test_help_can_be_cut_short_by_a_pipe():

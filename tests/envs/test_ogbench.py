@@ -295,9 +295,9 @@ def test_a_run_without_data_says_how_to_get_them_and_finds_them(tmp_path, monkey
     assert "ogbench.download_datasets(['pointmaze-medium-navigate-v0'])" in error
     assert cli.main(["collect", name, "--steps=100"]) == 0
     small = [
-        "--agent.hidden",
+        "--agent.flow.net.hidden",
         "8",
-        "--agent.flow-steps=1",
+        "--agent.flow.steps=1",
         "--schedule.offline-updates=2",
         "--schedule.eval-episodes=2",
     ]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.agents import TD3, ReBRAC
-from jaxrl.agents.parts import Adam, Critic, DeterministicPolicy
+from jaxrl.agents.parts import Adam, Critic, DeterministicPolicy, Transitions
 from jaxrl.agents.rebrac import continued
 from tests.golden.recorded import Recorded, distance, norm
 from tests.golden.td3 import due, networks, started, whole_updates
@@ -19,10 +19,9 @@ def replay(r: Recorded) -> dict[str, Any]:
     h = r.hparams
     td3 = TD3(
         DeterministicPolicy(r.net("actor")),
-        Critic(r.net("critic"), agg="min"),
+        Critic(r.net("critic"), agg="min", tau=h["tau"]),
         Adam(h["lr"]),
-        discount=h["discount"],
-        tau=h["tau"],
+        transitions=Transitions(discount=h["discount"]),
         delay=h["actor_freq"],
         target_noise=h["actor_noise"],
         noise_clip=h["actor_noise_clip"],

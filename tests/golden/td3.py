@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxrl.agents import A2PR, PRDC, TD3, TD3BC, learner
 from jaxrl.agents.learner import State
-from jaxrl.agents.parts import Adam, Autoencoder, Critic, DeterministicPolicy, Value
+from jaxrl.agents.parts import Adam, Autoencoder, Critic, DeterministicPolicy, Transitions, Value
 from jaxrl.data import files
 from jaxrl.ops import normalizer
 from jaxrl.replay import ring
@@ -28,12 +28,10 @@ def td3_of(r: Recorded) -> TD3:
     h = r.hparams
     return TD3(
         DeterministicPolicy(r.net("actor")),
-        Critic(r.net("critic"), agg="min"),
+        Critic(r.net("critic"), agg="min", tau=h["tau"]),
         Adam(h["optimizer"]["lr"]["actor"]),
         Adam(h["optimizer"]["lr"]["critic"]),
-        batch_size=h["batch_size"],
-        discount=h["discount"],
-        tau=h["tau"],
+        Transitions(h["batch_size"], h["discount"]),
         delay=h["policy_freq"],
         target_noise=h["policy_noise"],
         noise_clip=h["noise_clip"],

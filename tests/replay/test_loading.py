@@ -18,8 +18,9 @@ from jaxrl.runs import driver
 from jaxrl.runs.config import Config
 from jaxrl.runs.datasets import load_data
 from jaxrl.training.schedule import Schedule
-from jaxrl.types import Leaf, Requirements, Spec, requirements
+from jaxrl.types import Leaf, Spec
 from tests import tiny
+from tests.known import with_fields
 
 
 def data(*lengths: int, entries: int = 2, rewards: np.ndarray | None = None, **extra: np.ndarray) -> Dataset:
@@ -63,7 +64,7 @@ def test_rewards_of_the_environment_enter_the_replay_shifted_and_are_reported_as
     schedule = Schedule(
         offline_updates=0, online_steps=160, warmup_steps=80, envs=4, replay=400, utd=0.1, steps_per_epoch=80
     )
-    agent = BC(chunk=2, hidden=(8,), batch_size=16, flow_steps=2)
+    agent = with_fields(BC(), chunk=2, backup=2, hidden=(8,), batch=16, steps=2)
     config = Config(
         agent, tiny.ENV, schedule, str(tiny.write_data(tmp_path / "data.npz")), reward_scale=0.5, reward_shift=2.0
     )
@@ -111,21 +112,6 @@ def test_windows_longer_than_every_episode_are_refused(goal):
         driver.prepare(Config(BC(chunk=chunk)), env, dataset)
     with pytest.raises(UserError, match="its longest episode has 5 steps, the agent's windows have 6: lower agent"):
         driver.prepare(Config(BC(chunk=6)), env, dataset)
-
-
-def test_the_windows_of_an_agent_are_what_it_requires_else_its_chunk():
-    @dataclasses.dataclass
-    class Plain:
-        chunk: int
-
-    @dataclasses.dataclass
-    class Backing(Plain):
-        backup: int
-
-        def requires(self) -> Requirements:
-            return Requirements(window=self.backup)
-
-    assert (requirements(Plain(3)).window, requirements(Backing(5, 25)).window) == (3, 25)
 
 
 # Goals

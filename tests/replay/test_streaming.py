@@ -14,6 +14,7 @@ import pytest
 
 from jaxrl import cli
 from jaxrl.agents import BC
+from jaxrl.agents.parts import Windows
 from jaxrl.data import files
 from jaxrl.errors import UserError
 from jaxrl.replay import loading as task
@@ -25,6 +26,7 @@ from jaxrl.runs.jsonlines import read_json
 from jaxrl.runs.signals import StopRequested
 from jaxrl.training.schedule import Schedule
 from tests import tiny
+from tests.known import with_fields
 
 EPISODES = (6, 9, 4)  # of the files
 STEPS = 20
@@ -217,7 +219,7 @@ def streamed(folder: Path, seed: int = 0, epochs: int = EPOCHS) -> streaming.Str
 
 
 CONFIG = Config(
-    BC(chunk=2, hidden=(8,), batch_size=16, flow_steps=2),
+    with_fields(BC(), chunk=2, backup=2, hidden=(8,), batch=16, steps=2),
     env=ENV,
     schedule=Schedule(offline_updates=70, updates_per_epoch=10, online_steps=0, eval_every=7, eval_episodes=2),
 )
@@ -238,7 +240,7 @@ def test_windows_of_a_file_with_room_to_spare_are_those_without(folder):
     for name in (ENV, f"{ENV}&goal_conditioned=true"):
         env = tiny.make(name)
         rings = [task.to_ring(dataset, env, room=room) for room in ((0, 0), (300, 11))]
-        draw = jax.jit(BC(batch_size=200, chunk=20).sample)
+        draw = jax.jit(BC(Windows(20, 20, 200)).sample)
         one, other = (draw((ring,), jax.random.key(0)) for ring in rings)
         assert jax.tree.all(jax.tree.map(np.array_equal, one, other))
         assert rings[1].obs.shape == (1, 301, 2)
@@ -323,7 +325,7 @@ def drive(config: Config, path: Path, epochs: int = 99) -> dict:
 
 
 def test_a_run_interrupted_in_any_way_equals_one_that_was_not_and_compiles_once(folder, tmp_path, caplog, monkeypatch):
-    agent = dataclasses.replace(CONFIG.agent, hidden=(7,))  # of no other test
+    agent = with_fields(CONFIG.agent, hidden=(7,))  # of no other test
     config = dataclasses.replace(CONFIG, agent=agent, data=str(folder))
     with jax.log_compiles():
         drive(config, tmp_path / "whole")

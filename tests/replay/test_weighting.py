@@ -256,7 +256,8 @@ def test_the_memory_of_a_weighted_dataset_is_foreseen():
 
 def test_the_command_line_sets_it_and_the_run_remembers_it(tmp_path):
     data = tiny.write_data(tmp_path / "data.npz")
-    flags = f"train bc {tiny.ENV} --data={data} --agent.hidden 8 --agent.batch-size=16 --agent.chunk=2".split()
+    small = "--agent.flow.net.hidden 8 --agent.windows.batch=16 --agent.windows.chunk=2"
+    flags = f"train bc {tiny.ENV} --data={data} {small}".split()
     flags += "--schedule.offline-updates=20 --schedule.updates-per-epoch=10 --schedule.eval-episodes=2".split()
     weighted = "--weighting.kind advantage --weighting.temperature 0.2".split()
     with tiny.quick():

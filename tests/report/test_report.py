@@ -117,7 +117,7 @@ def found(*paths: Path | str, **asked: Any) -> report.Report:
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory) -> Path:
     """96 members: 6 settings of 16 seeds; 5 diverged, 0 to 2 were dropped."""
-    axes = {"agent.eta": [0.3, 1.0, 3.0], "agent.lr": [1e-4, 3e-4]}
+    axes = {"agent.eta": [0.3, 1.0, 3.0], "agent.adam.lr": [1e-4, 3e-4]}
     return write_sweep(tmp_path_factory.mktemp("runs") / "sweep", axes, seeds=16)
 
 
@@ -140,8 +140,8 @@ def test_the_table_of_a_sweep_agrees_with_its_files(sweep, written):
         for path in sorted(sweep.glob("members/*/metrics.jsonl"))
     ]
     for row in rows:
-        eta, lr = float(row["agent.eta"]), float(row["agent.lr"])
-        mine = [i for i, r in enumerate(results) if r["values"] == {"agent.eta": eta, "agent.lr": lr}]
+        eta, lr = float(row["agent.eta"]), float(row["agent.adam.lr"])
+        mine = [i for i, r in enumerate(results) if r["values"] == {"agent.eta": eta, "agent.adam.lr": lr}]
         assert len(mine) == 16
         counted = [i for i in mine if results[i]["status"] != "dropped"]
         scores = [last[i] for i in counted]
@@ -211,7 +211,9 @@ def test_the_best_is_chosen_on_evaluations_and_reported_on_separate_episodes(tmp
             one = {"seed": 2, "episodes": 50, "success": judged + 0.02 * seed, "return": -1.0}
             fields = {"lr": 1e-3} if name == "a" else {"lr": 1e-4}
             result = {"status": "finished", "updates": 100, "steps": 0, "judged": one}
-            finished(tmp_path / f"{name}{seed}", [score], seed=seed, result=result, fields={"agent.lr": fields["lr"]})
+            finished(
+                tmp_path / f"{name}{seed}", [score], seed=seed, result=result, fields={"agent.adam.lr": fields["lr"]}
+            )
     seen = found(tmp_path)
     first, honest, rival = report.verdict(seen)
     assert first == "Best of 2 settings: bc lr=1e-3, chosen on eval/success (success 0.85 [0.80, 0.90])."
@@ -229,7 +231,7 @@ def test_the_best_is_chosen_on_evaluations_and_reported_on_separate_episodes(tmp
 def test_slices_are_over_all_settings_with_a_value(sweep):
     seen = found(sweep)
     eta, lr = report.slices(seen, "fmq")
-    assert (eta.field, eta.values, lr.field, lr.values) == ("agent.eta", (0.3, 1.0, 3.0), "agent.lr", (1e-4, 3e-4))
+    assert (eta.field, eta.values, lr.field, lr.values) == ("agent.eta", (0.3, 1.0, 3.0), "agent.adam.lr", (1e-4, 3e-4))
     for one in (eta, lr):
         for value, estimate in zip(one.values, one.estimates, strict=True):
             members = [m for s in seen.settings for m in s.counted if m.config[one.field] == value]
@@ -278,7 +280,7 @@ def test_diverged_members_keep_their_last_evaluation_and_count_as_failed_before_
 def test_what_never_was_evaluated_has_no_interval_and_comes_after_what_failed(tmp_path):
     for seed in range(2):
         over = {"status": "diverged", "updates": 10, "steps": 0}
-        fields = {"schedule.offline_updates": 100, "agent.lr": 3e38}
+        fields = {"schedule.offline_updates": 100, "agent.adam.lr": 3e38}
         finished(tmp_path / f"a{seed}", [], seed=seed, result=over, fields=fields)
         finished(tmp_path / f"b{seed}", [0.0], seed=seed)
     seen = found(tmp_path)
@@ -295,7 +297,9 @@ def test_partial_budgets_are_marked_and_compared_with_nobody_unless_that_is_allo
     for seed in range(3):
         finished(tmp_path / f"whole{seed}", [0.1, 0.2, 0.3, 0.4 + 0.01 * seed], seed=seed)
         dropped = {"status": "dropped", "updates": 200, "steps": 0}
-        finished(tmp_path / f"dropped{seed}", [0.8, 0.9], seed=seed, result=dropped, fields=longer | {"agent.lr": 0.1})
+        finished(
+            tmp_path / f"dropped{seed}", [0.8, 0.9], seed=seed, result=dropped, fields=longer | {"agent.adam.lr": 0.1}
+        )
     finished(tmp_path / "late", [0.9], seed=3, result=None, fields=longer)
     finished(tmp_path / "silent", [], seed=4, result=None, fields=longer)
     seen = found(tmp_path)
@@ -334,7 +338,7 @@ def test_one_seed_has_an_interval_over_its_episodes_and_says_so(tmp_path):
 def test_no_interval_has_a_width_of_zero(tmp_path):
     for seed in range(4):
         finished(tmp_path / f"a{seed}", [1.0], seed=seed)
-        finished(tmp_path / f"b{seed}", [0.5], seed=seed, fields={"agent.lr": 0.1})
+        finished(tmp_path / f"b{seed}", [0.5], seed=seed, fields={"agent.adam.lr": 0.1})
     seen = found(tmp_path)
     best, other = seen.ranked
     low, _ = stats.success_interval(50, 50)
@@ -374,7 +378,7 @@ def test_tasks_are_strata_and_settings_without_all_of_them_are_not_ranked(tmp_pa
 
 def test_up_to_five_settings_are_compared_in_pairs_and_more_with_the_best(tmp_path):
     for setting, seed in itertools.product(range(6), range(2)):
-        fields = {"agent.lr": 0.001 * (setting + 1)}
+        fields = {"agent.adam.lr": 0.001 * (setting + 1)}
         finished(tmp_path / f"{setting}-{seed}", [0.1 * setting + 0.05 * seed], seed=seed, fields=fields)
     seen = found(tmp_path)
     assert [one.better for one in report.comparisons(seen)] == ["bc lr=6e-3"] * 5
@@ -403,7 +407,7 @@ def test_labels_are_short_and_tell_settings_apart(tmp_path):
         return [setting.label for setting in found(tmp_path / name).settings]
 
     assert labels("one", "bc", {}) == ["bc"]
-    assert labels("two", "bc", {"agent.lr": 3e-4, "agent.hidden": [64, 64]}, {}) == [
+    assert labels("two", "bc", {"agent.adam.lr": 3e-4, "agent.flow.net.hidden": [64, 64]}, {}) == [
         "bc hidden=64x64 lr=3e-4",
         "bc hidden=128x128x128 lr=1e-3",
     ]
@@ -413,11 +417,11 @@ def test_labels_are_short_and_tell_settings_apart(tmp_path):
         "fmq beam.eta=0.3 agent.eta=1",
         "fmq beam.eta=0.5 agent.eta=2",
     ]
-    assert labels("close", "bc", {"agent.lr": 0.00012341}, {"agent.lr": 0.00012342}) == [
+    assert labels("close", "bc", {"agent.adam.lr": 0.00012341}, {"agent.adam.lr": 0.00012342}) == [
         "bc lr=1.2341e-4",
         "bc lr=1.2342e-4",
     ]
-    names = ("agent.eta", "agent.lr", "agent.tau", "agent.discount", "agent.beta")
+    names = ("agent.eta", "agent.adam.lr", "agent.critic.tau", "agent.windows.discount", "agent.beta")
     many = labels("many", "fmq", dict.fromkeys(names, 0.1), dict.fromkeys(names, 0.2))
     assert len(set(many)) == 2 and all(len(label.split()) == 2 for label in many)  # one field tells them apart
     assert "Settings of fmq differ in 5 fields" in found(tmp_path / "many").notes[0]

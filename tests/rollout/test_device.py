@@ -10,7 +10,7 @@ import pytest
 from envs.point import Point
 from jaxrl.replay import ring as rings
 from jaxrl.rollout import device as ro
-from jaxrl.types import EnvState, Spec
+from jaxrl.types import EnvState, Leaf, Spec, pytree
 
 NEVER = 99
 
@@ -69,9 +69,29 @@ def side_by_side(*states: EnvState) -> EnvState:
 
 def repeat(action: float, chunk: int) -> ro.Policy:
     """Returns the policy that always does the same, and counts its decisions per episode in its memory."""
-    start = lambda states, key: jnp.zeros(len(states.obs), jnp.int32)  # noqa: E731
-    act = lambda memory, states, key: (memory + 1, jnp.full((len(states.obs), chunk, 1), action), {})  # noqa: E731
+    start = lambda states, key: jnp.zeros(len(states.reward), jnp.int32)  # noqa: E731
+    act = lambda memory, states, key: (memory + 1, jnp.full((len(memory), chunk, 1), action), {})  # noqa: E731
     return ro.Policy(start, act, chunk)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sensed(Clock):
+    """A clock that is observed as a dict, with a picture whose pixels are the steps."""
+
+    @property
+    def spec(self) -> Spec:
+        return Spec((Leaf("clock", (2,)), Leaf("picture", (2, 3, 1), "uint8")), action=1)
+
+    def reset(self, key: jax.Array) -> EnvState:
+        return sensed(super().reset(key))
+
+    def step(self, state: EnvState, action: jax.Array) -> EnvState:
+        return sensed(super().step(dataclasses.replace(state, obs=state.obs["clock"]), action))
+
+
+def sensed(state: EnvState) -> EnvState:
+    picture = jnp.full((2, 3, 1), state.steps, jnp.uint8)
+    return dataclasses.replace(state, obs={"clock": state.obs, "picture": picture})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -232,7 +252,123 @@ def test_replay_holds_the_dynamics_of_the_environment_and_never_a_reset():
     assert (k == 4).sum() > 30 and ((k > 0) & (k < 4)).sum() > 15
 
 
+# Several decisions in a row
+
+
+def test_an_unroll_is_one_decision_after_the_other_bit_for_bit():
+    policy, bank = ro.policy_of(Counting(), jnp.asarray(0.25)), side_by_side(clock(8, dies=4), clock(9))
+    rollout = first = ro.Rollout(
+        states := side_by_side(clock(1, dies=6), clock(2)), start_of(policy, states), jnp.zeros(2)
+    )
+    key, happened = jax.random.key(5), []
+    for each in jax.random.split(key, 4):
+        rollout, *step = advance(CLOCK, policy, rollout, bank, each)
+        happened.append(step)
+    unroll = jax.jit(ro.unroll, static_argnums=(0, 1, 5))
+    after, found = unroll(CLOCK, policy, first, bank, key, 4)
+    steps, sums = jax.tree.map(lambda *x: jnp.stack(x), *happened)
+    jax.tree.map(np.testing.assert_array_equal, after, rollout)
+    jax.tree.map(np.testing.assert_array_equal, found.steps, steps)
+    jax.tree.map(np.testing.assert_array_equal, found.sums, {name: total.sum() for name, total in sums.items()})
+    np.testing.assert_array_equal(found.memory, first.memory)
+    assert found.steps.rewards.shape == (4, 2, 3) and found.steps.extra["told"].shape == (4, 2, 3)
+
+
+def test_the_last_observation_of_an_unroll_is_from_before_a_reset():
+    policy, states = repeat(0.0, chunk=3), side_by_side(clock(1, dies=6), clock(2))
+    rollout = ro.Rollout(states, start_of(policy, states), jnp.zeros(2))
+    rollout, unroll = ro.unroll(CLOCK, policy, rollout, side_by_side(clock(8)), jax.random.key(0), 2)
+    np.testing.assert_array_equal(unroll.last_obs, [[1, 6], [2, 6]])
+    np.testing.assert_array_equal(rollout.states.obs, [[8, 0], [2, 6]])
+
+
+# Observations that are dicts
+
+
+def test_a_dict_is_observed_key_by_key_and_keeps_its_dtypes(executed):
+    env, chunk = Sensed(), jnp.tile(jnp.array([0.1, 0.2, 0.3, 0.4])[None, :, None], (6, 1, 1))
+    ends = clock(0), clock(1, dies=2), clock(2, cut=3), clock(3, nan=2), clock(4, inf=1), clock(5, dies=4, cut=4)
+    states, steps = execute(env, side_by_side(*map(sensed, ends)), chunk)
+    plain_states, plain = executed
+    picture = steps.obs.pop("picture")
+    assert picture.dtype == jnp.uint8 and picture.shape == (6, 5, 2, 3, 1)
+    np.testing.assert_array_equal(picture, np.broadcast_to(plain.obs[..., 1, None, None, None], picture.shape))
+    jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(steps, obs=steps.obs["clock"]), plain)
+    assert states.obs["picture"].dtype == jnp.uint8
+    np.testing.assert_array_equal(states.obs["clock"], plain_states.obs)
+
+
+def test_dicts_are_evaluated_and_collected_as_arrays_are():
+    policy, key = repeat(0.5, chunk=3), jax.random.key(2)
+    plain, env = Clock(horizon=20, dies=7), Sensed(horizon=20, dies=7)
+    one, other = evaluate(plain, policy, key, 5), evaluate(env, policy, key, 5)
+    jax.tree.map(np.testing.assert_array_equal, other, dataclasses.replace(one, track=other.track))
+    np.testing.assert_array_equal(other.track["clock"], one.track)
+    assert other.track["picture"].dtype == jnp.uint8 and other.track["picture"].shape == (22, 2, 3, 1)
+    np.testing.assert_array_equal(other.track["picture"][:, 0, 0, 0], one.track[:, 1])
+    rollouts = [ro.start(e, policy, key, 4) for e in (plain, env)]
+    for seed in range(4):
+        found = [
+            advance(e, policy, r, ro.resets(e, key, 3), jax.random.key(seed))
+            for e, r in zip((plain, env), rollouts, strict=True)
+        ]
+        rollouts = [rollout for rollout, _, _ in found]
+        np.testing.assert_array_equal(rollouts[1].states.obs["clock"], rollouts[0].states.obs)
+        np.testing.assert_array_equal(rollouts[1].states.obs["picture"][:, 0, 0, 0], rollouts[0].states.steps)
+    assert int(rollouts[0].states.steps.max()) < 7
+
+
+def test_only_floats_can_fail_to_be_finite():
+    tree = {"a": jnp.array([[1.0, 2.0], [jnp.nan, 0.0], [0.0, 0.0]]), "b": jnp.array([0, 255, 3], jnp.uint8)}
+    np.testing.assert_array_equal(ro.finite_of((tree, jnp.array([0.0, 0.0, jnp.inf]))), [True, False, False])
+
+
 # Policies
+
+
+@pytree
+class Counting:
+    """An agent that counts its decisions in an episode, does what its state says, and leaves both behind."""
+
+    chunk: int = 3
+
+    def start(self, state, obs, key):
+        return jnp.full(len(obs), 10)
+
+    def decide(self, state, memory, obs, key, *, greedy=False):
+        chunks = jnp.full((len(obs), self.chunk, 1), state * (0 if greedy else 1))
+        return memory + 1, chunks, {"told": memory, "pair": jnp.stack([obs[:, 1], obs[:, 0]], axis=1)}
+
+
+def start_of(policy: ro.Policy, states: EnvState):
+    return policy.start(states, jax.random.key(0))
+
+
+def test_an_agent_that_remembers_decides_with_its_memory_and_leaves_extras_at_each_step():
+    states = side_by_side(clock(1, dies=2), clock(2))
+    policy = ro.policy_of(Counting(), jnp.asarray(0.5))
+    rollout = ro.Rollout(states, start_of(policy, states), jnp.zeros(2))
+    rollout, steps, _ = advance(CLOCK, policy, rollout, side_by_side(clock(8)), jax.random.key(0))
+    np.testing.assert_array_equal(rollout.memory, [10, 11])
+    np.testing.assert_array_equal(steps.extra["told"], [[10] * 3] * 2)
+    np.testing.assert_array_equal(steps.extra["pair"], [[[0, 1]] * 3, [[0, 2]] * 3])
+    _, steps, _ = advance(CLOCK, policy, rollout, side_by_side(clock(8)), jax.random.key(0))
+    np.testing.assert_array_equal(steps.extra["told"], [[10] * 3, [11] * 3])
+    np.testing.assert_array_equal(steps.extra["pair"], [[[0, 8]] * 3, [[3, 2]] * 3])
+    np.testing.assert_array_equal(steps.actions, np.full((2, 3, 1), 0.5))
+    greedy = ro.policy_of(Counting(), jnp.asarray(0.5), greedy=True)
+    np.testing.assert_array_equal(
+        greedy.act(start_of(greedy, states), states, jax.random.key(0))[1], np.zeros((2, 3, 1))
+    )
+
+
+def test_the_shapes_of_extras_are_known_before_anything_is_computed():
+    shapes = ro.extras_of(ro.policy_of(Counting(), jnp.asarray(0.5)), CLOCK.spec)
+    assert {name: (x.shape, str(x.dtype)) for name, x in shapes.items()} == {
+        "told": ((), "int32"),
+        "pair": ((2,), "float32"),
+    }
+    assert ro.extras_of(ro.policy_of(Planner(), jnp.asarray(0.5)), CLOCK.spec) == {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

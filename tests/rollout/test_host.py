@@ -22,10 +22,11 @@ from jaxrl.errors import UserError
 from jaxrl.replay import ring
 from jaxrl.rollout import host
 from jaxrl.rollout import workers as pool
+from jaxrl.rollout.executors import OPEN_LOOP
 from jaxrl.runs import checkpoint
 from jaxrl.training import loop as training
-from jaxrl.training.host_loop import jitted_resume
-from jaxrl.types import Env, HostEnv, Spec, on_host, pytree
+from jaxrl.training.host_loop import decide, jitted_resume
+from jaxrl.types import Env, HostEnv, Leaf, Spec, on_host, pytree
 from tests import tiny, walk
 
 
@@ -42,6 +43,27 @@ class WalkEnv:
 
     def builder(self, picture=0):
         return functools.partial(walk.Blind if self.blind else walk.Walk, self.trouble, self.fuse, picture)
+
+
+@dataclasses.dataclass(frozen=True)
+class SensedEnv(WalkEnv):
+    """One that observes a dict."""
+
+    spec: ClassVar[Spec] = Spec((Leaf("place", (2,)), Leaf("pixels", (2, 1, 1), "uint8")), action=1)
+
+    def builder(self, picture=0):
+        return functools.partial(walk.Sensed, self.trouble, self.fuse, picture)
+
+
+@pytree
+class Seeing:
+    """An agent that walks towards the target that a dict shows it."""
+
+    chunk: int = 3
+
+    def act(self, state, obs, key, *, greedy=False):
+        assert obs["pixels"].dtype == jnp.uint8 and obs["place"].dtype == jnp.float32
+        return jnp.sign(obs["place"][:, 1])[:, None, None] * jnp.ones((1, self.chunk, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +100,20 @@ class Random:
 
     def act(self, state, obs, key, *, greedy=False):
         return jax.random.uniform(key, (len(obs), self.chunk, 1), minval=-1, maxval=1)
+
+
+@pytree
+class Once:
+    """An agent that walks in the first decision of an episode only: it counts them in its memory."""
+
+    chunk: int = 6
+
+    def start(self, state, obs, key):
+        return jnp.zeros(len(obs), jnp.int32)
+
+    def decide(self, state, memory, obs, key, *, greedy=False):
+        chunk = jnp.broadcast_to((memory == 0)[:, None, None], (len(obs), self.chunk, 1)).astype(jnp.float32)
+        return memory + 1, chunk, {"decision": memory}
 
 
 def pool_of(env: WalkEnv, workers: int = 2) -> pool.Pool:
@@ -209,6 +245,13 @@ def test_each_episode_is_played_to_its_end_once():
     np.testing.assert_allclose(np.diff(right.track[:, 0]), walk.STEP, atol=1e-6)
 
 
+def test_the_memory_of_an_agent_starts_anew_with_each_episode():
+    episodes = evaluated(Once(), 0.0)  # 20 of them in 8 slots
+    first_task = np.arange(20) % 2 == 0
+    assert episodes.success.tolist() == first_task.tolist()
+    assert episodes.lengths.tolist() == np.where(first_task, 6, 8).tolist()
+
+
 def test_a_broken_episode_is_counted():
     episodes = evaluated(Constant(), 1.0, env=WalkEnv("nan"))
     assert episodes.broken.all() and not episodes.success.any()
@@ -228,6 +271,46 @@ def test_pictures_show_the_first_episode():
     assert [frame.getpixel((0, 0))[0] for frame in frames] == [int(255 * min(abs(v), 1)) for v in x]
     with pytest.raises(UserError, match=r"no render\(\)"):
         host.render(WalkEnv(blind=True), Constant(), 1.0, jax.random.key(0))
+
+
+# Observations that are dicts
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_hand_over_dicts_key_by_key(workers):
+    with pool_of(SensedEnv(), workers) as some:
+        first = reset(some)
+        steps = some.execute("walk", SLOTS[::-1], chunks(*[1] * 7))
+    assert {name: (x.shape, str(x.dtype)) for name, x in first.items()} == {
+        "place": ((3, 2), "float32"),
+        "pixels": ((3, 2, 1, 1), "uint8"),
+    }
+    place, pixels = (steps["obs"][name][::-1] for name in ("place", "pixels"))
+    walked = first["place"][:, 0, None] + walk.STEP * np.minimum(np.arange(8), np.array([6, 7, 6])[:, None])
+    np.testing.assert_allclose(place[:, :, 0], walked, atol=1e-6)
+    assert pixels.shape == (3, 8, 2, 1, 1) and (np.abs(pixels[..., 0, 0, 0] - 100 * np.abs(walked)) < 1.001).all()
+
+
+def test_a_dict_with_a_number_that_is_not_finite_ends_the_episode():
+    with pool_of(SensedEnv("nan")) as some:
+        reset(some)
+        steps = some.execute("walk", SLOTS, chunks(*[1] * 6))
+    assert np.isfinite(steps["obs"]["place"]).all() and steps["ended"].all() and not steps["valid"].all(axis=1).any()
+
+
+def test_agents_are_evaluated_and_collect_on_dicts():
+    episodes = evaluated(Seeing(), (), env=SensedEnv())
+    assert episodes.success.all() and (episodes.lengths == 6).all()
+    assert episodes.track["place"].shape == (7, 2) and episodes.track["pixels"].shape == (7, 2, 1, 1)
+    simulators, random = host.Simulators(SensedEnv(), 2), np.random.default_rng(0)
+    with contextlib.closing(simulators):
+        simulators.flight = host.reset_all(simulators, random, 3)
+        keys = jax.random.split(jax.random.key(0), (4, 2))
+        steps = [decide(simulators, Seeing(), OPEN_LOOP, (), random, *pair)[1] for pair in keys]
+        place = simulators.flight.obs["place"]
+    # two chunks of three steps to the end, then a new episode, and once more
+    assert [step.ended.tolist() for step in steps] == [[False] * 3, [True] * 3] * 2
+    assert (np.abs(steps[1].obs["place"][:, -1, 0]) > 0.55).all() and (np.abs(place[:, 0]) < 0.05).all()
 
 
 # Going on
@@ -259,7 +342,7 @@ def test_an_episode_that_was_cut_off_ends_as_by_the_clock():
     assert windows.valid.sum(axis=1).tolist() == [1, 1, 2] and windows.terminated.tolist() == [True, False, False]
 
 
-BC = "--agent.chunk=2 --agent.batch-size=8 --agent.hidden 8 --agent.flow-steps=2".split()
+BC = "--agent.windows.chunk=2 --agent.windows.batch=8 --agent.flow.net.hidden 8 --agent.flow.steps=2".split()
 SCHEDULE = (
     "--schedule.offline-updates=20 --schedule.updates-per-epoch=10 --schedule.eval-every=2 --schedule.eval-episodes=4 "
     "--schedule.online-steps=72 --schedule.steps-per-epoch=24 --schedule.warmup-steps=12 --schedule.envs=3 "

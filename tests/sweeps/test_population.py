@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import envs
-from jaxrl.agents.parts import Adam, Critic, DeterministicPolicy, Net
+from jaxrl.agents.parts import Adam, Critic, DeterministicPolicy, Net, Transitions
 from jaxrl.agents.td3 import TD3
 from jaxrl.agents.td3bc import TD3BC
 from jaxrl.replay import ring as rings
@@ -23,7 +23,7 @@ from jaxrl.training.schedule import Schedule, phases
 from tests.known import quick_to_compile
 
 NET = Net((8,), "relu", "none", "torch")
-AGENT = TD3BC(TD3(DeterministicPolicy(NET), Critic(NET, agg="min"), batch_size=16, normalize=True))
+AGENT = TD3BC(TD3(DeterministicPolicy(NET), Critic(NET, agg="min"), transitions=Transitions(16), normalize=True))
 SCHEDULE = Schedule(
     offline_updates=0, online_data="both", online_steps=16, utd=0.5, warmup_steps=0, envs=4, steps_per_epoch=8
 )

@@ -7,14 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from jaxrl.agents import BC, CQL, FMQ
+from jaxrl.agents.bc import BC
+from jaxrl.agents.fql import FQL
+from jaxrl.agents.parts import Adam
 from jaxrl.errors import UserError
-from jaxrl.runs.config import Config
+from jaxrl.runs.config import Config, has_dataset
 from jaxrl.sweeps import space as members
 from jaxrl.sweeps import sweep
 from jaxrl.sweeps.space import Draw, Settings, Space
 
-BASE = Config(FMQ(), seed=5)
+BASE = Config(FQL(backup=5), seed=5)
 
 
 def values(space: Space) -> list[tuple]:
@@ -23,21 +25,21 @@ def values(space: Space) -> list[tuple]:
 
 
 def test_a_grid_is_crossed_and_the_seeds_of_a_setting_lie_side_by_side():
-    space = Space(BASE, {"agent.eta": (0.3, 1.0), "agent.lr": (1e-4, 3e-4)}, seeds=2)
+    space = Space(BASE, {"agent.alpha": (0.3, 1.0), "agent.adam.lr": (1e-4, 3e-4)}, seeds=2)
     assert values(space) == [(e, lr, s) for e in (0.3, 1.0) for lr in (1e-4, 3e-4) for s in (5, 6)]
     last = space.members()[-1]
     assert (last.index, last.setting, last.name) == (7, 3, "007")
-    assert last.config == dataclasses.replace(BASE, agent=FMQ(eta=1.0, lr=3e-4), seed=6)
+    assert last.config == dataclasses.replace(BASE, agent=FQL(alpha=1.0, adam=Adam(3e-4), backup=5), seed=6)
 
 
 def test_pairs_go_side_by_side_and_are_crossed_with_the_rest():
-    grid = {"agent.eta": (0.3, 1.0), "agent.lr": (1e-4, 3e-4), "agent.discount": (0.9, 0.99, 0.999)}
-    space = Space(BASE, grid, paired=("agent.eta", "agent.lr"))
+    grid = {"agent.alpha": (0.3, 1.0), "agent.adam.lr": (1e-4, 3e-4), "agent.windows.discount": (0.9, 0.99, 0.999)}
+    space = Space(BASE, grid, paired=("agent.alpha", "agent.adam.lr"))
     assert values(space) == [(d, e, lr, 5) for d in (0.9, 0.99, 0.999) for e, lr in ((0.3, 1e-4), (1.0, 3e-4))]
 
 
 def test_draws_follow_their_law_and_their_seed():
-    drawn = {"agent.lr": Draw("log", 1e-5, 1e-2), "agent.eta": Draw("uniform", 1.0, 3.0)}
+    drawn = {"agent.adam.lr": Draw("log", 1e-5, 1e-2), "agent.alpha": Draw("uniform", 1.0, 3.0)}
     space = Space(BASE, drawn=drawn, draws=2000, draw_seed=1)
     lr, eta, _ = np.array(values(space)).T
     assert 1e-5 <= lr.min() and lr.max() <= 1e-2 and 1 <= eta.min() and eta.max() <= 3
@@ -49,14 +51,16 @@ def test_draws_follow_their_law_and_their_seed():
 
 
 def test_draws_are_made_for_every_combination_of_the_grid():
-    space = Space(BASE, {"agent.discount": (0.9, 0.99)}, drawn={"agent.lr": Draw("log", 1e-5, 1e-2)}, draws=3)
+    space = Space(
+        BASE, {"agent.windows.discount": (0.9, 0.99)}, drawn={"agent.adam.lr": Draw("log", 1e-5, 1e-2)}, draws=3
+    )
     rows = values(space)
     assert [row[0] for row in rows] == [0.9] * 3 + [0.99] * 3
     assert [row[1] for row in rows[:3]] == [row[1] for row in rows[3:]]
 
 
 def test_scalars_and_seeds_are_one_group_and_all_else_makes_groups():
-    grid = {"agent.eta": (0.3, 1.0), "agent.chunk": (2, 5), "env": ("maze-medium", "push")}
+    grid = {"agent.alpha": (0.3, 1.0), "agent.windows.chunk": (2, 5), "env": ("maze-medium", "push")}
     groups = members.groups(Space(BASE, grid, seeds=3).members())
     assert [len(group) for group in groups] == [6] * 4
     assert [(g[0].config.agent.chunk, g[0].config.env) for g in groups] == [
@@ -67,11 +71,15 @@ def test_scalars_and_seeds_are_one_group_and_all_else_makes_groups():
     ]
 
 
-def test_an_absent_scalar_is_another_program_than_a_number():
-    """None is no leaf of the tree."""
-    found = [field for field, value in members.fields(Config(CQL())) if value is None]
-    groups = members.groups(Space(Config(CQL()), {"data": (None, "x.npz")}).members())
-    assert "data" in found and len(groups) == 2
+def test_another_dataset_is_another_group():
+    groups = members.groups(Space(BASE, {"data": (None, "x.npz"), "agent.alpha": (0.3, 1.0)}).members())
+    assert [[member.config.data for member in group] for group in groups] == [[None] * 2, ["x.npz"] * 2]
+
+
+def test_runs_with_and_without_a_dataset_are_groups_of_their_own():
+    """Updates offline are of a dataset; online alone, there is none."""
+    groups = members.groups(Space(BASE, {"schedule.offline_updates": (0, 1000)}).members())
+    assert [has_dataset(group[0].config) for group in groups] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +100,7 @@ def test_cohorts_are_even_and_keep_to_their_size(count, most, lots, sizes):
 
 @pytest.mark.parametrize(
     ("path", "scalar"),
-    [("agent.lr", True), ("agent.beam.width", False), ("agent.chunk", False), ("reward_scale", False)],
+    [("agent.adam.lr", True), ("agent.critic.heads", False), ("agent.windows.chunk", False), ("reward_scale", False)],
 )
 def test_scalars_are_the_leaves_of_the_agent(path, scalar):
     assert members.is_scalar(BASE, path) is scalar
@@ -101,22 +109,31 @@ def test_scalars_are_the_leaves_of_the_agent(path, scalar):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"grid": {"agent.lrr": (1,)}}, "unknown field 'agent.lrr': did you mean 'agent.lr'?"),
+        ({"grid": {"agent.adam.lrr": (1,)}}, "unknown field 'agent.adam.lrr': did you mean 'agent.adam.lr'?"),
         ({"grid": {"seed": (1, 2)}}, "seed: cannot be swept: --seeds says how many"),
         ({"grid": {"schedule.eval_seed": (1, 2)}}, "schedule.eval_seed: cannot be swept"),
-        ({"grid": {"agent.lr": ()}}, "agent.lr: names no value"),
-        ({"grid": {"agent.lr": (1.0, 1.0)}}, "agent.lr = 1.0 1.0: names a value twice"),
-        ({"grid": {"agent.lr": (1.0, -1.0)}}, "FMQ.lr = -1.0: must be"),
+        ({"grid": {"agent.adam.lr": ()}}, "agent.adam.lr: names no value"),
+        ({"grid": {"agent.adam.lr": (1.0, 1.0)}}, "agent.adam.lr = 1.0 1.0: names a value twice"),
+        ({"grid": {"agent.adam.lr": (1.0, -1.0)}}, "FQL.adam.lr = -1.0: must be"),
         ({"seeds": 0}, "seeds = 0: must be at least 1"),
         ({"draws": 2}, "draws = 2: say how many with --draws"),
-        ({"drawn": {"agent.lr": Draw("log", 1e-5, 1e-3)}}, "draws = 0: say how many"),
-        ({"drawn": {"agent.lr": Draw("log", 0, 1)}, "draws": 2}, "agent.lr = log:0:1: needs 0 < LOW < HIGH"),
-        ({"drawn": {"agent.lr": Draw("uniform", 1, 1)}, "draws": 2}, "agent.lr = uniform:1:1: needs LOW < HIGH"),
-        ({"drawn": {"agent.chunk": Draw("uniform", 1, 5)}, "draws": 2}, "agent.chunk = uniform:...: only a Scalar"),
-        ({"grid": {"agent.lr": (1e-3, 1e-4)}, "paired": ("agent.eta",)}, "unknown swept field 'agent.eta'"),
+        ({"drawn": {"agent.adam.lr": Draw("log", 1e-5, 1e-3)}}, "draws = 0: say how many"),
+        ({"drawn": {"agent.adam.lr": Draw("log", 0, 1)}, "draws": 2}, "agent.adam.lr = log:0:1: needs 0 < LOW < HIGH"),
         (
-            {"grid": {"agent.lr": (1e-3, 1e-4), "agent.eta": (1.0,)}, "paired": ("agent.lr", "agent.eta")},
-            "paired: fields side by side need equally many values: agent.lr has 2, agent.eta has 1",
+            {"drawn": {"agent.adam.lr": Draw("uniform", 1, 1)}, "draws": 2},
+            "agent.adam.lr = uniform:1:1: needs LOW < HIGH",
+        ),
+        (
+            {"drawn": {"agent.windows.chunk": Draw("uniform", 1, 5)}, "draws": 2},
+            "agent.windows.chunk = uniform:...: only a Scalar",
+        ),
+        ({"grid": {"agent.adam.lr": (1e-3, 1e-4)}, "paired": ("agent.alpha",)}, "unknown swept field 'agent.alpha'"),
+        (
+            {
+                "grid": {"agent.adam.lr": (1e-3, 1e-4), "agent.alpha": (1.0,)},
+                "paired": ("agent.adam.lr", "agent.alpha"),
+            },
+            "paired: fields side by side need equally many values: agent.adam.lr has 2, agent.alpha has 1",
         ),
     ],
 )
@@ -142,10 +159,10 @@ def test_settings_out_of_range_are_named(change, message):
 
 
 def test_what_was_asked_for_survives_json():
-    grid = {"agent.hidden": ((8,), (16, 16)), "agent.lr": (1e-3, 1e-4), "data": ("a.npz",)}
-    space = Space(Config(BC()), grid, ("agent.hidden", "agent.lr"), seeds=2)
+    grid = {"agent.flow.net.hidden": ((8,), (16, 16)), "agent.adam.lr": (1e-3, 1e-4), "data": ("a.npz",)}
+    space = Space(Config(BC()), grid, ("agent.flow.net.hidden", "agent.adam.lr"), seeds=2)
     asked = json.loads(json.dumps(sweep.asked_for(space, Settings(rungs=(0.5,)))))
     assert sweep.space_of(asked) == space
-    drawn = Space(BASE, drawn={"agent.lr": Draw("log", 1e-4, 1.0)}, draws=3, draw_seed=7)
+    drawn = Space(BASE, drawn={"agent.adam.lr": Draw("log", 1e-4, 1.0)}, draws=3, draw_seed=7)
     asked = json.loads(json.dumps(sweep.asked_for(drawn, Settings())))
     assert sweep.space_of(asked).members() == drawn.members()

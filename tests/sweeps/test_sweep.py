@@ -21,8 +21,8 @@ from jaxrl.cli import sweep as command
 from jaxrl.runs import directory, jsonlines
 from jaxrl.runs.evaluation import newest_state
 from jaxrl.runs.jsonlines import write_json
-from jaxrl.sweeps import cohort, sweep
 from jaxrl.sweeps import processes as machines
+from jaxrl.sweeps import sweep
 from jaxrl.sweeps.cohort import CohortRunner
 from jaxrl.sweeps.processes import Machine, Watch
 from jaxrl.sweeps.space import Settings
@@ -30,10 +30,10 @@ from jaxrl.training import loop
 from tests import tiny
 
 RUN = (
-    "--agent.chunk=2 --agent.batch-size=16 --agent.hidden 8 --schedule.offline-updates=40 "
+    "--agent.windows.chunk=2 --agent.windows.batch=16 --agent.flow.net.hidden 8 --schedule.offline-updates=40 "
     "--schedule.updates-per-epoch=10 --schedule.eval-every=2 --schedule.eval-episodes=4"
 ).split()
-AXES = "--agent.lr 1e-3 3e38 1e-2 --seeds 2 --checkpoint-seconds=0".split()
+AXES = "--agent.adam.lr 1e-3 3e38 1e-2 --seeds 2 --checkpoint-seconds=0".split()
 EPOCHS, MEMBERS = 4, 6
 
 
@@ -96,7 +96,7 @@ def state(member: Path):
 def test_members_are_the_runs_alone_bit_for_bit(whole, data, tmp_path):
     """Those of a program that has them one after the other, on the CPU."""
     code, *_ = run(
-        ["train", "bc", tiny.ENV, f"--data={data}", *RUN, "--agent.lr=1e-2", "--seed=1", f"--out={tmp_path / 'x'}"]
+        ["train", "bc", tiny.ENV, f"--data={data}", *RUN, "--agent.adam.lr=1e-2", "--seed=1", f"--out={tmp_path / 'x'}"]
     )
     assert code == 0
     assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == metrics(whole)[5]
@@ -106,7 +106,9 @@ def test_members_are_the_runs_alone_bit_for_bit(whole, data, tmp_path):
 
 def test_what_became_of_each_member_is_written(whole):
     found = results(whole)
-    assert [(r["values"]["agent.lr"], r["seed"]) for r in found] == [(v, s) for v in (1e-3, 3e38, 1e-2) for s in (0, 1)]
+    assert [(r["values"]["agent.adam.lr"], r["seed"]) for r in found] == [
+        (v, s) for v in (1e-3, 3e38, 1e-2) for s in (0, 1)
+    ]
     assert [r["status"] for r in found] == ["finished"] * 2 + ["diverged"] * 2 + ["finished"] * 2
     assert [r["updates"] for r in found] == [40, 40, 0, 0, 40, 40]
     for i in (0, 1, 4, 5):
@@ -115,13 +117,13 @@ def test_what_became_of_each_member_is_written(whole):
         assert found[i]["success"] == rows[-1]["eval/success"]
         assert found[i]["judged"]["seed"] == 12346 and found[i]["judged"]["episodes"] == 4
     assert found[2]["judged"] is None
-    assert "member 002 diverged in epoch 1: {'agent.lr': 3e+38}" in (whole.parent / "error").read_text()
+    assert "member 002 diverged in epoch 1: {'agent.adam.lr': 3e+38}" in (whole.parent / "error").read_text()
 
 
 def test_it_ends_in_a_report_and_a_line_for_scripts(whole):
     last = json.loads((whole.parent / "out").read_text().splitlines()[-1].removeprefix("result: "))
     assert (last["sweep"], last["members"], last["finished"], last["diverged"]) == (str(whole), 6, 4, 2)
-    assert last["best"]["values"]["agent.lr"] in (1e-3, 1e-2) and last["best"]["seeds"] == 2
+    assert last["best"]["values"]["agent.adam.lr"] in (1e-3, 1e-2) and last["best"]["seeds"] == 2
     assert (whole / "report" / "report.html").stat().st_size > 10_000
     assert not (whole / "cohorts" / "0" / "checkpoints").exists()
 
@@ -142,10 +144,9 @@ def test_a_member_is_a_folder_that_other_commands_take(whole):
 def test_a_group_is_compiled_once_for_all_its_programs(data, tmp_path):
     """Three programs of two members each; the epoch, as in a single run, twice where phases differ, here once."""
     argv = flags(data, tmp_path / "parts", "--layout=map", "--max-members-per-program=2")
-    cohort.programs.cache_clear()
-    with tiny.compilations() as compiled:
+    jax.clear_caches()
+    with tiny.compiled() as names:
         assert run(argv)[0] == 0
-    names = [name for part in compiled for name in part]
     assert names.count("jit(epoch)") == names.count("jit(begin)") == names.count("jit(evaluate)") == 1
     assert len(json.loads((tmp_path / "parts" / "sweep.json").read_text())["cohorts"]) == 3
 
@@ -178,6 +179,55 @@ def test_a_sweep_that_was_stopped_and_killed_goes_on_bit_for_bit(data, whole, tm
     assert calls == [0, 1, 2, 3, 3]
 
 
+ONLINE = (
+    "--agent.windows.chunk=2 --agent.windows.batch=16 --agent.flow.net.hidden 8 --schedule.online-steps=32 "
+    "--schedule.updates-per-epoch=10 --schedule.steps-per-epoch=16 --schedule.warmup-steps=16 --schedule.envs=4 "
+    "--schedule.utd=0.25 --schedule.eval-episodes=4 --agent.adam.lr=1e-2 --checkpoint-seconds=0 --layout=map"
+).split()
+
+
+def test_a_sweep_can_have_members_with_and_without_a_dataset(tmp_path, monkeypatch):
+    """Those that learn online alone have none and record nothing; stopped after each epoch, they are the same runs."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["sweep", "bc", tiny.ENV, *ONLINE, "--schedule.offline-updates", "0", "10", "--data-steps=100"]
+    assert run([*argv, "--plan"])[1].splitlines()[-1].startswith("2 members in 2 programs, 2 compiled")
+    assert list(tmp_path.glob("datasets/*")) == []
+    code, _, error = run([*argv, "--out=whole"])
+    assert code == 0, error
+    known = json.loads(Path("whole/sweep.json").read_text())["cohorts"]
+    manifest = json.loads(Path("whole/manifest.json").read_text())
+    assert known[0]["dataset_digest"] is None and known[1]["dataset_digest"] == manifest["dataset_digest"]
+    phases = [[row["phase"] for row in jsonlines.rows(Path(f"whole/members/{i:03d}/metrics.jsonl"))] for i in (0, 1)]
+    assert phases == [["warmup", *["online"] * 2], ["behaviour", "offline", "warmup", *["online"] * 2]]
+    assert len(list(tmp_path.glob("datasets/*.npz"))) == 1
+
+    epoch = CohortRunner.epoch
+
+    def stopped(self, population, index):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return epoch(self, population, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CohortRunner, "epoch", stopped)
+        assert run([*argv, "--out=run"])[0] == 75
+    assert run(["sweep", "--resume=run"])[0] == 0
+    for i in (0, 1):
+        one, other = (Path(f"{name}/members/{i:03d}/metrics.jsonl").read_bytes() for name in ("whole", "run"))
+        assert one == other
+    code, out, _ = run(["eval", "whole/members/000", "--episodes=4"])
+    assert (code, "eval/success" in out) == (0, True)
+    page = Path("whole/report/report.html").read_text()
+    assert "no dataset" in page and "medium 100" in page
+
+
+def test_a_sweep_without_any_dataset_has_no_digest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["sweep", "bc", tiny.ENV, *ONLINE, "--schedule.offline-updates=0", "--seeds=8", "--layout=auto"]
+    assert run([*argv, "--out=x"])[0] == 0
+    assert json.loads(Path("x/manifest.json").read_text())["dataset_digest"] is None
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 @pytest.mark.parametrize("layout", ["map", "vmap"])
 def test_halving_drops_the_worst_settings_and_says_what_they_spent(data, whole, tmp_path, layout):
     path = tmp_path / "halved"
@@ -201,7 +251,7 @@ def test_the_folder_of_another_sweep_is_refused(data, whole, tmp_path):
     code, _, error = run([word.replace("1e-2", "1e-4") for word in flags(data, whole)])
     assert code == 2
     assert error == (
-        f"jaxrl: {whole} belongs to another sweep: grid.agent.lr is [0.001, 3e+38, 0.01] there and "
+        f"jaxrl: {whole} belongs to another sweep: grid.agent.adam.lr is [0.001, 3e+38, 0.01] there and "
         "[0.001, 3e+38, 0.0001] here; name another --out\n"
     )
     code, _, error = run(flags(data, data.parent))
@@ -250,16 +300,19 @@ def test_data_that_have_changed_are_refused(data, tmp_path, monkeypatch):
     ("words", "message"),
     [
         (
-            "--agent.learning-rate 1 2",
-            "--agent.learning-rate 1 2: no field that can be swept: did you mean --agent.lr?",
+            "--agent.adam.lrate 1 2",
+            "--agent.adam.lrate 1 2: no field that can be swept: did you mean --agent.adam.lr?",
         ),
-        ("--agent.lrr 1", "unknown flag --agent.lrr: did you mean --agent.lr? --help lists all"),
-        ("--agent.lr log:1e-5 --draws 3", "agent.lr = log:1e-5: a distribution is one word, log:LOW:HIGH with two"),
-        ("--agent.lr 1 x", "Error parsing --agent.lr: could not convert string to float: 'x'"),
-        ("--agent.lr 1 2 --agent.lr 3 4", "--agent.lr: is given twice"),
+        ("--agent.adam.lrr 1", "unknown flag --agent.adam.lrr: did you mean --agent.adam.lr? --help lists all"),
+        (
+            "--agent.adam.lr log:1e-5 --draws 3",
+            "agent.adam.lr = log:1e-5: a distribution is one word, log:LOW:HIGH with two",
+        ),
+        ("--agent.adam.lr 1 x", "Error parsing --agent.adam.lr: could not convert string to float: 'x'"),
+        ("--agent.adam.lr 1 2 --agent.adam.lr 3 4", "--agent.adam.lr: is given twice"),
         ("--rungs 0.5 x", "Error parsing --rungs"),
         ("--devices 64", "devices = 64: there are"),
-        ("--resume here --agent.lr 1 2", "--resume: a sweep goes on as it began, bc does not apply"),
+        ("--resume here --agent.adam.lr 1 2", "--resume: a sweep goes on as it began, bc does not apply"),
         ("--seed 1 2", "seed: cannot be swept"),
     ],
 )
@@ -274,17 +327,18 @@ def test_a_mistake_is_one_line_and_writes_nothing(words, message, tmp_path, monk
 def test_words_become_values_as_train_reads_them(data, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(command, "_sweep", lambda space, options, path: seen.append(space) or 0)
-    line = "sweep cql --agent.actor-hidden 8,8 16, --agent.lagrange true False --agent.gap -1 2.5 --env point push"
-    assert cli.main([*line.split(), "--agent.critic-hidden", "4", "4", "--paired", "agent.gap", "env"]) == 0
+    line = "sweep fql --agent.flow.net.hidden 8,8 16, --agent.normalize-q true False --reward-shift -1 2.5"
+    more = "--env point push --agent.critic.net.hidden 4 4 --paired reward-shift env"
+    assert cli.main([*line.split(), *more.split()]) == 0
     (space,) = seen
     assert space.grid == {
-        "agent.actor_hidden": ((8, 8), (16,)),
-        "agent.lagrange": (True, False),
-        "agent.gap": (-1.0, 2.5),
+        "agent.flow.net.hidden": ((8, 8), (16,)),
+        "agent.normalize_q": (True, False),
+        "reward_shift": (-1.0, 2.5),
         "env": ("point", "push"),
     }
-    assert space.base.agent.critic_hidden == (4, 4)
-    assert space.paired == ("agent.gap", "env")
+    assert space.base.agent.critic.net.hidden == (4, 4)
+    assert space.paired == ("reward_shift", "env")
 
 
 def test_the_forecast_names_programs_members_memory_and_time(data, tmp_path):

@@ -19,6 +19,7 @@ from jaxrl.training import loop
 from jaxrl.training.schedule import Schedule, Timeline, phases
 from jaxrl.types import Phase, PyTree, Scalar, Spec, pytree
 from tests import tiny
+from tests.known import with_fields
 
 KEY = jax.random.key(0)
 ELSEWHERE = 50.0  # the data's observations, where no environment ever is
@@ -646,7 +647,7 @@ def test_the_digest_sees_half_precision(dtype):
 
 
 def test_fmq_goes_online_with_its_actor_as_the_anchor(dataset):
-    agent = FMQ(chunk=2, actor_hidden=(8,), critic_hidden=(8,), batch_size=8, num_samples=2, target_samples=2)
+    agent = with_fields(FMQ(), chunk=2, backup=2, hidden=(8,), batch=8, num_samples=2, target_samples=2)
     agent = loop.on_device(agent)
     before = begin(agent)
     assert before.agent.anchor is None
