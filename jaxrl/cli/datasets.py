@@ -159,15 +159,14 @@ def _describe(name: str, options: DescribeOptions) -> None:
     dataset = files.load(name)
     relabel = _relabel(options.env, dataset)
     report = files.format_report(files.describe(dataset, relabel))
-    vectors = files.vectors(dataset.observations)
-    if not vectors.shape[1] and options.figure is None:
+    images = not files.vectors(dataset.observations).shape[1]
+    if images and options.figure is None:
         print(report, "not measured: observations are images alone, coverage and neighbors are of vectors", sep="\n\n")
         return
-    if not vectors.shape[1]:
+    if images:
         raise UserError(f"--figure {options.figure}: observations are images alone, measures are of vectors")
-    judged = dataset if relabel is None else files.relabelled(dataset, relabel)
     found = quality.measure(
-        dataclasses.replace(judged, observations=vectors),
+        dataset if relabel is None else files.relabelled(dataset, relabel),
         reference=None if options.reference is None else files.load(options.reference),
         scores=None if random is None or best is None else (random, best),
         neighbours=options.neighbours,

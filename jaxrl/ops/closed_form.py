@@ -72,8 +72,8 @@ class ClosedForm:
         bound alone, the mean of the heaviest component is returned.
         """
         deltas = jax.random.uniform(key, (len(behaviour.mean), self.draws), minval=self.delta, maxval=self.delta_high)
-        centre, precision = middle(behaviour)
-        points = jnp.concatenate([behaviour.mean, centre[:, None]], axis=1)
+        center, precision = middle(behaviour)
+        points = jnp.concatenate([behaviour.mean, center[:, None]], axis=1)
         gradient = jax.grad(lambda u: value(jnp.tanh(u)).sum())(points)
         found = []
         if self.bound != "jensen":
@@ -83,9 +83,9 @@ class ClosedForm:
         if self.bound != "lse":
             squared = jensen_squared_radius(behaviour, deltas)
             radius = jnp.sqrt(jnp.maximum(squared, 0))
-            u = step(centre[:, None], 1 / precision[:, None], gradient[:, -1:], radius)
+            u = step(center[:, None], 1 / precision[:, None], gradient[:, -1:], radius)
             found.append((u, squared >= 0))
-        batch, size = centre.shape
+        batch, size = center.shape
         candidates = jnp.tanh(jnp.concatenate([u.reshape(batch, -1, size) for u, _ in found], axis=1))
         exists = jnp.concatenate([exists.reshape(batch, -1) for _, exists in found], axis=1)
         best = best_of(candidates, jnp.where(exists, value(candidates), -jnp.inf))
@@ -124,8 +124,8 @@ def jensen_squared_radius(behaviour: Mixture, deltas: Float[Array, "b k"]) -> Fl
 
     That is 2 delta - sum_i lambda_i mu_i^T Sigma_i^-1 mu_i + mu_bar^T A mu_bar, without its cancellation.
     """
-    centre, _ = middle(behaviour)
-    spread = weighted_precision(behaviour) * jnp.square(behaviour.mean - centre[:, None])
+    center, _ = middle(behaviour)
+    spread = weighted_precision(behaviour) * jnp.square(behaviour.mean - center[:, None])
     return 2 * deltas - spread.sum(axis=(1, 2))[:, None]
 
 

@@ -88,7 +88,7 @@ def size_of_tree(rows: int, entries: int) -> int:
 
 
 def keys(mean: np.ndarray, weight: np.ndarray, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Returns the points [N, S + A] in float64 among which neighbours are near: [(s - mean) * weight, a]."""
+    """Returns the points [N, S + A] in float64 that are searched: [(s - mean) * weight, a]."""
     size = states.shape[1]
     points = np.empty((len(states), size + actions.shape[1]))  # filled in place: no other array is as large
     np.subtract(states, mean, out=points[:, :size], dtype=np.float64)

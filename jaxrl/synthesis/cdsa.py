@@ -179,7 +179,7 @@ def denoised_noise(hidden: tuple[int, ...], params: PyTree, x: jax.Array, sigma:
 def action_between(
     hidden: tuple[int, ...], spec: Spec, params: PyTree, states: jax.Array, change: jax.Array
 ) -> jax.Array:
-    """Returns the inverse model's actions [B, A] for normalised states and changes."""
+    """Returns the inverse model's actions [B, A] for normalized states and changes."""
     network = MLP((*hidden, spec.action), "none", "relu")
     return jnp.tanh(apply(network, params, jnp.concatenate([states, change], axis=-1)))
 

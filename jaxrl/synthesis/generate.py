@@ -40,7 +40,7 @@ COMPARED = 4096  # actions whose log density is averaged, spread evenly over a d
 
 
 def check(dataset: Dataset) -> None:
-    """Raises UserError for a dataset that a model cannot learn: without rewards, or whose observations are no vectors."""
+    """Raises UserError for a dataset that a model cannot learn: without rewards, or with other data than vectors."""
     if isinstance(dataset.observations, Mapping):
         names = ", ".join(dataset.observations)
         raise UserError(f"dataset {dataset.path}: observations are a dict ({names}); only vectors can be generated")

@@ -137,7 +137,7 @@ def test_the_network_is_never_asked_about_level_0():
 # Guidance
 
 
-def test_guidance_is_the_gradient_in_standardised_actions_before_tanh():
+def test_guidance_is_the_gradient_in_standardized_actions_before_tanh():
     x = jax.random.normal(KEY, (3, 4, OBS + A + 2))
     policy = lambda obs: 0.5 * obs[:, :1]  # noqa: E731
     guide = jax.jit(diffusion.policy_guide(unit_gaussian(policy), scale_of()))(x)
@@ -153,7 +153,7 @@ def test_guidance_is_the_gradient_in_standardised_actions_before_tanh():
     np.testing.assert_allclose(guide[..., OBS : OBS + A], gradient, atol=1e-5)
 
 
-def test_normalised_guidance_has_norm_1_over_each_trajectory_and_0_where_there_is_no_direction():
+def test_normalized_guidance_has_norm_1_over_each_trajectory_and_0_where_there_is_no_direction():
     x = jax.random.normal(KEY, (3, 4, OBS + A + 2))
     make = functools.partial(diffusion.policy_guide, unit_gaussian(lambda obs: obs[:, :1]), scale_of())
     plain, unit = (jax.jit(make(normalize))(x) for normalize in (False, True))
@@ -179,7 +179,7 @@ def test_guidance_is_added_before_each_step_with_the_strength_of_its_level():
     np.testing.assert_allclose(guided - free, diffusion.guidance_schedule(sampler).sum(), rtol=1e-4)
 
 
-def test_denoised_guidance_judges_what_the_model_makes_of_x():
+def test_denoised_guidance_judges_the_denoised_x():
     halves = lambda x, sigma: x / 2  # noqa: E731
     seen = lambda x: x  # noqa: E731
     for denoised, share in ((False, 1.0), (True, 0.5)):

@@ -166,7 +166,7 @@ def test_an_entry_that_never_changed_and_no_rows_at_all_are_left_in_their_own_un
 
 
 def test_agents_are_fitted_to_observations_that_are_dicts_and_to_their_goals():
-    ring, rng = rings.empty(1, 12, 2, 1), np.random.default_rng(7)
+    ring, rng = rings.empty(1, 12, Spec(2, 1)), np.random.default_rng(7)
     obs = {name: jnp.asarray(rng.normal(3, 2, (1, 12, 2)), jnp.float32) for name in ("a", "b")}
     goals = jnp.asarray(rng.normal(-5, 1, (12, 1)), jnp.float32)
     hindsight = Hindsight(goals, first=jnp.zeros(1, jnp.int32), steps=jnp.full(1, 11, jnp.int32))

@@ -60,7 +60,7 @@ def test_a_file_without_masks_has_time_limits_only():
     np.testing.assert_array_equal(segments.starts_of(dataset, 4, 4), [0, 4])
 
 
-def test_features_are_standardised_over_all_sub_trajectories_and_constant_ones_only_shifted():
+def test_features_are_standardized_over_all_sub_trajectories_and_constant_ones_only_shifted():
     dataset = file_of(TASK, CLOCK)
     learn, judge = segments.segments(dataset, 4, 3)
     assert len(judge.starts) == 0  # 5 % of two episodes
