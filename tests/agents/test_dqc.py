@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl import ranges
 from jaxrl.agents import DQC, QC
+from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
 from jaxrl.replay import ring as rings
@@ -21,14 +23,19 @@ from jaxrl.types import EnvState, Spec
 from tests.known import (
     KEY,
     NARROW,
-    Formula,
     batch_of,
     fitted,
+    formula,
     linear_heads,
+    metrics_of,
+    pull_of,
     quick_to_compile,
     random_batch,
+    reached,
     same,
+    slopes_of,
     state_of,
+    with_fields,
 )
 
 
@@ -97,18 +104,11 @@ def gates_data(episodes: int = 1500, care: float = 0.9) -> rings.Ring:
     return from_dataset(data, rewards[happened].astype(np.float32), ends[happened])
 
 
-LONG = DQC(
-    chunk=1,
-    backup=4,
-    actor_hidden=(32, 32),
-    critic_hidden=(32, 32),
-    batch_size=64,
+LONG = with_fields(
+    DQC(chunk=1, backup=4, batch_size=64, discount=0.99, tau=0.02, kappa_b=0.9, num_samples=16),
+    hidden=(32, 32),
     lr=3e-3,
-    discount=0.99,
-    tau=0.02,
-    kappa_b=0.9,
-    flow_steps=5,
-    num_samples=16,
+    steps=5,
 )
 
 
@@ -136,17 +136,17 @@ def test_a_long_critic_for_a_short_policy_arrives_where_long_chunks_cannot():
 # Networks that are formulas
 
 
-class Known(DQC):
-    """DQC with logits Q_j = b_j + c_j (sum of the chunk) for both critics, V = v + s, and a flow straight to p + s."""
+KNOWN = DQC(
+    flow=formula(FlowPolicy(), lambda p, s, x, t: (p["point"] + s[..., :1] - x) / (1 - t)),
+    critic=formula(Critic(agg="min", head="bce"), lambda p, s, a: linear_heads(p["bias"], p["slope"], a.sum(axis=-1))),
+    value=formula(Value(head="bce"), lambda p, s: p["v"] + s[..., 0]),
+)
+"""DQC with logits Q_j = b_j + c_j (sum of the chunk) for both critics, V = v + s, and a flow straight to p + s."""
 
-    def critic(self):
-        return Formula(lambda p, s, a: linear_heads(p["bias"], p["slope"], a.sum(axis=-1)))
 
-    def value(self):
-        return Formula(lambda p, s: p["v"] + s[..., 0])
-
-    def actor(self, spec):
-        return Formula(lambda p, s, x, t: (p["point"] + s[..., :1] - x) / (1 - t))
+def made(chunk=1, backup=1, **fields) -> DQC:
+    """Returns `KNOWN` for chunks of these sizes, with these fields, its parts' too."""
+    return with_fields(KNOWN, chunk=chunk, backup=backup, **fields)
 
 
 def heads(bias, slope=(0.0, 0.0)):
@@ -154,10 +154,27 @@ def heads(bias, slope=(0.0, 0.0)):
 
 
 def known(long=None, short=None, v=0.0, point=0.3, target=None, spec=NARROW):
-    """Returns the state of `Known` with these parameters, critics as `heads`; logits are 0 unless given."""
+    """Returns the state of `KNOWN` with these parameters, critics as `heads`; logits are 0 unless given."""
     nothing = heads((0.0, 0.0))
-    params = {"actor": {"point": point}, "critic": short or nothing, "value": {"v": v}, "chunk_critic": long or nothing}
-    return state_of(params, target, spec=spec)
+    params = {"flow": {"point": point}, "critic": short or nothing, "value": {"v": v}, "chunk_critic": long or nothing}
+    return state_of(params, None if target is None else {"critic": target}, spec=spec)
+
+
+def drawn(agent, batch) -> dict[str, jax.Array]:
+    """Returns random numbers of an update: noise 0 at times 1/2."""
+    count = len(batch.actions)
+    return {"x0": jnp.zeros((count, agent.chunk)), "t": jnp.full((count, 1), 0.5)}
+
+
+def losses(agent, state, batch) -> dict[str, float]:
+    """Returns the losses of an update by name."""
+    return metrics_of(agent, state, batch, drawn(agent, batch))
+
+
+def fit(agent, state, batch, name):
+    """Returns the parameters of one network that minimise the joint loss."""
+    loss = lambda net: agent.loss(state.params | {name: net}, state, batch, drawn(agent, batch))[0]  # noqa: E731
+    return fitted(loss, state.params[name])
 
 
 def logit(p):
@@ -179,20 +196,20 @@ def test_the_target_is_the_discounted_success_or_the_bootstrap():
     goals = start + jnp.array([0, 3, 5, 12])
     batch = window_at(rows, rows, episode, start, goals, 5, Goals())
     state = known(v=logit(0.5) - 8.0, spec=Spec(2, 1, 1))  # the next states of goals too far away: V = sigmoid(0)
-    found = Known(chunk=1, backup=5, discount=0.9).td_target(state, batch)
+    found = made(1, 5, discount=0.9).td_target(state, batch)
     np.testing.assert_allclose(found, [1, 0.729, 0.9**5 / 2, 0.9**5 / 2], rtol=1e-5)
 
 
 def test_targets_stay_probabilities():
-    agent, state = Known(chunk=1, backup=1, discount=0.5), known(v=0.0)
+    agent, state = made(discount=0.5), known(v=0.0)
     np.testing.assert_allclose(agent.td_target(state, batch_of([[0.25], [0.9], [-0.6]])), [0.5, 1, 0], atol=1e-6)
 
 
 def test_the_chunk_critic_regresses_the_target_over_all_actions_with_no_optimism():
-    agent, state = Known(chunk=1, backup=3, discount=0.5), known(long=heads((0.3, -1.0), (1.0, 2.0)), v=logit(0.8))
+    agent, state = made(1, 3, discount=0.5), known(long=heads((0.3, -1.0), (1.0, 2.0)), v=logit(0.8))
     batch = batch_of([[0.0, 0.0, 0.5]], actions=[[[0.5], [0.2], [-0.4]]])
     y = 0.25 * 0.5 + 0.125 * 0.8
-    found = float(agent.chunk_critic_loss(state.params["chunk_critic"], state, batch))
+    found = losses(agent, state, batch)["chunk_critic/loss"]
     assert found == pytest.approx(entropy([0.3 + 0.3, -1 + 0.6], y).mean(), rel=1e-5)
 
 
@@ -200,13 +217,12 @@ def test_the_chunk_critic_regresses_the_target_over_all_actions_with_no_optimism
 
 
 def distilled(agent, state, batch):
-    loss = lambda critic: agent.distillation_loss(critic, state, batch)  # noqa: E731
-    return jax.nn.sigmoid(fitted(loss, state.params["critic"])["bias"])
+    return jax.nn.sigmoid(fit(agent, state, batch, "critic")["bias"])
 
 
 @pytest.mark.parametrize(("kappa_d", "wanted"), [(0.8, 0.68), (0.5, 0.5), (0.2, 0.32)])
 def test_two_ways_to_go_on_are_summed_up_with_optimism(kappa_d, wanted):
-    agent = Known(chunk=1, backup=2, kappa_d=kappa_d)
+    agent = made(1, 2, kappa_d=kappa_d)
     state = known(long=heads((0.0, 0.0), (logit(0.8), logit(0.8))))
     batch = batch_of(np.zeros((2, 2)), actions=[[[0.0], [-1.0]], [[0.0], [1.0]]])  # values 0.2 and 0.8
     np.testing.assert_allclose(distilled(agent, state, batch), [wanted, wanted], atol=2e-3)
@@ -215,14 +231,14 @@ def test_two_ways_to_go_on_are_summed_up_with_optimism(kappa_d, wanted):
 
 @pytest.mark.parametrize(("kappa_d", "wanted"), [(0.8, 0.8), (0.5, 0.5)])
 def test_the_expectile_of_failure_and_success_is_the_level_itself(kappa_d, wanted):
-    agent, state = Known(chunk=1, backup=2, kappa_d=kappa_d), known(long=heads((0.0, 0.0), (30.0, 30.0)))
+    agent, state = made(1, 2, kappa_d=kappa_d), known(long=heads((0.0, 0.0), (30.0, 30.0)))
     batch = batch_of(np.zeros((2, 2)), actions=[[[0.0], [-1.0]], [[0.0], [1.0]]])
     np.testing.assert_allclose(distilled(agent, state, batch), [wanted, wanted], atol=2e-3)
 
 
 @pytest.mark.parametrize("kappa_d", [0.5, 0.8])
 def test_the_other_statistic_is_the_quantile(kappa_d):
-    agent, state = Known(chunk=1, backup=2, kappa_d=kappa_d, distill="quantile"), known(long=heads((0, 0), (1, 1)))
+    agent, state = made(1, 2, kappa_d=kappa_d, distill="quantile"), known(long=heads((0, 0), (1, 1)))
     actions = np.linspace(-1, 1, 401)
     batch = batch_of(np.zeros((401, 2)), actions=np.stack([0 * actions, actions], axis=1)[..., None])
     wanted = 1 / (1 + np.exp(1 - 2 * kappa_d))
@@ -230,11 +246,11 @@ def test_the_other_statistic_is_the_quantile(kappa_d):
 
 
 def test_each_head_learns_from_its_own_chunk_head():
-    agent, batch = Known(chunk=1, backup=2), batch_of(np.zeros((3, 2)), actions=np.full((3, 2, 1), 0.5))
+    agent, batch = made(1, 2), batch_of(np.zeros((3, 2)), actions=np.full((3, 2, 1), 0.5))
 
     def pull(*long):
         state = known(long=heads(long), short=heads((0.1, 0.2)))
-        return jax.grad(agent.distillation_loss)(state.params["critic"], state, batch)["bias"].tolist()
+        return pull_of(agent, state, batch, drawn(agent, batch))["critic"]["bias"].tolist()
 
     first, second = pull(-1.0, 1.0), pull(-1.0, -3.0)
     assert first[0] == second[0] and first[1] != second[1]
@@ -244,27 +260,20 @@ def test_each_head_learns_from_its_own_chunk_head():
 
 
 def test_without_a_chunk_critic_and_with_one_length_it_is_q_chunking():
-    class Chunking(QC):
-        critic, behaviour = Known.critic, Known.actor
-
     target = heads((0.4, 0.4), (0.5, 0.5))
-    agent = Known(chunk=3, backup=3, chunk_critic=False, kappa_d=0.5, discount=0.9)
-    other = Chunking(chunk=3, backup=3, head="bce", discount=0.9, num_samples=1, flow_steps=2)
+    agent = made(3, 3, chunk_critic=False, kappa_d=0.5, discount=0.9)
+    other = QC(chunk=3, backup=3, flow=KNOWN.flow, critic=KNOWN.critic, discount=0.9, num_samples=1)
     state = known(
         short=heads((0.3, -1.0), (1.0, 2.0)), v=0.4 + 0.5 * 0.9, target=target
     )  # V is what 0.3, 0.3, 0.3 earns
-    flowing = dataclasses.replace(state, params=state.params | {"flow": state.params["actor"]})
     batch = random_batch(3, count=16, length=3, spec=NARROW, probabilities=True)
     batch = dataclasses.replace(batch, next_obs=jnp.zeros((16, 1)))
     draws = other.draw(NARROW, batch, KEY)
-    np.testing.assert_allclose(agent.td_target(state, batch), other.td_target(flowing, batch, draws), rtol=1e-5)
-    ours = float(agent.distillation_loss(state.params["critic"], state, batch))
-    theirs = float(other.critic_loss(state.params["critic"], flowing, batch, draws))
-    assert ours == pytest.approx(theirs / 2, rel=1e-5)  # a level of one half is half the loss
-    assert (
-        "chunk_critic"
-        not in jax.eval_shape(lambda: dataclasses.replace(LONG, chunk_critic=False).init(KEY, NARROW)).params
-    )
+    np.testing.assert_allclose(agent.td_target(state, batch), other.td_target(state, batch, draws), rtol=1e-5)
+    ours, theirs = losses(agent, state, batch), metrics_of(other, state, batch, draws)
+    assert ours["critic/loss"] == pytest.approx(theirs["critic/loss"] / 2, rel=1e-5)  # a level of 1/2 is half the loss
+    alone = dataclasses.replace(LONG, chunk_critic=False)
+    assert "chunk_critic" not in jax.eval_shape(lambda: alone.init(KEY, NARROW)).params
 
 
 # The implicit backup
@@ -273,12 +282,12 @@ def test_without_a_chunk_critic_and_with_one_length_it_is_q_chunking():
 @pytest.mark.parametrize(("agg", "q"), [("min", 0.3), ("mean", 0.5)])
 @pytest.mark.parametrize("kappa_b", [0.5, 0.9])
 def test_the_value_is_drawn_to_the_slow_short_critics_aggregate(agg, q, kappa_b):
-    agent = Known(chunk=1, backup=2, agg=agg, kappa_b=kappa_b)
+    agent = made(1, 2, agg=agg, kappa_b=kappa_b)
     state = known(short=heads((9, 9)), target=heads((logit(0.3), logit(0.7))))
     v = np.array([-2.0, 1.5])
     batch = batch_of(np.zeros((2, 2)), obs=v[:, None])
     weight = np.array([kappa_b, 1 - kappa_b])
-    loss = lambda agent: float(agent.value_loss(state.params["value"], state, batch))  # noqa: E731
+    loss = lambda agent: losses(agent, state, batch)["value/loss"]  # noqa: E731
     assert loss(agent) == pytest.approx((weight * np.abs(v - logit(q))).mean(), rel=1e-5)
     expectile = dataclasses.replace(agent, implicit_backup="expectile")
     assert loss(expectile) == pytest.approx((weight * entropy(v, q)).mean(), rel=1e-5)
@@ -286,18 +295,16 @@ def test_the_value_is_drawn_to_the_slow_short_critics_aggregate(agg, q, kappa_b)
 
 @pytest.mark.parametrize("kappa_b", [0.5, 0.93])
 def test_the_value_becomes_the_quantile_of_the_datas_actions(kappa_b):
-    agent, state = Known(chunk=1, backup=1, kappa_b=kappa_b), known(target=heads((0, 0), (2, 2)))
+    agent, state = made(kappa_b=kappa_b), known(target=heads((0, 0), (2, 2)))
     batch = batch_of(np.zeros((401, 1)), actions=np.linspace(-1, 1, 401)[:, None, None])
-    value = fitted(lambda value: agent.value_loss(value, state, batch), state.params["value"])
-    assert float(value["v"]) == pytest.approx(4 * kappa_b - 2, abs=0.02)
+    assert float(fit(agent, state, batch, "value")["v"]) == pytest.approx(4 * kappa_b - 2, abs=0.02)
 
 
 def test_a_target_that_is_certain_leaves_the_value_loss_finite():
-    agent, batch = Known(chunk=1, backup=1, kappa_b=0.5), batch_of([[0.0]])
+    agent, batch = made(kappa_b=0.5), batch_of([[0.0]])
     for sure in (200.0, -200.0):
         state = known(target=heads((sure, sure)))
-        loss = float(agent.value_loss(state.params["value"], state, batch))
-        assert loss == pytest.approx(0.5 * np.log(1e6), rel=2e-3)
+        assert losses(agent, state, batch)["value/loss"] == pytest.approx(0.5 * np.log(1e6), rel=2e-3)
 
 
 # Windows that end early
@@ -319,34 +326,30 @@ ENDS = {  # whole, terminated after two steps, truncated after two, terminated a
     ],
 )
 def test_windows_count_as_far_as_the_actions_that_a_loss_sees(fields, whole, short):
-    agent, state, batch = Known(chunk=2, backup=3, kappa_d=0.5, kappa_b=0.5, **fields), known(), batch_of(**ENDS)
-    np.testing.assert_array_equal(agent.whole_weight(batch), whole)
-    np.testing.assert_array_equal(agent.short_weight(batch), short)
+    agent, batch = made(2, 3, kappa_d=0.5, kappa_b=0.5, **fields), batch_of(**ENDS)
+    np.testing.assert_array_equal(agent.weights(batch), [whole, short])
     state = known(v=logit(0.5), long=heads((0.0, 0.0)), target=heads((2.0, 2.0)))
-    chunk = float(agent.chunk_critic_loss(state.params["chunk_critic"], state, batch))
-    assert chunk == pytest.approx(np.log(2) * sum(whole) / 5, rel=1e-5)
-    value = float(agent.value_loss(state.params["value"], state, batch))
-    assert value == pytest.approx(0.5 * 2 * sum(short) / 5, rel=1e-4)
+    found = losses(agent, state, batch)
+    assert found["chunk_critic/loss"] == pytest.approx(np.log(2) * sum(whole) / 5, rel=1e-5)
+    assert found["value/loss"] == pytest.approx(0.5 * 2 * sum(short) / 5, rel=1e-4)
     weight = short if fields.get("valid_index") == "flat" else whole  # what is distilled has seen the whole chunk
-    critic = float(agent.distillation_loss(state.params["critic"], state, batch))
-    assert critic == pytest.approx(0.5 * np.log(2) * sum(weight) / 5, rel=1e-5)
+    assert found["critic/loss"] == pytest.approx(0.5 * np.log(2) * sum(weight) / 5, rel=1e-5)
     alone = dataclasses.replace(agent, chunk_critic=False)  # the return within a window needs no more actions
-    critic = float(alone.distillation_loss(state.params["critic"], state, batch))
-    assert critic == pytest.approx(0.5 * np.log(2) * sum(short) / 5, rel=1e-5)
+    assert losses(alone, state, batch)["critic/loss"] == pytest.approx(0.5 * np.log(2) * sum(short) / 5, rel=1e-5)
 
 
 def test_the_flow_learns_the_first_actions_that_happened():
-    agent, state = Known(chunk=2, backup=3), known(point=0.3)
+    agent, state = made(2, 3), known(point=0.3)
     batch = batch_of(np.zeros((1, 3)), valid=[[1, 0, 0]], actions=[[[0.5], [-0.4], [9.0]]])
     draws = {"x0": jnp.array([[0.1, -1.0]]), "t": jnp.array([[0.5]])}
-    found = float(agent.cloning_loss(state.params["actor"], NARROW, batch, draws))
+    found = metrics_of(agent, state, batch, draws)["actor/flow_loss"]
     assert found == pytest.approx((0.0 - 0.4) ** 2 / 2, rel=1e-5)
 
 
 # An update
 
 
-TINY = DQC(chunk=2, backup=3, actor_hidden=(8,), critic_hidden=(8,), batch_size=16, num_samples=4, tau=0.25)
+TINY = with_fields(DQC(chunk=2, backup=3, batch_size=16, num_samples=4, tau=0.25), hidden=(8,))
 TASKS = Spec(observation=5, action=2, goal=2)
 
 
@@ -357,22 +360,15 @@ def started():
 
 def test_each_loss_moves_its_own_network_alone():
     state, batch = started()
-
-    @jax.jit
-    def pulls(params):
-        at = lambda p: dataclasses.replace(state, params=p)  # noqa: E731
-        parts = {
-            "chunk_critic": lambda p: TINY.chunk_critic_loss(p["chunk_critic"], at(p), batch),
-            "critic": lambda p: TINY.distillation_loss(p["critic"], at(p), batch),
-            "value": lambda p: TINY.value_loss(p["value"], at(p), batch),
-            "actor": lambda p: TINY.cloning_loss(p["actor"], TASKS, batch, TINY.draw(TASKS, batch, KEY)),
-        }
-        return {name: jax.grad(part)(params) for name, part in parts.items()}
-
-    for name, pull in pulls(state.params).items():
-        reached = {net for net, leaves in pull.items() if any(np.any(leaf) for leaf in jax.tree.leaves(leaves))}
-        # a target is a number: it is computed with other networks and moves none of them
-        assert name in reached and reached <= {name}
+    slopes = slopes_of(TINY, state, batch, TINY.draw(TASKS, batch, KEY))
+    moved = {name: reached(slope) for name, slope in slopes.items()}
+    # a target is a number: it is computed with other networks and moves none of them
+    assert moved == {
+        "chunk_critic/loss": {"chunk_critic"},
+        "critic/loss": {"critic"},
+        "value/loss": {"value"},
+        "actor/flow_loss": {"flow"},
+    }
 
 
 def test_the_target_follows_the_short_critic_from_before_the_step():
@@ -380,8 +376,9 @@ def test_the_target_follows_the_short_critic_from_before_the_step():
     after, metrics = update(state, batch, KEY)
     assert same(after.target, state.target) and not same(after.params["critic"], state.params["critic"])
     twice, _ = update(after, batch, KEY)
-    wanted = jax.tree.map(lambda slow, fast: 0.75 * slow + 0.25 * fast, after.target, after.params["critic"])
-    for ours, theirs in zip(jax.tree.leaves(twice.target), jax.tree.leaves(wanted), strict=True):
+    slow, fast = after.target["critic"], after.params["critic"]
+    wanted = jax.tree.map(lambda slow, fast: 0.75 * slow + 0.25 * fast, slow, fast)
+    for ours, theirs in zip(*map(jax.tree.leaves, (twice.target, wanted)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     total, _ = jax.jit(TINY.loss)(state.params, state, batch, TINY.draw(TASKS, batch, KEY))
     assert float(sum(metrics.values())) == pytest.approx(float(total), rel=1e-5)
@@ -391,22 +388,24 @@ def test_the_target_follows_the_short_critic_from_before_the_step():
 # Acting
 
 
-class Aimed(Known):
-    """Known, but for proposals that are the noise itself, and heads that want the action to be the goal, and low."""
+def near(p, s, a):
+    """Returns the scores of critics that want the action to be the goal."""
+    return jnp.stack([-jnp.square(a[..., 0] - s[..., -1]), -2 * jnp.square(a[..., 0] - s[..., -1])])
 
-    def actor(self, spec):
-        assert spec.goal == 1
-        return Formula(lambda p, s, x, t: 0 * x + 0 * s.sum())
 
-    def critic(self):
-        def near(p, s, a):
-            return jnp.stack([-jnp.square(a[..., 0] - s[..., -1]), -2 * jnp.square(a[..., 0] - s[..., -1])])
+def still(p, s, x, t):
+    """Returns the velocity of a flow whose proposals are the noise itself, of an observation without a goal."""
+    assert s.shape[-1] == 1
+    return 0 * x
 
-        return Formula(near)
+
+AIMED = dataclasses.replace(
+    KNOWN, flow=formula(FlowPolicy(), still), critic=formula(Critic(agg="min", head="bce"), near)
+)
 
 
 def test_the_choice_depends_on_the_goal_and_the_proposals_do_not():
-    agent, spec = Aimed(chunk=2, backup=3, num_samples=32), Spec(2, 1, 1)
+    agent, spec = with_fields(AIMED, chunk=2, backup=3, num_samples=32), Spec(2, 1, 1)
     state = known(target=heads((9, 9), (-5, 5)), spec=spec)
     noise = np.asarray(jax.random.normal(KEY, (3, 32, 2)))
     for goal in (-0.7, 0.0, 0.6):
@@ -418,13 +417,13 @@ def test_the_choice_depends_on_the_goal_and_the_proposals_do_not():
 
 def test_proposals_are_the_flows_and_the_online_critics_aggregate_chooses():
     for agg, best in (("min", np.argmin), ("mean", np.argmax)):
-        agent = Known(chunk=1, backup=3, num_samples=6, flow_steps=1, agg=agg)
+        agent = made(1, 3, num_samples=6, steps=1, agg=agg)
         # min(3 a, -a) is highest at the lowest positive action, the mean a at the highest
         state = known(short=heads((0, 0), (3.0, -1.0)), target=heads((0, 0), (-9.0, -9.0)), point=0.0)
         candidates = jnp.array([[[0.5], [0.1], [0.9], [0.4], [0.3], [0.7]]])
         scores = np.asarray(agent.scores(state, jnp.zeros((1, 6, 1)), candidates))
         assert scores.argmax() == best(candidates[0, :, 0])
-    found = Known(chunk=2, backup=3, flow_steps=3).proposals(known(point=0.8), jnp.full((4, 1), 0.5), jnp.ones((4, 2)))
+    found = made(2, 3, steps=3).proposals(known(point=0.8), jnp.full((4, 1), 0.5), jnp.ones((4, 2)))
     np.testing.assert_allclose(found, np.ones((4, 2)))  # 1.3, clipped
 
 
@@ -432,22 +431,25 @@ def test_proposals_are_the_flows_and_the_online_critics_aggregate_chooses():
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("agent", "message"),
     [
-        ({"chunk": 26}, "DQC.backup = 25: must be at least 26"),
-        ({"actor_hidden": (8, 0)}, "DQC.actor_hidden"),
-        ({"critic_hidden": (0,)}, "DQC.critic_hidden"),
-        ({"critics": 0}, "DQC.critics = 0: must be at least 1"),
-        ({"num_samples": 0}, "DQC.num_samples = 0: must be at least 1"),
-        ({"flow_steps": 0}, "DQC.flow_steps = 0: must be at least 1"),
-        ({"lr": -1.0}, "DQC.lr = -1.0: must be at least 0"),
-        ({"kappa_d": 1.5}, "DQC.kappa_d = 1.5: must be in [0, 1]"),
-        ({"kappa_b": -0.1}, "DQC.kappa_b = -0.1: must be in [0, 1]"),
-        ({"discount": 1.5}, "DQC.discount = 1.5: must be in [0, 1]"),
-        ({"tau": -0.1}, "DQC.tau = -0.1: must be in [0, 1]"),
-        ({"goals": Goals(current=0.7, future=0.7)}, "Goals.current = 0.7"),
+        (DQC(chunk=26), "DQC.backup = 25: must be at least 26"),
+        (DQC(flow=FlowPolicy(Net((8, 0)))), "DQC.flow.net.hidden = (8, 0): must be at least 1"),
+        (DQC(critic=Critic(Net((0,)), head="bce")), "DQC.critic.net.hidden = (0,): must be at least 1"),
+        (DQC(value=Value(Net((0,)), head="bce")), "DQC.value.net.hidden = (0,): must be at least 1"),
+        (DQC(critic=Critic(heads=0, head="bce")), "DQC.critic.heads = 0: must be at least 1"),
+        (DQC(critic=Critic()), "DQC.value.head = 'bce': must be that of the critic, 'mse'"),
+        (DQC(num_samples=0), "DQC.num_samples = 0: must be at least 1"),
+        (DQC(flow=FlowPolicy(steps=0)), "DQC.flow.steps = 0: must be at least 1"),
+        (DQC(adam=Adam(-1.0)), "DQC.adam.lr = -1.0: must be at least 0"),
+        (DQC(kappa_d=1.5), "DQC.kappa_d = 1.5: must be in [0, 1]"),
+        (DQC(kappa_b=-0.1), "DQC.kappa_b = -0.1: must be in [0, 1]"),
+        (DQC(discount=1.5), "DQC.discount = 1.5: must be in [0, 1]"),
+        (DQC(tau=-0.1), "DQC.tau = -0.1: must be in [0, 1]"),
+        (DQC(goals=Goals(current=0.7, future=0.7)), "Goals.current = 0.7"),
+        (DQC(goals=Goals(negative=True)), "Goals.negative = True: values are probabilities"),
     ],
 )
-def test_values_out_of_range_are_refused_by_name(fields, message):
+def test_values_out_of_range_are_refused_by_name(agent, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        DQC(**fields).check()
+        ranges.check(agent)
