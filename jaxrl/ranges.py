@@ -49,7 +49,10 @@ def check(settings: Any, name: str | None = None) -> None:
         else:
             _check_number(path, value, hints[field.name])
     if isinstance(settings, Checks):
-        settings.check()
+        try:
+            settings.check()
+        except UserError as error:  # which names the class, as a part does not know where it stands
+            raise UserError(str(error).replace(f"{type(settings).__name__}.", f"{name}.")) from None
 
 
 def _check_number(path: str, value: Any, hint: Any) -> None:

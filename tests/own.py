@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.agents.parts import Adam, DeterministicPolicy, Net
+from jaxrl.ranges import Count, Positive
 from jaxrl.replay.ring import Rings, windows
-from jaxrl.types import Batch, Count, Metrics, Observation, Phase, Positive, PyTree, Requirements, Spec, pytree
+from jaxrl.types import Batch, Metrics, Observation, Phase, PyTree, Requirements, Spec, pytree
 
 if TYPE_CHECKING:
     from jaxrl.training.schedule import Schedule

@@ -10,15 +10,16 @@ import pytest
 
 from jaxrl import ranges
 from jaxrl.agents.bc import BC
-from jaxrl.agents.learner import State, flat_actions, step_mask, unflatten
-from jaxrl.agents.parts import Adam, FlowPolicy, Net
+from jaxrl.agents.learner import State, unflatten
+from jaxrl.agents.parts import Adam, FlowPolicy, Net, Windows
 from jaxrl.errors import UserError
 from jaxrl.ops import flow
 from jaxrl.types import Batch, Spec
 from tests.known import KEY, bias_of, state_of, with_fields
 
 SPEC = Spec(observation=2, action=2)
-LINEAR = BC(chunk=3, flow=FlowPolicy(Net(()), "fourier"), batch=64)
+WINDOWS = Windows(chunk=3, backup=3, batch=64)
+LINEAR = BC(WINDOWS, FlowPolicy(Net(()), "fourier"))
 SIZE = 6
 
 
@@ -46,10 +47,10 @@ def test_chunks_are_flattened_step_by_step_with_their_mask():
     batch = dataclasses.replace(
         batch_of(4), valid=jnp.asarray([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]], jnp.float32)
     )
-    flat = flat_actions(batch)
+    flat = WINDOWS.actions(batch)
     np.testing.assert_array_equal(flat[:, 2:4], batch.actions[:, 1])
     np.testing.assert_array_equal(unflatten(flat, 2), batch.actions)
-    np.testing.assert_array_equal(step_mask(batch)[1:3], [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(WINDOWS.mask(batch)[1:3], [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
 
 
 def test_the_loss_is_flow_matching_of_the_flat_chunks_under_their_mask(monkeypatch):
@@ -120,7 +121,7 @@ def test_acting_reads_each_rows_own_observation():
 
 
 def test_a_single_chunk_of_data_is_learned_by_heart():
-    agent = BC(chunk=2, flow=FlowPolicy(Net((32, 32)), "fourier"), adam=Adam(5e-3), batch=64)
+    agent = BC(Windows(chunk=2, backup=2, batch=64), FlowPolicy(Net((32, 32)), "fourier"), Adam(5e-3))
     chunk = jnp.array([[0.7, -0.2], [-0.5, 0.1]])
     batch = dataclasses.replace(
         batch_of(64),
@@ -143,10 +144,10 @@ def test_a_single_chunk_of_data_is_learned_by_heart():
     ("fields", "message"),
     [
         ({"chunk": 0}, "BC.windows.chunk = 0: must be at least 1"),
-        ({"batch_size": 0}, "BC.windows.batch = 0: must be at least 1"),
+        ({"batch": 0}, "BC.windows.batch = 0: must be at least 1"),
         ({"hidden": (8, 0)}, "BC.flow.net.hidden = (8, 0): must be at least 1"),
         ({"steps": 0}, "BC.flow.steps = 0: must be at least 1"),
-        ({"time_size": 3}, "FlowPolicy.time_size = 3: must be at least 4"),
+        ({"time_size": 3}, "BC.flow.time_size = 3: must be at least 4"),
         ({"lr": -1.0}, "BC.adam.lr = -1.0: must be at least 0"),
     ],
 )

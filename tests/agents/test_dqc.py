@@ -11,7 +11,7 @@ import pytest
 
 from jaxrl import ranges
 from jaxrl.agents import DQC, QC
-from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value
+from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value, Windows
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
 from jaxrl.replay import ring as rings
@@ -105,7 +105,8 @@ def gates_data(episodes: int = 1500, care: float = 0.9) -> rings.Ring:
 
 
 LONG = with_fields(
-    DQC(chunk=1, backup=4, batch_size=64, discount=0.99, tau=0.02, kappa_b=0.9, num_samples=16),
+    DQC(Windows(chunk=1, backup=4, batch=64), kappa_b=0.9, num_samples=16),
+    tau=0.02,
     hidden=(32, 32),
     lr=3e-3,
     steps=5,
@@ -127,7 +128,7 @@ def arrived(agent, data, key) -> jax.Array:
 
 def test_a_long_critic_for_a_short_policy_arrives_where_long_chunks_cannot():
     # measured: 1.0 against 0.18 to 0.25 with any seed; without the distillation loss at most 0.52
-    q_chunking = dataclasses.replace(LONG, chunk_critic=False, chunk=4, kappa_d=0.5)
+    q_chunking = with_fields(LONG, chunk_critic=False, chunk=4, kappa_d=0.5)
     data = gates_data()
     assert float(arrived(on_device(LONG), data, KEY)) > 0.9
     assert float(arrived(on_device(q_chunking), data, KEY)) < 0.4
@@ -137,6 +138,7 @@ def test_a_long_critic_for_a_short_policy_arrives_where_long_chunks_cannot():
 
 
 KNOWN = DQC(
+    Windows(discount=0.999),
     flow=formula(FlowPolicy(), lambda p, s, x, t: (p["point"] + s[..., :1] - x) / (1 - t)),
     critic=formula(Critic(agg="min", head="bce"), lambda p, s, a: linear_heads(p["bias"], p["slope"], a.sum(axis=-1))),
     value=formula(Value(head="bce"), lambda p, s: p["v"] + s[..., 0]),
@@ -163,7 +165,7 @@ def known(long=None, short=None, v=0.0, point=0.3, target=None, spec=NARROW):
 def drawn(agent, batch) -> dict[str, jax.Array]:
     """Returns random numbers of an update: noise 0 at times 1/2."""
     count = len(batch.actions)
-    return {"x0": jnp.zeros((count, agent.chunk)), "t": jnp.full((count, 1), 0.5)}
+    return {"x0": jnp.zeros((count, agent.windows.chunk)), "t": jnp.full((count, 1), 0.5)}
 
 
 def losses(agent, state, batch) -> dict[str, float]:
@@ -262,7 +264,7 @@ def test_each_head_learns_from_its_own_chunk_head():
 def test_without_a_chunk_critic_and_with_one_length_it_is_q_chunking():
     target = heads((0.4, 0.4), (0.5, 0.5))
     agent = made(3, 3, chunk_critic=False, kappa_d=0.5, discount=0.9)
-    other = QC(chunk=3, backup=3, flow=KNOWN.flow, critic=KNOWN.critic, discount=0.9, num_samples=1)
+    other = QC(agent.windows, flow=KNOWN.flow, critic=KNOWN.critic, num_samples=1)
     state = known(
         short=heads((0.3, -1.0), (1.0, 2.0)), v=0.4 + 0.5 * 0.9, target=target
     )  # V is what 0.3, 0.3, 0.3 earns
@@ -321,7 +323,7 @@ ENDS = {  # whole, terminated after two steps, truncated after two, terminated a
     ("fields", "whole", "short"),
     [
         ({}, [1, 1, 0, 1, 0], [1, 1, 1, 1, 0]),
-        ({"cut_windows": "drop"}, [1, 0, 0, 0, 0], [1, 0, 0, 0, 0]),
+        ({"cut": "drop"}, [1, 0, 0, 0, 0], [1, 0, 0, 0, 0]),
         ({"valid_index": "flat"}, [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]),
     ],
 )
@@ -349,7 +351,7 @@ def test_the_flow_learns_the_first_actions_that_happened():
 # An update
 
 
-TINY = with_fields(DQC(chunk=2, backup=3, batch_size=16, num_samples=4, tau=0.25), hidden=(8,))
+TINY = with_fields(DQC(Windows(2, 3, 16, 0.999), num_samples=4), hidden=(8,), tau=0.25)
 TASKS = Spec(observation=5, action=2, goal=2)
 
 
@@ -433,7 +435,7 @@ def test_proposals_are_the_flows_and_the_online_critics_aggregate_chooses():
 @pytest.mark.parametrize(
     ("agent", "message"),
     [
-        (DQC(chunk=26), "DQC.backup = 25: must be at least 26"),
+        (DQC(Windows(26, 25)), "DQC.windows.backup = 25: must be at least 26"),
         (DQC(flow=FlowPolicy(Net((8, 0)))), "DQC.flow.net.hidden = (8, 0): must be at least 1"),
         (DQC(critic=Critic(Net((0,)), head="bce")), "DQC.critic.net.hidden = (0,): must be at least 1"),
         (DQC(value=Value(Net((0,)), head="bce")), "DQC.value.net.hidden = (0,): must be at least 1"),
@@ -444,10 +446,10 @@ def test_proposals_are_the_flows_and_the_online_critics_aggregate_chooses():
         (DQC(adam=Adam(-1.0)), "DQC.adam.lr = -1.0: must be at least 0"),
         (DQC(kappa_d=1.5), "DQC.kappa_d = 1.5: must be in [0, 1]"),
         (DQC(kappa_b=-0.1), "DQC.kappa_b = -0.1: must be in [0, 1]"),
-        (DQC(discount=1.5), "DQC.discount = 1.5: must be in [0, 1]"),
-        (DQC(tau=-0.1), "DQC.tau = -0.1: must be in [0, 1]"),
-        (DQC(goals=Goals(current=0.7, future=0.7)), "Goals.current = 0.7"),
-        (DQC(goals=Goals(negative=True)), "Goals.negative = True: values are probabilities"),
+        (DQC(Windows(discount=1.5)), "DQC.windows.discount = 1.5: must be in [0, 1]"),
+        (DQC(critic=Critic(tau=-0.1, head="bce")), "DQC.critic.tau = -0.1: must be in [0, 1]"),
+        (DQC(Windows(goals=Goals(current=0.7, future=0.7))), "DQC.windows.goals.current = 0.7"),
+        (DQC(Windows(goals=Goals(negative=True))), "Goals.negative = True: values are probabilities"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(agent, message):

@@ -313,7 +313,7 @@ def test_acting_takes_one_clipped_step_of_the_policy_in_training_as_in_evaluatio
         (FQL(flow=FlowPolicy(Net((8, 0)))), "FQL.flow.net.hidden = (8, 0): must be at least 1"),
         (FQL(policy=OneStepPolicy(Net((0,)))), "FQL.policy.net.hidden = (0,): must be at least 1"),
         (FQL(critic=Critic(Net((0,)))), "FQL.critic.net.hidden = (0,): must be at least 1"),
-        (FQL(flow=FlowPolicy(time="fourier", time_size=2)), "FlowPolicy.time_size = 2: must be at least 4"),
+        (FQL(flow=FlowPolicy(time="fourier", time_size=2)), "FQL.flow.time_size = 2: must be at least 4"),
         (FQL(flow=FlowPolicy(steps=0)), "FQL.flow.steps = 0: must be at least 1"),
         (FQL(critic=Critic(heads=0)), "FQL.critic.heads = 0: must be at least 1"),
         (FQL(adam=Adam(-1.0)), "FQL.adam.lr = -1.0: must be at least 0"),

@@ -35,8 +35,7 @@ from tests.known import (
 
 TINY = with_fields(QC(), chunk=2, backup=3, hidden=(8,), batch=16, num_samples=4, steps=2)
 KNOWN = QC(
-    chunk=1,
-    backup=1,
+    Windows(backup=1),
     flow=formula(FlowPolicy(), lambda p, s, x, t: p["drift"] - p["pull"] * x + 0 * t),
     policy=formula(OneStepPolicy(), lambda p, s, z: p["shift"] + p["scale"] * z),
     critic=formula(Critic(), lambda p, s, a: linear_heads(p["bias"], p["slope"], a.sum(axis=-1)) + s[None, ..., 0]),

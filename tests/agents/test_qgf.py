@@ -42,8 +42,7 @@ from tests.known import (
 
 TINY = with_fields(QGF(), chunk=2, backup=3, hidden=(8,), batch=16)
 KNOWN = QGF(
-    chunk=1,
-    backup=1,
+    Windows(backup=1),
     flow=formula(FlowPolicy(), lambda p, s, x, t: p["drift"] - p["pull"] * x + 0 * t),
     critic=formula(Critic(agg="min"), lambda p, s, a: linear_heads(p["bias"], p["slope"], a.sum(axis=-1))),
     value=formula(Value(), lambda p, s: p["v"] + s[..., 0]),
@@ -75,7 +74,7 @@ def known(bias=(0.0, 0.0), slope=(0.0, 0.0), v=0.0, target=None, target_slope=(0
 
 def parts(agent, state, batch) -> dict[str, float]:
     """Returns the three losses, of noise 0 at time 1/2."""
-    zero = jnp.zeros((len(batch.obs), agent.chunk))
+    zero = jnp.zeros((len(batch.obs), agent.windows.chunk))
     return metrics_of(agent, state, batch, {"x0": zero, "t": zero[:, :1] + 0.5})
 
 
@@ -191,7 +190,7 @@ def test_no_loss_reaches_another_network():
 
 
 def acted(agent, state, count=6):
-    noise = np.asarray(jax.random.normal(KEY, (count, agent.num_samples, agent.chunk)))
+    noise = np.asarray(jax.random.normal(KEY, (count, agent.num_samples, agent.windows.chunk)))
     return np.asarray(agent.act(state, jnp.zeros((count, 1)), KEY))[..., 0], noise
 
 
@@ -232,16 +231,13 @@ def bandit_data() -> rings.Ring:
 
 
 PLAYER = QGF(
-    chunk=1,
-    backup=1,
+    Windows(backup=1, batch=128),
     flow=FlowPolicy(Net((32, 32), norm="before_but_last"), "sinusoidal", 16),
-    critic=Critic(Net((32, 32)), agg="min"),
+    critic=Critic(Net((32, 32)), agg="min", tau=0.02),
     value=Value(Net((32, 32))),
     flow_adam=Adam(3e-3),
     critic_adam=Adam(3e-3),
     value_adam=Adam(3e-3),
-    batch=128,
-    tau=0.02,
 )
 OBS = jnp.ones((500, 1))
 
@@ -299,7 +295,7 @@ def test_no_weight_is_the_behaviour_flow_bit_for_bit():
     np.testing.assert_array_equal(act(state, 0.0), plain(state))
     assert np.abs(act(state, 1.0) - plain(state)).max() > 0.1
 
-    np.testing.assert_array_equal(act(state, 0.0), jax.jit(BC(1, PLAYER.flow).act)(state, OBS, KEY))
+    np.testing.assert_array_equal(act(state, 0.0), jax.jit(BC(PLAYER.windows, PLAYER.flow).act)(state, OBS, KEY))
 
 
 # Refusals
@@ -313,7 +309,7 @@ def test_no_weight_is_the_behaviour_flow_bit_for_bit():
         (QGF(critic=Critic(Net((0,)))), "QGF.critic.net.hidden = (0,): must be at least 1"),
         (QGF(value=Value(Net((0,)))), "QGF.value.net.hidden = (0,): must be at least 1"),
         (QGF(value=Value(head="bce")), "QGF.value.head = 'bce': must be that of the critic, 'mse'"),
-        (QGF(flow=FlowPolicy(time="sinusoidal", time_size=1)), "FlowPolicy.time_size = 1: must be at least 2"),
+        (QGF(flow=FlowPolicy(time="sinusoidal", time_size=1)), "QGF.flow.time_size = 1: must be at least 2"),
         (QGF(flow=FlowPolicy(steps=0)), "QGF.flow.steps = 0: must be at least 1"),
         (QGF(num_samples=0), "QGF.num_samples = 0: must be at least 1"),
         (QGF(flow_adam=Adam(-1.0)), "QGF.flow_adam.lr = -1.0: must be at least 0"),

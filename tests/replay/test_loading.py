@@ -9,6 +9,7 @@ import pytest
 
 import envs
 from jaxrl.agents import BC
+from jaxrl.agents.parts import Windows
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
 from jaxrl.replay import loading
@@ -109,9 +110,9 @@ def test_a_dataset_without_rewards_needs_an_environment_that_supplies_them():
 def test_windows_longer_than_every_episode_are_refused(goal):
     dataset, env = data(4, 6, 3), envs.make(f"point{goal}")
     for chunk in (1, 5):
-        driver.prepare(Config(BC(chunk=chunk)), env, dataset)
+        driver.prepare(Config(BC(Windows(chunk, chunk))), env, dataset)
     with pytest.raises(UserError, match="its longest episode has 5 steps, the agent's windows have 6: lower agent"):
-        driver.prepare(Config(BC(chunk=6)), env, dataset)
+        driver.prepare(Config(BC(Windows(6, 6))), env, dataset)
 
 
 # Goals

@@ -11,6 +11,7 @@ import scipy.stats
 
 from jaxrl import cli
 from jaxrl.agents import BC
+from jaxrl.agents.parts import Windows
 from jaxrl.data import files
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
@@ -325,6 +326,6 @@ def test_trajectories_towards_goals_in_hindsight_have_no_weights(tmp_path):
         arguments = (dataset, Tasks()) if build is loading.to_ring else (Tasks(),)
         with pytest.raises(UserError, match=r"weighting\.kind = 'return': goals are drawn in hindsight"):
             build(*arguments, weighting=weighting)
-    env, config = tiny.make(f"{tiny.ENV}&goal_conditioned=true"), Config(BC(chunk=2), weighting=weighting)
+    env, config = tiny.make(f"{tiny.ENV}&goal_conditioned=true"), Config(BC(Windows(2, 2)), weighting=weighting)
     with pytest.raises(UserError, match="only 'uniform' is possible"):
         driver.prepare(config, env, files.load(tiny.write_data(Path(tmp_path) / "data.npz")))

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl import cli
 from jaxrl.agents.fql import FQL
-from jaxrl.agents.parts import Critic, FlowPolicy, Net, OneStepPolicy
+from jaxrl.agents.parts import Critic, FlowPolicy, Net, OneStepPolicy, Windows
 from jaxrl.agents.prdc import PRDC
 from jaxrl.errors import UserError
 from jaxrl.replay.weighting import Weighting
@@ -32,7 +32,7 @@ SCHEDULE = Schedule(
     eval_episodes=4,
 )
 NET = Net((8,))
-AGENT = FQL(chunk=2, backup=2, flow=FlowPolicy(NET), policy=OneStepPolicy(NET), critic=Critic(NET), batch_size=16)
+AGENT = FQL(Windows(2, 2, 16), FlowPolicy(NET), OneStepPolicy(NET), Critic(NET))
 CONFIG = Config(AGENT, env=tiny.ENV, schedule=SCHEDULE)
 EPOCHS = 4
 

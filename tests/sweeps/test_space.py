@@ -9,14 +9,14 @@ import pytest
 
 from jaxrl.agents.bc import BC
 from jaxrl.agents.fql import FQL
-from jaxrl.agents.parts import Adam
+from jaxrl.agents.parts import Adam, Windows
 from jaxrl.errors import UserError
 from jaxrl.runs.config import Config, has_dataset
 from jaxrl.sweeps import space as members
 from jaxrl.sweeps import sweep
 from jaxrl.sweeps.space import Draw, Settings, Space
 
-BASE = Config(FQL(backup=5), seed=5)
+BASE = Config(FQL(Windows(backup=5)), seed=5)
 
 
 def values(space: Space) -> list[tuple]:
@@ -29,7 +29,7 @@ def test_a_grid_is_crossed_and_the_seeds_of_a_setting_lie_side_by_side():
     assert values(space) == [(e, lr, s) for e in (0.3, 1.0) for lr in (1e-4, 3e-4) for s in (5, 6)]
     last = space.members()[-1]
     assert (last.index, last.setting, last.name) == (7, 3, "007")
-    assert last.config == dataclasses.replace(BASE, agent=FQL(alpha=1.0, adam=Adam(3e-4), backup=5), seed=6)
+    assert last.config == dataclasses.replace(BASE, agent=FQL(Windows(backup=5), alpha=1.0, adam=Adam(3e-4)), seed=6)
 
 
 def test_pairs_go_side_by_side_and_are_crossed_with_the_rest():
