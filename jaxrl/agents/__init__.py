@@ -7,6 +7,7 @@ from jaxrl.agents.bc import BC
 from jaxrl.agents.cfpi import CFPI
 from jaxrl.agents.cql import CQL
 from jaxrl.agents.dqc import DQC
+from jaxrl.agents.edp import EDP
 from jaxrl.agents.famo2o import FamO2O
 from jaxrl.agents.fmq import FMQ
 from jaxrl.agents.fql import FQL

@@ -28,6 +28,7 @@ METHODS: dict[str, Callable[[Recorded], dict[str, Any]]] = {
     "bc_": bc.replay,
     "dataset_": dataset.replay,
     "dqc_": dqc.replay,
+    "edp_": qgf.edp,
     "fql_": fql.replay,
     "grad_step_": qgf.replay,
     "iql_": iql.replay,

@@ -1,4 +1,4 @@
-"""Replays `qgf_*` and `grad_step_*`: Q-guided flow, its modes and its relative."""
+"""Replays `qgf_*`, `grad_step_*` and `edp_*`: Q-guided flow, its modes and its relatives."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl.agents import QGF
+from jaxrl.agents import EDP, QGF
 from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Value, Windows
 from jaxrl.networks import time_features
 from jaxrl.ops import flow
@@ -23,15 +23,8 @@ def replay(r: Recorded) -> dict[str, Any]:
     state = r.state(agent, r.spec(), NETS, "critic", "target_critic")
     batch = r.chunked()
 
-    def drawn(draws):
-        return {"x0": draws["x0"], "t": draws["t"][:, None]}
-
     def terms(total, metrics):
-        return {
-            "bc_flow": metrics["actor/flow_loss"],
-            "critic": metrics["critic/loss"],
-            "value": metrics["value/loss"],
-        }
+        return losses(metrics)
 
     got = r.updates(agent, state, batch, NETS, terms, "target_critic", drawn)
     values = jax.jit(functools.partial(intermediate, agent))(state, batch, drawn(r.named("draws/step0/")))
@@ -39,27 +32,64 @@ def replay(r: Recorded) -> dict[str, Any]:
     return got | samples(r, agent, state)
 
 
+def edp(r: Recorded) -> dict[str, Any]:
+    """Returns all that a file of EDP expects."""
+    agent = EDP(build(r), r.hparams["bc_weight"])
+    state = r.state(agent, r.spec(), NETS, "critic", "target_critic")
+    batch = r.chunked()
+
+    def terms(total, metrics):
+        losses = {
+            "actor_q": "actor/q_loss",
+            "bc_flow": "actor/flow_loss",
+            "critic": "critic/loss",
+            "value": "value/loss",
+        }
+        named = {name: metrics[ours] for name, ours in losses.items()}
+        return named | {"actor": total - metrics["critic/loss"] - metrics["value/loss"]}
+
+    def values(state, batch, draws):
+        action = agent.one_step(state.params, state, batch, draws)
+        one_step = {"one_step_actions": action, "one_step_q": agent.qgf.score(state, batch.obs)(action)}
+        return intermediate(agent.qgf, state, batch, draws) | one_step
+
+    got = r.updates(agent, state, batch, NETS, terms, "target_critic", drawn)
+    first = jax.jit(values)(state, batch, drawn(r.named("draws/step0/")))
+    got |= {f"expected/step0/values/{name}": value for name, value in first.items()}
+    return got | plain_samples(r, agent.qgf, state)
+
+
+def losses(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the losses that all files hold by their names there."""
+    return {"bc_flow": metrics["actor/flow_loss"], "critic": metrics["critic/loss"], "value": metrics["value/loss"]}
+
+
+def drawn(draws: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the random numbers of an update as ours are called."""
+    return {"x0": draws["x0"], "t": draws["t"][:, None]}
+
+
 def build(r: Recorded) -> QGF:
     """Returns the agent that the file describes."""
     h = r.hparams
     length = r["batch/actions"].shape[1]
-    gradient = {"noisy": "noisy", "one_euler_step_approx": "one_step"}[h["denoised_action_approx"]]
-    if h["agent_name"] == "grad_step":
-        gradient = "after"
-    elif h["apply_jacobian"]:
-        gradient = "jacobian"
+    if h["agent_name"] == "qgf":
+        gradient = {"noisy": "noisy", "one_euler_step_approx": "one_step"}[h["denoised_action_approx"]]
+        guide = QGuidance(gradient="jacobian" if h["apply_jacobian"] else gradient)
+    elif h["agent_name"] == "grad_step":
+        guide = QGuidance(gradient="after", ascent_steps=h["qgrad_steps"], ascent_size=h["qgrad_step_size"])
+    else:
+        guide = QGuidance(weight=0.0)
     return QGF(
         Windows(length if h["action_chunking"] else 1, length, discount=h["discount"], cut="drop"),
         flow=FlowPolicy(r.net("policy"), steps=h["denoise_steps"], **r.time("policy")),
         critic=Critic(r.net("critic"), r.critics("critic"), h["q_aggregation"], tau=h["tau"]),
         value=Value(r.net("value")),
-        flow_adam=Adam(h["bc_lr"]),
+        flow_adam=Adam(h["optimizer"]["lr"]["policy"]),
         critic_adam=Adam(h["critic_lr"]),
         value_adam=Adam(h["value_lr"]),
         expectile=h["expectile"],
-        guide=QGuidance(
-            gradient=gradient, ascent_steps=h.get("qgrad_steps", 0), ascent_size=h.get("qgrad_step_size", 0.0)
-        ),
+        guide=guide,
         mask_actor=False,
     )
 
@@ -86,10 +116,7 @@ def samples(r: Recorded, agent: QGF, state) -> dict[str, Any]:
     noise, many = r["draws/sample/noise"], r["draws/sample/rejection_noise"]
     choose = jax.jit(lambda agent, noise: agent.choose(state, obs, noise))
     if agent.guide.gradient == "after":
-        return {
-            "expected/sample/actions": choose(agent, noise[:, None]),
-            "expected/sample/rejection/actions": choose(agent, many),
-        }
+        return plain_samples(r, agent, state)
     got: dict[str, Any] = {}
     for key in [key for key in r.below("expected/sample/") if key.endswith("/actions")]:
         name = key.split("/")[2]
@@ -101,6 +128,15 @@ def samples(r: Recorded, agent: QGF, state) -> dict[str, Any]:
             path, push = jax.jit(way)(weigh(agent, float(name.removeprefix("w_"))), state, obs, noise)
             got |= {f"expected/sample/{name}/trajectory": path, f"expected/sample/{name}/guidance": push}
     return got
+
+
+def plain_samples(r: Recorded, agent: QGF, state) -> dict[str, Any]:
+    """Returns the sampled actions of a file with one weight, and the best of several."""
+    choose = jax.jit(lambda noise: agent.choose(state, jnp.asarray(r["sample/observations"]), noise))
+    return {
+        "expected/sample/actions": choose(r["draws/sample/noise"][:, None]),
+        "expected/sample/rejection/actions": choose(r["draws/sample/rejection_noise"]),
+    }
 
 
 def weigh(agent: QGF, weight: float) -> QGF:

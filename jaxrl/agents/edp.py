@@ -1,0 +1,80 @@
+"""EDP: a flow policy trained to climb the critic through its one-step denoised action.
+
+Paper: Kang et al., "Efficient Diffusion Policies for Offline Reinforcement Learning", arXiv 2305.20081, as a flow
+with an IQL critic: the form in which "Q-Guided Flow" (arXiv 2606.11087) compares with it. Critic, value and cloning
+are those of QGF. The policy's gradient through the critic needs no sampling chain: it is taken at the one-step
+estimate of the action (the paper's action approximation) from a point between noise and data.
+
+Deliberate differences from the official code: those of QGF, except that the policy sees the goal.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl.agents import learner
+from jaxrl.agents.learner import Draws, State
+from jaxrl.agents.qgf import QGF
+from jaxrl.ops import flow
+from jaxrl.ops.guidance import QGuidance
+from jaxrl.ranges import NonNegative
+from jaxrl.replay.ring import Rings
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, pytree
+
+
+@pytree
+class EDP:
+    """A flow policy between cloning the data and climbing an IQL critic."""
+
+    qgf: QGF = QGF(guide=QGuidance(weight=0.0))
+    bc_weight: NonNegative = 100.0  # weight of the cloning against the critic; to be tuned per task
+
+    @property
+    def chunk(self) -> int:
+        """H, the actions of one decision."""
+        return self.qgf.chunk
+
+    def requires(self) -> Requirements:
+        """Returns what its data must have."""
+        return self.qgf.requires()
+
+    def init(self, key: jax.Array, spec: Spec) -> State:
+        """Returns the initial state."""
+        return self.qgf.init(key, dataclasses.replace(spec, goal=0))  # the flow is a policy, and sees the goal
+
+    def sample(self, data: Rings, key: jax.Array) -> Batch:
+        """Returns a batch of windows."""
+        return self.qgf.sample(data, key)
+
+    update = learner.update
+
+    def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
+        """Returns the random numbers of one update: the flow's noise and times."""
+        return self.qgf.draw(spec, batch, key)
+
+    def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
+        """Returns the state after the update with these random numbers."""
+        loss = lambda params: self.loss(params, state, batch, draws)  # noqa: E731
+        return learner.descend(state, loss, self.qgf.optimizer(), self.qgf.critic.tau, "critic")
+
+    def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
+        """Returns the sum of the losses and what each of them is."""
+        _, metrics = self.qgf.loss(params, state, batch, draws)
+
+        # the policy climbs the target critic: -Q(s, clip(a_t + (1 - t) v(s, a_t, t)))
+        action = self.one_step(params, state, batch, draws)
+        metrics["actor/q_loss"] = -self.qgf.score(state, batch.obs)(action).mean()
+
+        policy = self.bc_weight * metrics["actor/flow_loss"] + metrics["actor/q_loss"]
+        return policy + metrics["critic/loss"] + metrics["value/loss"], metrics
+
+    def one_step(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> jax.Array:
+        """Returns the one-step denoised chunks [B, H * A], clipped: the action approximation, for a flow."""
+        x0, t, velocity = draws["x0"], draws["t"], self.qgf.flow.velocity(params["flow"], state.spec.actor(batch.obs))
+        x = flow.interpolate(x0, self.qgf.windows.actions(batch), t)
+        return jnp.clip(x + (1 - t) * velocity(x, t, t), -1, 1)
+
+    def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
+        """Returns chunks [B, H, A] of the flow, the best of `qgf.num_samples`; `greedy` changes nothing."""
+        return self.qgf.act(state, obs, key, greedy=greedy)
