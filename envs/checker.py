@@ -12,7 +12,7 @@ import numpy as np
 from envs import HOST_PARTS, PARTS, missing_parts
 from jaxrl.rollout import spaces
 from jaxrl.rollout.workers import Pool
-from jaxrl.types import Drawable, Env, EnvState, HasBehaviours, HostEnv, Observation, Relabels, Spec, on_host
+from jaxrl.types import Drawable, Env, EnvState, HasBehaviours, HostEnv, Observation, Relabels, Spec
 
 STEPS, COPIES = 64, 8  # of the rollout that is looked at
 SHOWN = 3  # places named in one finding, at most
@@ -39,7 +39,7 @@ class Finding:
 def check(env: Any) -> list[Finding]:
     """Returns a finding per rule, in the order of checking. It ends early where the next rules cannot be looked at."""
     findings = []
-    for stage in (_sizes, _simulations) if on_host(env) else (_sizes, _states, _rollouts):
+    for stage in (_sizes, _simulations) if isinstance(env, HostEnv) else (_sizes, _states, _rollouts):
         findings += stage(env)
         if not all(finding.ok for finding in findings):
             break
@@ -47,7 +47,7 @@ def check(env: Any) -> list[Finding]:
 
 
 def _sizes(env: Any) -> Iterator[Finding]:
-    parts, missing = HOST_PARTS if on_host(env) else PARTS, missing_parts(env)
+    parts, missing = HOST_PARTS if isinstance(env, HostEnv) else PARTS, missing_parts(env)
     yield Finding(f"has {', '.join(parts[:-1])} and {parts[-1]}", f"add {', '.join(missing)}" if missing else "")
     if missing:
         return

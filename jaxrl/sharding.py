@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxrl.errors import UserError
-from jaxrl.types import Agent, Env, HostEnv, PyTree, on_host, requirements
+from jaxrl.types import Agent, Env, HostEnv, PyTree, requirements
 
 AXIS = "devices"
 
@@ -37,7 +37,7 @@ def check(agent: Agent, env: Env | HostEnv, envs: int, count: int) -> None:
     here, batch = len(jax.local_devices()), requirements(agent).batch
     if not 1 <= count <= here:
         raise UserError(f"devices = {count}: there are {here}")
-    if count > 1 and on_host(env):
+    if count > 1 and isinstance(env, HostEnv):
         raise UserError(f"devices = {count}: this environment's simulators step on the CPU, one device is enough")
     for name, size in (("the agent's batch", batch), ("schedule.envs", envs)):
         if size is not None and size % count:

@@ -445,11 +445,6 @@ class HostEnv(Protocol):
         ...
 
 
-def on_host(env: Any) -> bool:
-    """Returns whether an environment is a `HostEnv` rather than an `Env`."""
-    return isinstance(env, HostEnv)
-
-
 @runtime_checkable
 class NamesDataset(Protocol):
     """An environment that a published dataset belongs to."""

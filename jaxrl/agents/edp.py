@@ -60,14 +60,14 @@ class EDP:
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the sum of the losses and what each of them is."""
-        _, metrics = self.qgf.loss(params, state, batch, draws)
+        _, found = self.qgf.loss(params, state, batch, draws)
 
         # the policy climbs the target critic: -Q(s, clip(a_t + (1 - t) v(s, a_t, t)))
         action = self.one_step(params, state, batch, draws)
-        metrics["actor/q_loss"] = -self.qgf.score(state, batch.obs)(action).mean()
+        climbing = -self.qgf.score(state, batch.obs)(action).mean()
 
-        policy = self.bc_weight * metrics["actor/flow_loss"] + metrics["actor/q_loss"]
-        return policy + metrics["critic/loss"] + metrics["value/loss"], metrics
+        policy = self.bc_weight * found["actor/flow_loss"] + climbing
+        return policy + found["critic/loss"] + found["value/loss"], {**found, "actor/q_loss": climbing}
 
     def one_step(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> jax.Array:
         """Returns the one-step denoised chunks [B, H * A], clipped: the action approximation, for a flow."""

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 
@@ -16,6 +16,9 @@ from jaxrl.runs import directory
 from jaxrl.runs.signals import SAVED, StopRequested, StopRequests
 from jaxrl.synthesis.model import Generator
 from jaxrl.types import Relabels
+
+if TYPE_CHECKING:
+    from jaxrl.data.files import Dataset, Relabel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +203,7 @@ def _top(name: str, options: TopOptions) -> None:
     _write(out, mixing.top(_judged(name, options.env), options.fraction))
 
 
-def _relabel(env: str | None, dataset: Any) -> Any:
+def _relabel(env: str | None, dataset: "Dataset") -> "Relabel | None":
     """Returns the function that judges a dataset's steps by an environment's task, None without an environment."""
     if env is None:
         return None
@@ -220,7 +223,7 @@ def _relabel(env: str | None, dataset: Any) -> Any:
     return environment.relabel
 
 
-def _judged(name: str, env: str | None) -> Any:
+def _judged(name: str, env: str | None) -> "Dataset":
     """Returns the dataset in a file, with the rewards of an environment's task where one is named."""
     from jaxrl.data import files
 

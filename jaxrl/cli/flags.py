@@ -13,7 +13,7 @@ import tyro
 
 from jaxrl.agents import AGENTS
 from jaxrl.errors import UserError
-from jaxrl.types import Scalar
+from jaxrl.types import Env, HostEnv, Scalar
 
 RULES = tyro.constructors.ConstructorRegistry()
 
@@ -52,7 +52,7 @@ FLAT_FIELDS = ("config", "generator", "sampler", "settings")  # which are those
 SETTINGS = (tyro.conf.DisallowNone,)  # a flag that is not given is None, the word "None" is not
 
 
-def make(name: str) -> Any:
+def make(name: str) -> Env | HostEnv:
     """Returns the environment of a name."""
     import envs
 

@@ -5,7 +5,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Generic
+from typing import Annotated, Generic
 
 import jax
 
@@ -18,7 +18,7 @@ from jaxrl.runs.config import A, Config
 from jaxrl.runs.jsonlines import as_json, read_json
 from jaxrl.runs.presets import Preset, preset
 from jaxrl.runs.signals import SAVED, StopRequested, StopRequests
-from jaxrl.types import on_host
+from jaxrl.types import Drawable, Env, HostEnv, Relabels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ def train(args: list[str]) -> int:
     return _train(config, fl.make(config.env), path, options)
 
 
-def _train(config: Config, environment: Any, path: Path, options: TrainOptions) -> int:
+def _train(config: Config, environment: Env | HostEnv, path: Path, options: TrainOptions) -> int:
     from jaxrl import sharding
     from jaxrl.runs import driver, logging, memory
     from jaxrl.runs.datasets import with_data
@@ -201,7 +201,7 @@ def collect(args: list[str]) -> int:
     from jaxrl.runs.datasets import data_path
 
     environment, behaviour = fl.make(names[0]), options.behaviour or "medium"
-    if on_host(environment):
+    if isinstance(environment, HostEnv):
         script, episodes = host.script_of(environment, options.behaviour, options.steps)
         path = options.out or Path("datasets") / f"{script.dataset}.npz"
     else:
@@ -210,13 +210,14 @@ def collect(args: list[str]) -> int:
         raise UserError(f"--out {path}: the name of a dataset file ends in .npz")
     if path.exists():
         raise UserError(f"{path} exists: name another file with --out")
-    if on_host(environment):
+    if isinstance(environment, HostEnv):
         dataset = host.record(script, episodes, options.seed)
     else:
         dataset = record.record(environment, behaviour, options.steps, options.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.save(path, dataset)
-    print(files.format_report(files.describe(files.load(path), getattr(environment, "relabel", None))))
+    relabel = environment.relabel if isinstance(environment, Relabels) else None
+    print(files.format_report(files.describe(files.load(path), relabel)))
     return 0
 
 
@@ -226,7 +227,7 @@ def render(args: list[str]) -> int:
     options = fl.parse("jaxrl render RUN", RenderOptions, RenderOptions(), flags)
     config = directory.read_config(path)
     environment = fl.make(config.env)
-    if not (on_host(environment) or hasattr(environment, "draw")):
+    if not (isinstance(environment, HostEnv) or isinstance(environment, Drawable)):
         raise UserError(f"environment {config.env!r} has no draw(obs, size), so there is nothing to see")
     out = options.out or path / "rollout.gif"
     if out.suffix != ".gif":

@@ -118,6 +118,7 @@ def sizes_of(path: Path, headers: dict[str, tuple[tuple[int, ...], np.dtype]], t
     longest = np.diff(np.flatnonzero(terminals), prepend=-1).max() - 1
     entries = {name: shape[1:] for name, (shape, _) in headers.items()}
     dtypes = {name: files.stored_dtype(name, dtype, len(shape)).name for name, (shape, dtype) in headers.items()}
+    dtypes["terminals"] = "bool"
     return Sizes(str(path), entries, len(terminals), int(terminals.sum()), int(longest), dtypes)
 
 

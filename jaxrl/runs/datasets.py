@@ -17,7 +17,7 @@ from jaxrl.rollout import record
 from jaxrl.runs import directory
 from jaxrl.runs.config import Config, has_dataset, records
 from jaxrl.runs.jsonlines import read_json
-from jaxrl.types import Agent, ChecksData, Env, HostEnv, NamesDataset, on_host, requirements
+from jaxrl.types import Agent, ChecksData, Env, HostEnv, NamesDataset, requirements
 
 
 def load_data(config: Config, env: Env | HostEnv) -> Dataset | Shards | None:
@@ -59,7 +59,7 @@ def with_data(config: Config, env: Env | HostEnv) -> Config:
 
     Raises UserError where there is none, saying how to get one.
     """
-    if not records(config) or not on_host(env):
+    if not records(config) or not isinstance(env, HostEnv):
         return config
     if not isinstance(env, NamesDataset):
         raise UserError(f"environment {config.env!r} has no behaviour to record: name a dataset file with --data")

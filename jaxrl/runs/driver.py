@@ -30,7 +30,7 @@ from jaxrl.training import host_loop, loop
 from jaxrl.training.host_loop import Interrupted
 from jaxrl.training.loop import Carry, abstract_carry
 from jaxrl.training.schedule import Timeline, reads_dataset
-from jaxrl.types import Agent, Drawable, Env, Fitting, HostEnv, Phase, on_host
+from jaxrl.types import Agent, Drawable, Env, Fitting, HostEnv, Phase
 
 
 def row_of(index: int, phase: Phase, updates: Any, steps: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
             result[f"{phase}_interval"] = [evaluated[-1]["eval/success_low"], evaluated[-1]["eval/success_high"]]
     write_json(path / "result.json", result)
     plots.curves(rows, path / "curves.png")
-    if on_host(run.env) or isinstance(run.env, Drawable):
+    if isinstance(run.env, HostEnv) or isinstance(run.env, Drawable):
         try:
             animate(run.config, run.agent, run.env, carry.agent, path / "rollout.gif")
         except UserError as error:

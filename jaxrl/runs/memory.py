@@ -26,7 +26,7 @@ from jaxrl.runs.evaluation import jitted_behaviour
 from jaxrl.training import loop
 from jaxrl.training.host_loop import lowered
 from jaxrl.training.schedule import Timeline, reads_dataset
-from jaxrl.types import Agent, Env, HostEnv, Leaf, PyTree, on_host, requirements
+from jaxrl.types import Agent, Env, HostEnv, Leaf, PyTree, requirements
 
 KNOBS = {  # what takes memory, and what it grows with
     "agent": "the agent's hidden sizes",
@@ -156,7 +156,7 @@ def programs(config: Config, env: Env | HostEnv) -> Iterator[Any]:
             yield from (program.compile() for program in lowered(agent, env, phase, *given))
         else:
             yield loop.jitted_epoch.lower(agent, env, phase, carry, dataset, execution).compile()
-        if on_host(env):
+        if isinstance(env, HostEnv):
             count = host.side_by_side(episodes, system.cores())
             obs = jax.tree.map(lambda x, n=count: jnp.zeros((n, *x.shape), x.dtype), env.spec.example())
             known, given = (agent, execution, carry.agent), (obs, key, jnp.zeros((count, 2), jnp.int32))

@@ -17,7 +17,7 @@ from jaxrl.sweeps.population import Population, Programs, keys_of, programs, sta
 from jaxrl.sweeps.space import Member, Settings, Space
 from jaxrl.training import loop
 from jaxrl.training.schedule import reads_dataset
-from jaxrl.types import Agent, Env, HostEnv, Phase, on_host
+from jaxrl.types import Agent, Env, HostEnv, Phase
 
 ITERATIONS = 20  # of an epoch that are timed, where it does not collect; else 1
 
@@ -112,7 +112,7 @@ def measured(some: list[Member], lifted: Programs, env: Env | HostEnv) -> tuple[
         given = {"dataset": data if reads_dataset(phase) else None, **execution}
         population, needs, each = timed(lifted, agents, population, short, given)
         working, seconds = max(working, needs), seconds + each / short.iterations * phase.iterations * phase.epochs
-    if not on_host(env):
+    if not isinstance(env, HostEnv):
         key = lifted.share(jax.random.key(0))
         arguments: dict[str, Any] = {"states": population.carry.agent, "key": key, **execution}
         judge = lifted.evaluate.lower(agents, episodes=config.schedule.eval_episodes, **arguments).compile()

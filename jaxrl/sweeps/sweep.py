@@ -34,7 +34,7 @@ from jaxrl.sweeps.packing import MEASURED, members_that_fit, seconds_per_layout
 from jaxrl.sweeps.population import Layout, keys_of, stacked
 from jaxrl.sweeps.processes import Machine, Watch, difference, flat
 from jaxrl.sweeps.space import Draw, Member, Settings, Space
-from jaxrl.types import Env, HostEnv, on_host
+from jaxrl.types import Env, HostEnv
 
 BEGUN = {"processes", *(name + end for name in ("manifest.json", "sweep.json") for end in ("", ".partial"))}
 """What a folder may hold in which a sweep was begun, and stopped before it was one."""
@@ -141,7 +141,7 @@ def create(path: Path, space: Space, settings: Settings, make: Make, processes: 
 
 def check_env(config: Config, env: Env | HostEnv) -> None:
     """Raises UserError where a sweep cannot collect in an environment."""
-    if on_host(env) and any(phase.collects for phase in timeline_of(config).phases):
+    if isinstance(env, HostEnv) and any(phase.collects for phase in timeline_of(config).phases):
         raise UserError(
             f"environment {config.env!r}: its simulators step on the CPU, where a sweep trains offline only: "
             "--schedule.online-steps 0"

@@ -32,7 +32,7 @@ from jaxrl.synthesis.model import (
 )
 from jaxrl.synthesis.segments import Segments
 from jaxrl.training import loop
-from jaxrl.types import Env, PyTree, Spec
+from jaxrl.types import Env, HostEnv, PyTree, Spec
 
 AT_ONCE = 256  # trajectories in one program
 SAVES = 10  # checkpoints of a model while it is trained
@@ -50,7 +50,7 @@ def check(dataset: Dataset) -> None:
         raise UserError(f"dataset {dataset.path}: has no rewards: name the environment that gives them with --env")
 
 
-def policy_for(dataset: Dataset, config: Config, env: Env, path: Path) -> TrainedAgent:
+def policy_for(dataset: Dataset, config: Config, env: Env | HostEnv, path: Path) -> TrainedAgent:
     """Returns a run's agent and newest state. Raises UserError if their sizes are not the dataset's."""
     sizes = (dataset.observations.shape[1], dataset.actions.shape[1])
     if sizes != (env.spec.observation, env.spec.action):

@@ -297,9 +297,10 @@ def test_actions_are_chunks_in_the_box_and_the_key_alone_is_chance(name, phase, 
 # Settings that some agents have
 
 
-def having(*fields: str):
-    """Returns the mark that runs a test for every agent that has these fields, itself or in a part."""
-    names = [name for name, cls in AGENTS.items() if all(values_of(cls(), field) for field in fields)]
+def having(*fields: str, method: str = "init"):
+    """Returns the mark that runs a test for every agent that has a method and, itself or in a part, these fields."""
+    having = {name: cls for name, cls in AGENTS.items() if all(values_of(cls(), field) for field in fields)}
+    names = [name for name, cls in having.items() if method in vars(cls)]
     assert names
     return pytest.mark.parametrize("name", names)
 
@@ -307,12 +308,12 @@ def having(*fields: str):
 @having("chunk", "backup")
 def test_a_backup_shorter_than_the_chunk_is_refused_by_name(name):
     cls = AGENTS[name]
-    with pytest.raises(UserError, match=f"{cls.__name__}.windows.backup = 3: must be at least 4"):
+    with pytest.raises(UserError, match=rf"^{cls.__name__}\.(\w+\.)?windows\.backup = 3: must be at least 4"):
         ranges.check(with_fields(cls(), chunk=4, backup=3))
     ranges.check(with_fields(cls(), chunk=4, backup=4))
 
 
-@having("chunk", "backup")
+@having("backup", "critic")
 def test_single_actions_learn_from_returns_of_several_steps(name):
     agent = small(name, chunk=1, backup=4)
     batch = random_batch(0, length=4, probabilities=True)
@@ -327,14 +328,15 @@ def test_single_actions_learn_from_returns_of_several_steps(name):
     assert agent.act(state, jnp.zeros((7, 3)), KEY).shape == (7, 1, 2)
 
 
-@having("head", "backup")
+@having("head", "backup", method="td_target")
 def test_probabilities_are_learned_from_targets_that_are_probabilities(name):
     agent = small(name, head="bce")
     state, batch = jax.jit(agent.init, static_argnums=1)(KEY, WIDE), random_batch(0)  # rewards of any size
 
     @jax.jit
     def learned(state, batch):
-        draws = agent.draw(WIDE, batch, KEY)
+        sizes = {"spec": WIDE, "state": state}  # what an agent's random numbers depend on
+        draws = agent.draw(sizes[next(iter(inspect.signature(agent.draw).parameters))], batch, KEY)
         more = [draws] if "draws" in inspect.signature(agent.td_target).parameters else []
         return agent.td_target(state, batch, *more), agent.learn(state, batch, draws)
 

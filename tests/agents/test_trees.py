@@ -23,6 +23,8 @@ SMALL = {"hidden": (8, 8), "batch": 8, "num_samples": 2, "target_samples": 2, "s
 def small(name: str):
     """Returns an agent with small networks, few samples and few steps, whose actor learns in every update."""
     agent = AGENTS[name]()
+    if values_of(agent, "backup"):  # windows that the steps below hold
+        agent = with_fields(agent, backup=6)
     return with_fields(agent, **{field: value for field, value in SMALL.items() if values_of(agent, field)})
 
 

@@ -69,7 +69,10 @@ def mistake(argv: list[str], capsys) -> str:
         ("train fmq no_such_module:make", "environment 'no_such_module:make': cannot import 'no_such_module'"),
         ("train fmq point extra", "unexpected argument 'extra'"),
         ("train --seed 1 fmq", "unexpected argument 'fmq': names come first, and a switch takes no value"),
-        ("train fmq point --agent.adaptive false", "unexpected argument 'false': names come first, and a switch takes"),
+        (
+            "train fql point --agent.normalize-q false",
+            "unexpected argument 'false': names come first, and a switch takes",
+        ),
         ("train fmq point --sede 1", "unknown flag --sede: did you mean --seed? --help lists all"),
         ("train fmq point --agent.beam.widht=3", "unknown flag --agent.beam.widht: did you mean --agent.beam.width?"),
         ("train bc point --agent.eta 1", "unknown flag --agent.eta: did you mean"),
@@ -87,11 +90,11 @@ def mistake(argv: list[str], capsys) -> str:
         ("train fmq point --agent.windows.discount 1.5", "FMQ.windows.discount = 1.5: must be in [0, 1]"),
         (
             "train fmq point --agent.actor.net.hidden a",
-            "Error parsing --agent.actor.net.hidden: Could not find valid parse for",
+            "Error parsing --agent.actor.net.hidden: invalid literal for int() with base 10: 'a'",
         ),
         (
-            "train fmq point --agent.offline-agg max",
-            "invalid choice 'max' for argument '--agent.offline-agg'. Expected one",
+            "train fmq point --agent.critic.agg max",
+            "invalid choice 'max' for argument '--agent.critic.agg'. Expected one",
         ),
         ("train fmq point --schedule.envs 0", "schedule.envs = 0: must be at least 1"),
         ("train fmq point --data-steps 0", "data_steps = 0: must be at least 1"),
@@ -396,7 +399,7 @@ def test_the_help_of_train_says_what_a_newcomer_needs(capsys):
     assert cli.main(["train", "bc", "--help"]) == 0
     text = capsys.readouterr().out
     for fact in (
-        "bc, fmq, iql, qgf, fql, qc, dqc",
+        ", ".join(AGENTS),
         "jaxrl list",
         "push?horizon=50",
         "my_package.my_module:make",

@@ -302,11 +302,11 @@ def test_a_run_without_data_says_how_to_get_them_and_finds_them(tmp_path, monkey
         "--schedule.eval-episodes=2",
     ]
     with tiny.quick(), monkeypatch.context() as patch:
-        patch.setattr(host, "film", unable)
+        patch.setattr(host, "render", unable)
         assert cli.main(["train", "bc", name, "--out=run", *small]) == 0
     assert "no picture of an episode: no screen" in capsys.readouterr().err
     assert '"data": "datasets/pointmaze-medium-navigate-v0.npz"' in (tmp_path / "run" / "config.json").read_text()
 
 
-def unable(*arguments):
+def unable(*arguments, **options):
     raise UserError("no screen")

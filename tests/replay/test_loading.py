@@ -67,7 +67,12 @@ def test_rewards_of_the_environment_enter_the_replay_shifted_and_are_reported_as
     )
     agent = with_fields(BC(), chunk=2, backup=2, hidden=(8,), batch=16, steps=2)
     config = Config(
-        agent, tiny.ENV, schedule, str(tiny.write_data(tmp_path / "data.npz")), reward_scale=0.5, reward_shift=2.0
+        agent,
+        env=tiny.ENV,
+        schedule=schedule,
+        data=str(tiny.write_data(tmp_path / "data.npz")),
+        reward_scale=0.5,
+        reward_shift=2.0,
     )
     with tiny.quick():
         env = tiny.make(tiny.ENV)

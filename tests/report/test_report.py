@@ -133,7 +133,7 @@ def written(sweep) -> Path:
 
 def test_the_table_of_a_sweep_agrees_with_its_files(sweep, written):
     rows = table(written, "settings.csv")
-    assert [row["setting"] for row in rows[:1] + rows[-1:]] == ["fmq eta=3 lr=3e-4", "fmq eta=0.3 lr=1e-4"]
+    assert [row["setting"] for row in rows[:1] + rows[-1:]] == ["fmq lr=3e-4 eta=3", "fmq lr=1e-4 eta=0.3"]
     results = [json.loads(path.read_text()) for path in sorted(sweep.glob("members/*/result.json"))]
     last = [
         [json.loads(line) for line in path.read_text().splitlines()][-1]["eval/success"]
@@ -177,7 +177,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(written):
     parser = Nesting()
     parser.feed(page)
     assert (parser.open, parser.wrong) == ([], [])
-    for fact in ("96 runs", "members/005 after 200 updates", "eta=3 lr=3e-4", "1 diverged, 3 dropped"):
+    for fact in ("96 runs", "members/005 after 200 updates", "lr=3e-4 eta=3", "1 diverged, 3 dropped"):
         assert fact in re.sub(r"<[^>]*>", "", page)
     for file in ("curves", "scores", "improvement", "profiles", "slices-fmq", "map-fmq"):
         with Image.open(written / f"{file}.png") as picture:
@@ -230,7 +230,7 @@ def test_the_best_is_chosen_on_evaluations_and_reported_on_separate_episodes(tmp
 
 def test_slices_are_over_all_settings_with_a_value(sweep):
     seen = found(sweep)
-    eta, lr = report.slices(seen, "fmq")
+    lr, eta = report.slices(seen, "fmq")
     assert (eta.field, eta.values, lr.field, lr.values) == ("agent.eta", (0.3, 1.0, 3.0), "agent.adam.lr", (1e-4, 3e-4))
     for one in (eta, lr):
         for value, estimate in zip(one.values, one.estimates, strict=True):
@@ -408,8 +408,8 @@ def test_labels_are_short_and_tell_settings_apart(tmp_path):
 
     assert labels("one", "bc", {}) == ["bc"]
     assert labels("two", "bc", {"agent.adam.lr": 3e-4, "agent.flow.net.hidden": [64, 64]}, {}) == [
-        "bc hidden=64x64 lr=3e-4",
-        "bc hidden=128x128x128 lr=1e-3",
+        "bc lr=3e-4 hidden=64x64",
+        "bc lr=1e-3 hidden=128x128x128",
     ]
     assert labels(
         "same", "fmq", {"agent.eta": 1.0, "agent.beam.eta": 0.3}, {"agent.eta": 2.0, "agent.beam.eta": 0.5}

@@ -26,7 +26,7 @@ from jaxrl.rollout.executors import OPEN_LOOP
 from jaxrl.runs import checkpoint
 from jaxrl.training import loop as training
 from jaxrl.training.host_loop import decide, jitted_resume
-from jaxrl.types import Env, HostEnv, Leaf, Spec, on_host, pytree
+from jaxrl.types import Env, HostEnv, Leaf, Spec, pytree
 from tests import tiny, walk
 
 
@@ -540,8 +540,8 @@ def test_what_lacks_a_dataset_says_so(capsys):
 
 
 def test_an_environment_is_of_one_kind_or_the_other():
-    assert on_host(WalkEnv()) and isinstance(WalkEnv(), HostEnv)
-    assert not on_host(envs.make("point")) and isinstance(envs.make("point"), Env)
+    assert isinstance(WalkEnv(), HostEnv) and not isinstance(WalkEnv(), Env)
+    assert isinstance(envs.make("point"), Env) and not isinstance(envs.make("point"), HostEnv)
     with pytest.raises(UserError, match=r"lacks tasks; .* spec, horizon, tasks and builder"):
         envs.make("tests.rollout.test_host:lacking")
 
