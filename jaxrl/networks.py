@@ -1,11 +1,11 @@
-"""The networks. flax.linen lives in this file and nowhere else: agents see `network.init(key, *example)`,
+"""The networks. flax.linen is used only in this file: agents use `network.init(key, *example)`,
 which returns parameters, and `apply(network, params, *inputs)`.
 
-An observation is an array [..., O] or a dict of arrays: vectors [..., n] and images [..., H, W, C] of dtype uint8. What
-networks make of it is in `joined`, and nowhere else.
+An observation is an array [..., O] or a dict of arrays: vectors [..., n] and images [..., H, W, C] of dtype uint8. Only
+`joined` depends on the form of observations.
 
-Initialisation, the places of LayerNorm and the time features are those of the official code of FMQ, FQL, QC, DQC, QGF
-and of the offline regularizers, so that recorded values can be replayed.
+Initialization, the positions of LayerNorm and the time features are those of the official code of FMQ, FQL, QC, DQC,
+QGF and of the offline regularizers, so that recorded values can be replayed.
 """
 
 import math
@@ -19,17 +19,17 @@ import jax.numpy as jnp
 from jaxrl.types import Observation, PyTree
 
 TIME_FEATURES = 64
-ENCODER = "encoder_"  # begins the name of the parameters of an image's encoder, which the name of the image ends
+ENCODER = "encoder_"  # prefix of the parameter names of image encoders; the suffix is the name of the image
 
 Activation: TypeAlias = Literal["gelu", "mish", "relu"]
 Norm: TypeAlias = Literal["none", "after", "before", "before_but_last"]
-"""Where LayerNorm stands: after the activations (FQL, QC, DQC), before them (QGF's critics), or before all but the
+"""Position of LayerNorm: after the activations (FQL, QC, DQC), before them (QGF's critics), or before all but the
 last hidden one (QGF's policy)."""
 Init: TypeAlias = Literal["glorot", "torch"]
-"""How layers begin: weights uniform within sqrt(6 / (inputs + outputs)) and biases 0 (the flow methods), or both
-uniform within 1 / sqrt(inputs), as PyTorch's linear layers (the offline regularizers)."""
+"""Initialization: weights uniform within sqrt(6 / (inputs + outputs)) and biases 0 (the flow methods), or both
+uniform within 1 / sqrt(inputs), as in PyTorch's linear layers (the offline regularizers)."""
 TimeFeatures: TypeAlias = Literal["fourier", "sinusoidal", "raw"]
-"""How a network sees the time: slow waves (QC), fast ones (QGF), or the number itself (FQL, DQC)."""
+"""Encoding of the time: low frequencies (QC), high frequencies (QGF), or the number itself (FQL, DQC)."""
 
 
 class MLP(nn.Module):
@@ -38,7 +38,7 @@ class MLP(nn.Module):
     widths: Sequence[int]
     norm: Norm = "none"
     activation: Activation = "gelu"
-    last_scale: float = 1.0  # of the last layer's initial weights, where they are glorot
+    last_scale: float = 1.0  # of the last layer's initial weights, if they are glorot
     initial: Init = "glorot"
     epsilon: float = 1e-6  # of LayerNorm
 
@@ -68,7 +68,7 @@ def _dense(width: int, inputs: int, initial: Init, scale: float = 1.0) -> nn.Den
 
 
 class ImageEncoder(nn.Module):
-    """Features of images by a small residual network: OGBench's "impala_small" (IMPALA, arXiv 1802.01561, figure 3)."""
+    """A small residual image encoder: OGBench's "impala_small" (IMPALA, arXiv 1802.01561, figure 3)."""
 
     stacks: Sequence[int] = (16, 32, 32)  # channels; each stack halves height and width
     blocks: int = 1  # residual blocks per stack
@@ -90,11 +90,11 @@ class ImageEncoder(nn.Module):
 
 
 def joined(obs: Observation, *others: jax.Array) -> jax.Array:
-    """Returns observations and other inputs [..., n] side by side, as one vector per observation: [..., sum of n].
+    """Returns observations and other inputs [..., n] concatenated to one vector per observation: [..., sum of n].
 
-    Arrays stay as they are. Of a dict vectors are joined in the order of their names, and images as the features of an
-    encoder each, which belongs to the module that calls this. Features are repeated where other inputs have more
-    entries along an axis, see `repeat_for`.
+    For a dict, the arrays are concatenated in the order of their names, with images replaced by the features of one
+    encoder each, a submodule of the calling module. Features are broadcast where other inputs have more entries along
+    an axis, see `repeat_for`.
     """
     if not isinstance(obs, Mapping):
         return jnp.concatenate([obs, *others], axis=-1) if others else obs
@@ -105,10 +105,10 @@ def joined(obs: Observation, *others: jax.Array) -> jax.Array:
 
 
 def time_features(t: jax.Array, kind: TimeFeatures = "fourier", size: int = TIME_FEATURES) -> jax.Array:
-    """Returns features [..., size] of times [..., 1], or the times themselves: [cos(f_i t), sin(f_i t)].
+    """Returns features [cos(f_i t), sin(f_i t)] [..., size] of times [..., 1], or the times themselves ("raw").
 
-    The frequencies f_i fall from 1 to 1e-4 ("fourier"), or from 1e4 towards 1 ("sinusoidal", whose derivatives in t
-    are too steep for flow maps).
+    The frequencies f_i decrease from 1 to 1e-4 ("fourier"), or from 1e4 toward 1 ("sinusoidal", whose derivatives in t
+    are too large for flow maps).
     """
     if kind == "raw":
         return t
@@ -122,7 +122,7 @@ def time_features(t: jax.Array, kind: TimeFeatures = "fourier", size: int = TIME
 
 
 class Velocity(nn.Module):
-    """A field over flat chunks: v(s, x, t) with one time, average u(s, x, r, t) with two, a map of noise with none."""
+    """A network over flat chunks: v(s, x, t) with one time, u(s, x, r, t) with two, a map of noise with none."""
 
     size: int
     hidden: Sequence[int]
@@ -152,7 +152,7 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, obs: Observation, *action: jax.Array) -> jax.Array:
-        """Returns [heads, ...] for observations [..., O] and flat chunks [..., D]; without these, of states alone."""
+        """Returns [heads, ...] for observations [..., O] and flat chunks [..., D]; state values without chunks."""
         ensemble = nn.vmap(
             MLP,
             variable_axes={"params": 0},
@@ -166,7 +166,7 @@ class Critic(nn.Module):
 
 
 class QuantileCritic(nn.Module):
-    """An ensemble of independent critics that say any quantile Z_j(s, a, level) of the return (IQN, 1806.06923)."""
+    """An ensemble of independent quantile critics Z_j(s, a, level) of the return (IQN, 1806.06923)."""
 
     heads: int
     hidden: Sequence[int]
@@ -187,7 +187,7 @@ class QuantileCritic(nn.Module):
 
 
 class _Quantiles(nn.Module):
-    """One of them: features of the input times features of the level, cosines of 64 frequencies."""
+    """One quantile critic: features of the input times features of the level, cosines of 64 frequencies."""
 
     hidden: Sequence[int]
     initial: Init
@@ -203,7 +203,7 @@ class _Quantiles(nn.Module):
         return _dense(1, x.shape[-1], self.initial)(x)[..., 0]
 
     def normed(self, width: int, x: jax.Array) -> jax.Array:
-        """Returns a dense layer's outputs [..., width], normalised."""
+        """Returns a dense layer's normalized outputs [..., width]."""
         return nn.LayerNorm(1e-5)(_dense(width, x.shape[-1], self.initial)(x))
 
 
@@ -222,7 +222,7 @@ class Value(nn.Module):
 
 
 class Deterministic(nn.Module):
-    """A deterministic policy pi(s), squashed into the box by tanh."""
+    """A deterministic policy pi(s), squashed to [-1, 1] by tanh."""
 
     size: int
     hidden: Sequence[int]
@@ -233,7 +233,7 @@ class Deterministic(nn.Module):
 
     @nn.compact
     def __call__(self, obs: Observation, *others: jax.Array) -> jax.Array:
-        """Returns [..., size] in [-1, 1] for observations [..., O], and what else it depends on."""
+        """Returns [..., size] in [-1, 1] for observations [..., O], and further inputs."""
         layers = MLP((*self.hidden, self.size), self.norm, self.activation, self.last_scale, self.initial)
         return jnp.tanh(layers(joined(obs, *others)))
 
@@ -246,7 +246,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, obs: Observation, action: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns mean and logarithm of the standard deviation, [..., size] each, the latter within [-4, 15]."""
+        """Returns mean and log standard deviation, [..., size] each, the latter within [-4, 15]."""
         layers = MLP((*self.hidden, 2 * self.size), "none", "relu", 1.0, "torch")
         mean_and_log_std = layers(joined(obs, action))
         mean, log_std = jnp.split(mean_and_log_std, 2, axis=-1)
@@ -254,7 +254,7 @@ class Encoder(nn.Module):
 
 
 class Gaussian(nn.Module):
-    """A diagonal Gaussian over flat action chunks: its mean depends on the state, its width does not."""
+    """A diagonal Gaussian over flat action chunks with a state-dependent mean and a state-independent width."""
 
     size: int
     hidden: Sequence[int]
@@ -265,9 +265,9 @@ class Gaussian(nn.Module):
 
     @nn.compact
     def __call__(self, obs: Observation, *more: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns mean and logarithm of the standard deviation, [..., size] each.
+        """Returns mean and log standard deviation, [..., size] each.
 
-        For observations [..., O], and what else the mean depends on.
+        For observations [..., O], and further inputs of the mean.
         """
         layers = MLP((*self.hidden, self.size), self.norm, self.activation, 1e-2, self.initial)
         mean = layers(joined(obs, *more))
@@ -278,12 +278,12 @@ class Gaussian(nn.Module):
 
 
 class TemporalUNet(nn.Module):
-    """A field over trajectories: convolutions over time, coarser and coarser and back (policy-guided diffusion's).
+    """A U-Net over trajectories: convolutions over time with down- and upsampling (policy-guided diffusion's).
 
-    Trajectories have at least 2^(levels - 1) steps, and any number above.
+    Trajectories may have any number of steps from 2^(levels - 1) on.
     """
 
-    widths: Sequence[int]  # of the levels, multiples of 8; the time is seen through as many features as the first
+    widths: Sequence[int]  # of the levels, multiples of 8; the first is also the size of the time features
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -305,9 +305,9 @@ class TemporalUNet(nn.Module):
 
 
 def neighbours(x: jax.Array, reach: int) -> jax.Array:
-    """Returns [B, H, reach * F]: each step of x [B, H, F] with those around it, 0 beyond the ends.
+    """Returns [B, H, reach * F]: each step of x [B, H, F] with its neighbors, zero-padded.
 
-    An even reach takes one more step after than before, as convolutions of XLA do.
+    An even reach takes one more step after than before, as XLA's convolutions do.
     """
     before = (reach - 1) // 2
     padded = jnp.pad(x, ((0, 0), (before, reach - 1 - before), (0, 0)))
@@ -315,9 +315,9 @@ def neighbours(x: jax.Array, reach: int) -> jax.Array:
 
 
 def _convolve(x: jax.Array, width: int, reach: int, t: jax.Array | None = None) -> jax.Array:
-    """Returns a convolution over time, moved by features [B, T] of the noise's level, normalised and rectified.
+    """Returns a convolution over time, shifted by features [B, T] of the noise level, with GroupNorm and ReLU.
 
-    It is a dense layer over each step's neighbours, whose gradient is far quicker on CPUs than a convolution's.
+    It is a dense layer over each step's neighbors, whose gradient is much faster on CPUs than a convolution's.
     """
     x = nn.Dense(width)(neighbours(x, reach))
     if t is not None:
@@ -326,7 +326,7 @@ def _convolve(x: jax.Array, width: int, reach: int, t: jax.Array | None = None) 
 
 
 class Squashed(nn.Module):
-    """A diagonal Gaussian whose width depends on the state as well, made to be squashed by tanh."""
+    """A diagonal Gaussian with state-dependent mean and width, to be squashed by tanh."""
 
     size: int
     hidden: Sequence[int]
@@ -336,9 +336,9 @@ class Squashed(nn.Module):
 
     @nn.compact
     def __call__(self, obs: Observation) -> tuple[jax.Array, jax.Array]:
-        """Returns mean and logarithm of the standard deviation before tanh, [..., size] each, the latter in [-20, 2].
+        """Returns mean and log standard deviation before tanh, [..., size] each, the latter in [-20, 2].
 
-        At first that deviation is near exp(-1), so that actions do not crowd at the box's sides.
+        The initial standard deviation is near exp(-1), so that actions do not saturate at the bounds.
         """
         layers = MLP((*self.hidden, 2 * self.size), self.norm, self.activation, initial=self.initial)
         mean, log_std = jnp.split(layers(joined(obs)), 2, axis=-1)
@@ -351,7 +351,7 @@ def apply(network: nn.Module, params: PyTree, *inputs: jax.Array) -> jax.Array:
 
 
 def outputs_of(params: PyTree) -> int:
-    """Returns how many outputs a network of dense layers has: the width of its last layer, given its parameters."""
+    """Returns the number of outputs of a network of dense layers, given its parameters: the width of its last layer."""
     layers = params
     while not any(name.startswith("Dense_") for name in layers):
         layers = layers["params"] if "params" in layers else layers["MLP_0"]
@@ -360,9 +360,9 @@ def outputs_of(params: PyTree) -> int:
 
 
 def first_of(params: PyTree) -> PyTree:
-    """Returns the parameters of the first of an ensemble's networks, as those of an ensemble of one.
+    """Returns the parameters of the first network of an ensemble, as an ensemble of one.
 
-    Encoders of images are shared by all.
+    Image encoders are shared by all.
     """
 
     def own(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
@@ -374,7 +374,7 @@ def first_of(params: PyTree) -> PyTree:
 def repeat_for(candidates: jax.Array, obs: Observation) -> Observation:
     """Returns observations [B, N, ...]: each of `obs` [B, ...] once per candidate of [B, N, ...].
 
-    Images become [B, 1, H, W, C], so that each is encoded once: networks repeat its features.
+    Images become [B, 1, H, W, C], so that each is encoded once and its features are broadcast.
     """
 
     def repeated(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Numbers are checked against the range that their field declares, on the host and before anything is built."""
+"""Validation of numbers against the range declared by their field, on the host and before anything is built."""
 
 import dataclasses
 import math
@@ -13,13 +13,13 @@ from jaxrl.types import Checks, Scalar
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The closed interval that the numbers of a field lie in; None leaves a side open. See `check`."""
+    """The closed interval of allowed values of a field; None means unbounded. See `check`."""
 
     low: float | None = None
     high: float | None = None
 
     def __str__(self) -> str:
-        """Returns it as people say it."""
+        """Returns the interval as text."""
         if self.high is None:
             return f"at least {self.low}"
         return f"at most {self.high}" if self.low is None else f"in [{self.low}, {self.high}]"
@@ -28,17 +28,17 @@ class Range:
 Count: TypeAlias = Annotated[int, Range(1)]
 Natural: TypeAlias = Annotated[int, Range(0)]
 Widths: TypeAlias = Annotated[tuple[int, ...], Range(1)]
-"""Sizes of hidden layers, of which there may be none."""
+"""Sizes of hidden layers; may be empty."""
 Fraction: TypeAlias = Annotated[Scalar, Range(0, 1)]
 NonNegative: TypeAlias = Annotated[Scalar, Range(0)]
 Positive: TypeAlias = Annotated[Scalar, Range(1e-6)]
 
 
 def check(settings: Any, name: str | None = None) -> None:
-    """Raises UserError for the first number of a dataclass that is not finite or outside its field's `types.Range`.
+    """Raises UserError for the first number of a dataclass that is not finite or outside its field's `Range`.
 
-    Infinity is allowed where it is the upper bound of a range.
-    Fields that are dataclasses are checked as well, and so is what classes check of themselves (`types.Checks`).
+    Infinity is allowed if it is the upper bound of a range. Nested dataclasses are checked recursively, and the
+    `check` methods of classes (`types.Checks`) are called.
     """
     name = name or type(settings).__name__
     hints = typing.get_type_hints(type(settings), include_extras=True)
@@ -51,12 +51,12 @@ def check(settings: Any, name: str | None = None) -> None:
     if isinstance(settings, Checks):
         try:
             settings.check()
-        except UserError as error:  # which names the class, as a part does not know where it stands
+        except UserError as error:  # it names the class: a part does not know its own path
             raise UserError(str(error).replace(f"{type(settings).__name__}.", f"{name}.")) from None
 
 
 def _check_number(path: str, value: Any, hint: Any) -> None:
-    """Raises UserError where a field's value, a number or several, does not fit its annotation."""
+    """Raises UserError if a field's value, a number or several, violates its annotation."""
     ranges = [part for part in typing.get_args(hint) if isinstance(part, Range)]
     endless = any(allowed.high == math.inf for allowed in ranges)
     if hint is Scalar or (typing.get_origin(hint) is Annotated and typing.get_args(hint)[0] is Scalar):
@@ -71,7 +71,7 @@ def _check_number(path: str, value: Any, hint: Any) -> None:
 
 
 def check_at_least(settings: Any, **bounds: Scalar) -> None:
-    """Raises UserError where a field, by its name, is below a bound that depends on other fields."""
+    """Raises UserError if a named field is below its bound, for bounds that depend on other fields."""
     for name, low in bounds.items():
         value = getattr(settings, name)
         if not (np.asarray(value) >= np.asarray(low)).all():

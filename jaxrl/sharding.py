@@ -1,7 +1,7 @@
-"""One large run on several devices: environments, replay and batches are split among them, the agent is on each.
+"""One large run on several devices: environments, replay and batches are sharded, the agent is replicated.
 
-XLA divides the work along these arrays and sums the devices' gradients. Without a mesh in scope, nothing here has an
-effect. Members of a sweep need none of this, see `jaxrl.sweeps.population`.
+XLA partitions the computation along these arrays and sums the devices' gradients. Without a mesh in scope, nothing here
+has an effect. Sweeps do not use this, see `jaxrl.sweeps.population`.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ AXIS = "devices"
 
 @contextlib.contextmanager
 def across(count: int) -> Generator[None]:
-    """A context in which runs are spread over so many devices of this process; 1 changes nothing."""
+    """A context in which runs are sharded over `count` devices of this process; 1 changes nothing."""
     if count == 1:
         yield
         return
@@ -30,27 +30,27 @@ def across(count: int) -> Generator[None]:
 
 
 def check(agent: Agent, env: Env | HostEnv, envs: int, count: int) -> None:
-    """Raises UserError where a run of so many environments cannot be spread over so many devices.
+    """Raises UserError if a run of `envs` environments cannot be sharded over `count` devices.
 
-    That is known before anything is built.
+    Called before anything is built.
     """
     here, batch = len(jax.local_devices()), requirements(agent).batch
     if not 1 <= count <= here:
         raise UserError(f"devices = {count}: there are {here}")
     if count > 1 and isinstance(env, HostEnv):
-        raise UserError(f"devices = {count}: this environment's simulators step on the CPU, one device is enough")
+        raise UserError(f"devices = {count}: this environment's simulators run on the CPU, use one device")
     for name, size in (("the agent's batch", batch), ("schedule.envs", envs)):
         if size is not None and size % count:
             raise UserError(f"{name} = {size}: must be a multiple of the {count} devices")
 
 
 def several() -> bool:
-    """Whether there is a context of several devices."""
+    """Returns whether a context of several devices is active."""
     return AXIS in jax.sharding.get_abstract_mesh().axis_names
 
 
 def spec_of(leaf: Any, devices: int) -> PartitionSpec:
-    """Returns how an array is split: its first axis among the devices, if they divide it, else not at all."""
+    """Returns the partition of an array: its first axis over the devices if divisible, else replicated."""
     return PartitionSpec(AXIS) if leaf.ndim and leaf.shape[0] % devices == 0 else PartitionSpec()
 
 
@@ -60,7 +60,7 @@ def lay(x: Any, spec: PartitionSpec) -> Any:
 
 
 def spread(tree: PyTree) -> PyTree:
-    """Returns trees [N, ...] split among the devices in scope, within a program or not."""
+    """Returns trees [N, ...] sharded over the devices in scope, inside or outside of a program."""
     if not several():
         return tree
     count = jax.sharding.get_abstract_mesh().size
@@ -68,7 +68,7 @@ def spread(tree: PyTree) -> PyTree:
 
 
 def shared(tree: PyTree) -> PyTree:
-    """Returns a tree replicated on the devices in scope, within a program or not."""
+    """Returns a tree replicated on the devices in scope, inside or outside of a program."""
     if not several():
         return tree
     return jax.tree.map(lambda x: lay(x, PartitionSpec()), tree)

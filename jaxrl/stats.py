@@ -1,10 +1,10 @@
 """Statistics of results, on the host: intervals of a success rate and of a mean, IQM, stratified bootstrap, probability
 of improvement, performance profiles.
 
-Every interval is two-sided and is returned as plain floats. What has no interval (one run, a NaN) is refused, never
-reported as an interval of width zero.
+Every interval is two-sided and is returned as plain floats. Input without an interval (one run, a NaN) raises an error
+instead of giving an interval of width zero.
 
-Scores are a table [runs, tasks], or a tuple of one array [runs] for each task, where tasks differ in how many runs.
+Scores are a table [runs, tasks], or a tuple of one array [runs] per task if tasks have different numbers of runs.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ DRAWS_AT_ONCE = 4_000_000  # numbers drawn at a time by the bootstrap: 32 MB
 def success_interval(successes: int, episodes: int, level: float = 0.95) -> tuple[float, float]:
     """Returns (low, high), the Wilson score interval of a success rate.
 
-    Episodes count as independent with one common rate: pool those of one policy, not those of several runs.
+    Assumes independent episodes with one common rate: pool episodes of one policy, not of several runs.
 
     Raises:
         UserError: no episodes, a count that is not whole or outside 0..episodes, a level outside (0, 1).
@@ -54,7 +54,7 @@ def mean_interval(x: ArrayLike, level: float = 0.95, *, resamples: int = 9_999, 
 def iqm(x: ArrayLike, axis: int | None = None) -> np.ndarray | np.floating:
     """Returns the interquartile mean: the mean without the lowest and the highest quarter, over `axis` or all of x.
 
-    Each quarter is rounded down to whole values, so of fewer than four nothing is cut.
+    Each quarter is rounded down to whole values, so with fewer than four values nothing is cut.
 
     Raises:
         UserError: no values, a NaN or infinity.
@@ -76,9 +76,9 @@ def stratified_bootstrap(
 ) -> tuple[float, float, float]:
     """Returns (point, low, high) of a statistic of the pooled scores, with its percentile interval.
 
-    Each resample draws as many runs as there are, with replacement and anew for each task: which tasks there are is
-    fixed and only the runs are random. `statistic` is called as numpy's are, `statistic(pooled, axis=-1)`, on
-    [resamples, all runs of all tasks]: `iqm`, `numpy.mean` and `numpy.median` fit.
+    Each resample draws as many runs as there are, with replacement and independently per task: tasks are fixed and only
+    the runs are random. `statistic` has the signature of numpy's, `statistic(pooled, axis=-1)`, and is called on
+    [resamples, all runs of all tasks]; `iqm`, `numpy.mean` and `numpy.median` fit.
 
     With few runs the interval is too narrow (a property of the percentile bootstrap): prefer ten or more.
 
@@ -110,11 +110,11 @@ def stratified_bootstrap(
 def probability_of_improvement(
     x: Scores, y: Scores, *, resamples: int = 9_999, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Returns (point, low, high): how probably a run of x scores higher than one of y, with its percentile interval.
+    """Returns (point, low, high): the probability that a run of x scores higher than a run of y, with its interval.
 
-    Of each task, the share of the pairs in which x is higher, equal scores counting half (the Mann-Whitney statistic
-    over the number of pairs); then the mean over tasks. The bootstrap draws the runs of x and of y anew for each task.
-    Where every pair says the same, no resample says otherwise, and both ends equal the point.
+    Per task, the fraction of pairs in which x is higher, with ties counting half (the Mann-Whitney statistic divided by
+    the number of pairs); then the mean over tasks. The percentile bootstrap resamples the runs of x and of y per task.
+    If all pairs agree, all resamples agree too, and both bounds equal the point.
 
     Raises:
         UserError: different numbers of tasks, a task with fewer than 2 runs, a NaN or infinity, no resamples, a level
@@ -140,9 +140,9 @@ def probability_of_improvement(
 def performance_profile(
     scores: Scores, thresholds: ArrayLike, *, resamples: int = 2_000, seed: int = 0, level: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns (share, low, high) [thresholds]: the share of runs that score above each, with pointwise intervals.
+    """Returns (fraction, low, high) [thresholds]: the fraction of runs that score above each, with pointwise intervals.
 
-    The share is the mean of the tasks' shares; resamples draw runs anew for each task.
+    The fraction is the mean over tasks; runs are resampled per task.
 
     Raises:
         UserError: a task with fewer than 2 runs, no tasks, a NaN or infinity, no resamples, a level outside (0, 1).
@@ -158,12 +158,12 @@ def performance_profile(
 
 
 def _weights(generator: np.random.Generator, runs: int, resamples: int) -> np.ndarray:
-    """Returns how often each resample draws each run, as shares [resamples, runs]."""
+    """Returns how often each resample draws each run, as fractions [resamples, runs]."""
     return generator.multinomial(runs, np.full(runs, 1 / runs), size=resamples) / runs
 
 
 def _strata(name: str, scores: Scores) -> tuple[np.ndarray, ...]:
-    """Returns the runs of each task. Raises UserError where a task has fewer than two."""
+    """Returns the runs of each task. Raises UserError if a task has fewer than two."""
     if isinstance(scores, tuple) and scores and all(isinstance(one, np.ndarray) for one in scores):
         strata = tuple(_finite(f"{name}[{i}]", one) for i, one in enumerate(scores))
         if any(one.ndim != 1 or len(one) < 2 for one in strata):
@@ -177,7 +177,7 @@ def _strata(name: str, scores: Scores) -> tuple[np.ndarray, ...]:
 
 
 def _finite(name: str, x: ArrayLike) -> np.ndarray:
-    """Returns x as float64; refuses what is empty or holds a NaN or infinity."""
+    """Returns x as float64. Raises UserError if it is empty or contains a NaN or infinity."""
     values = np.asarray(x, dtype=np.float64)
     if values.size == 0:
         raise UserError(f"{name} is empty (shape {values.shape}): at least one value is needed")

@@ -1,7 +1,7 @@
-"""The vocabulary shared by every part of jaxrl: sizes, states, batches, phases, and the Protocols.
+"""The types shared by all parts of jaxrl: sizes, states, batches, phases, and the Protocols.
 
-Nothing here computes. An agent or an environment belongs to jaxrl by having the right shape, never by inheriting from
-a class of ours. What only some of them have is a Protocol of its own, and `isinstance` asks for it.
+Nothing here computes. Agents and environments are structurally typed and need not inherit from a jaxrl class. Optional
+capabilities are separate Protocols, checked with `isinstance`.
 """
 
 import dataclasses
@@ -36,21 +36,21 @@ else:
             return isinstance(value, int | float | np.number | np.ndarray | jax.Array | jax.ShapeDtypeStruct)
 
     class Scalar(metaclass=_Number):
-        """A hyper-parameter that may be swept without compiling again: a leaf of its agent.
+        """A hyperparameter that can be swept without recompiling: a leaf of its agent.
 
-        A float or an array to the type checker and to the program, a float to the command line.
+        A float or an array for the type checker and the program, a float on the command line.
         """
 
 
 PyTree: TypeAlias = Any
 Metrics: TypeAlias = Mapping[str, jax.Array]
 Observation: TypeAlias = Any
-"""An array [..., O], or a dict of arrays, each with a dtype of its own; those of uint8 are images [..., H, W, C]."""
+"""An array [..., O], or a dict of arrays of different dtypes; uint8 arrays are images [..., H, W, C]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One named array of an observation that is a dict: the shape and the dtype of one of them."""
+    """Name, shape and dtype of one array of a dict observation."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,30 +59,30 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The sizes that an agent is built for, and which part of an observation each of its networks sees.
+    """The sizes that an agent is built for, and the part of an observation that each of its networks sees.
 
     An observation is an array of `observation` entries, of which the last `goal` are the goal. Or it is a dict of the
-    arrays that `observation` lists; then its goal, if it has one, is the key "goal", with `goal` entries.
+    arrays listed in `observation`; then its goal, if it has one, is the key "goal", with `goal` entries.
     """
 
     observation: int | tuple[Leaf, ...]
     action: int
     goal: int = 0
     actor_keys: tuple[str, ...] = ()
-    """Keys of a dict that policies see; empty: all of them."""
+    """Keys of a dict observation that policies see; empty: all."""
     critic_keys: tuple[str, ...] = ()
-    """Keys of a dict that critics and values see; empty: all of them."""
+    """Keys of a dict observation that critics and values see; empty: all."""
 
     def actor(self, obs: Observation) -> Observation:
-        """Returns what policies see of observations [..., O], the arrays of a dict as vectors [..., n] or images."""
+        """Returns the part of observations [..., O] that policies see, dict arrays as vectors [..., n] or images."""
         return self._seen(obs, self.actor_keys)
 
     def critic(self, obs: Observation) -> Observation:
-        """Returns what critics and values see of observations [..., O], in the same form."""
+        """Returns the part of observations [..., O] that critics and values see, in the same form."""
         return self._seen(obs, self.critic_keys)
 
     def behaviour(self, obs: Observation) -> Observation:
-        """Returns what a model of the data's behaviour sees: what policies see, but for the goal."""
+        """Returns the part that a behavior model of the data sees: that of policies without the goal."""
         obs = self.actor(obs)
         if not self.goal:
             return obs
@@ -91,7 +91,7 @@ class Spec:
         return obs[..., : obs.shape[-1] - self.goal]
 
     def without_goal(self) -> "Spec":
-        """Returns the sizes of the same observations without the goal, as datasets hold them."""
+        """Returns the sizes of the observations without the goal, as stored in datasets."""
         if isinstance(self.observation, int):
             return dataclasses.replace(self, observation=self.observation - self.goal, goal=0)
         keys = (tuple(name for name in chosen if name != "goal") for chosen in (self.actor_keys, self.critic_keys))
@@ -99,7 +99,7 @@ class Spec:
         return Spec(leaves, self.action, 0, *keys)
 
     def example(self) -> Observation:
-        """Returns one observation of zeros, to initialise networks with."""
+        """Returns one observation of zeros, for initializing networks."""
         if isinstance(self.observation, int):
             return jnp.zeros(self.observation)
         return {leaf.name: jnp.zeros(leaf.shape, leaf.dtype) for leaf in self.observation}
@@ -118,7 +118,7 @@ def _flat(x: jax.Array, leaf: Leaf) -> jax.Array:
 
 
 def count_of(tree: PyTree) -> int:
-    """Returns the length of the leading axis, which all leaves of a tree share."""
+    """Returns the length of the leading axis shared by all leaves of a tree."""
     return len(jax.tree.leaves(tree)[0])
 
 
@@ -130,9 +130,9 @@ class Static:
 
 
 def _shapes_the_program(hint: Any) -> bool:
-    """Returns whether the values of an annotation select code: int, bool, str, None, Literal, and compounds of these.
+    """Returns whether an annotation's values are static: int, bool, str, None, Literal, and compounds of these.
 
-    So do `Spec`, and classes derived from `Static`.
+    `Spec` and subclasses of `Static` are static too.
     """
     if get_origin(hint) is Annotated:
         return _shapes_the_program(get_args(hint)[0])
@@ -152,17 +152,16 @@ GivenState = TypeVar("GivenState", contravariant=True)
 def pytree(cls: type[T]) -> type[T]:
     """Returns `cls` as a frozen dataclass registered with JAX.
 
-    Fields annotated `int`, `bool`, `str`, `Spec`, `Literal`, by a class derived from `Static`, or by tuples and unions
-    of these, are static: they shape the program. Every other field, `Scalar` included, is a leaf or a subtree.
-    Annotations may be strings, as `from __future__ import annotations` makes them. Raises TypeError for one that
-    cannot be resolved.
+    Fields annotated with `int`, `bool`, `str`, `Spec`, `Literal`, a subclass of `Static`, or tuples and unions of these
+    are static: they determine the program. All other fields, including `Scalar`, are leaves or subtrees. Annotations
+    may be strings, as with `from __future__ import annotations`. Raises TypeError for one that cannot be resolved.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     try:
         hints = typing.get_type_hints(cls, include_extras=True)
     except NameError as error:
         raise TypeError(
-            f"{cls.__name__}: an annotation names {error.name!r}, which its module does not define at the top"
+            f"{cls.__name__}: an annotation names {error.name!r}, which is not defined at module level"
         ) from error
     names = [field.name for field in dataclasses.fields(cls)]
     static = [name for name in names if _shapes_the_program(hints[name])]
@@ -172,13 +171,13 @@ def pytree(cls: type[T]) -> type[T]:
 
 @pytree
 class EnvState:
-    """One environment at one time. `reset` and `step` return the same tree, so it can be scanned and vmapped."""
+    """The state of one environment. `reset` and `step` return the same tree, so it can be scanned and vmapped."""
 
-    physics: PyTree  # whatever the simulator carries
+    physics: PyTree  # the simulator's state
     obs: Observation  # [O], or a dict of arrays
     reward: jax.Array  # [], of the step that led here
-    terminated: jax.Array  # [] bool: the task ended here, the future is worth nothing
-    truncated: jax.Array  # [] bool: the clock ran out here, the future would have gone on
+    terminated: jax.Array  # [] bool: the task ended here, no bootstrap
+    truncated: jax.Array  # [] bool: the time limit was reached here, bootstrap
     success: jax.Array  # [] bool: the task is solved, now or earlier in this episode
     steps: jax.Array  # [] int32, since the reset
     info: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
@@ -186,38 +185,38 @@ class EnvState:
 
 @pytree
 class History:
-    """The k steps before each of B windows, the oldest first; none of them is from another episode."""
+    """The k steps before each of B windows, oldest first, from the same episode."""
 
     obs: Observation  # [B, k, ...]
     actions: jax.Array  # [B, k, A]
     rewards: jax.Array  # [B, k]
-    valid: jax.Array  # [B, k] float, 0 where the episode had not begun yet, or is no longer stored
+    valid: jax.Array  # [B, k] float, 0 before the episode's start, and for steps no longer stored
 
 
 @pytree
 class Batch:
-    """B windows of H steps, none of which leaves its episode: what was done, and what came of it within k steps."""
+    """B windows of H steps, each within one episode: actions, and the outcome after k steps."""
 
     obs: Observation  # [B, O] at the first step
-    actions: jax.Array  # [B, H, A]; where an episode ended, its last action is repeated
-    rewards: jax.Array  # [B, H], 0 where they do not count
-    valid: jax.Array  # [B, H] float, 1 for the steps that happened
+    actions: jax.Array  # [B, H, A]; after the end of an episode, its last action is repeated
+    rewards: jax.Array  # [B, H], 0 for steps that do not count
+    valid: jax.Array  # [B, H] float, 1 for executed steps
     terminated: jax.Array  # [B] bool: the task was over after k steps, no bootstrap
     next_obs: Observation  # [B, O] after k steps, never from another episode
-    steps: jax.Array  # [B] int32: k, the steps that happened, or fewer where a goal was reached on the way
-    next_action: jax.Array | None = None  # [B, A] that the data take at next_obs; means nothing where none is taken
-    followed: jax.Array | None = None  # [B] float, 1 where one is
+    steps: jax.Array  # [B] int32: k, the number of executed steps, or fewer if a goal was reached earlier
+    next_action: jax.Array | None = None  # [B, A] of the data at next_obs; undefined if there is none
+    followed: jax.Array | None = None  # [B] float, 1 if there is a next action
     extra: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # [B, ...] at the first step, `Ring.extra`
-    history: History | None = None  # of the steps before, where the agent asks for some
+    history: History | None = None  # of the previous steps, if the agent requires them
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A stretch of equal epochs: what each of their iterations does.
+    """A sequence of equal epochs, defined by what each iteration does.
 
-    An iteration executes one decision in every environment if it `collects`, and then makes `updates` gradient steps
-    on windows of the `data`: the dataset, the replay, both, or none, as on-policy agents do, which learn from what was
-    just collected.
+    An iteration executes one decision in every environment if the phase `collects`, and then makes `updates` gradient
+    steps on windows of the `data`: the dataset, the replay, both, or none, for on-policy agents, which learn from the
+    steps just collected.
     """
 
     name: str
@@ -225,30 +224,30 @@ class Phase:
     iterations: int  # per epoch
     collects: bool
     updates: int  # gradient steps per iteration
-    reward: tuple[float, float] = (1.0, 0.0)  # (scale, shift) of rewards on their way into the replay
+    reward: tuple[float, float] = (1.0, 0.0)  # (scale, shift) of rewards written to the replay
     data: Literal["dataset", "replay", "both", "none"] = "both"
     evaluated: bool = True  # whether the agent is evaluated in and after this phase
 
 
 @dataclasses.dataclass(frozen=True)
 class Requirements:
-    """What an agent needs of its data; checked before anything is built."""
+    """An agent's requirements on its data; checked before anything is built."""
 
-    window: int = 1  # steps of a window; an episode is to be at least as long
+    window: int = 1  # steps of a window; episodes must be at least as long
     history: int = 0  # steps before a window
     columns: tuple[str, ...] = ()  # further columns of the dataset
-    unit_rewards: bool = False  # rewards in [0, 1], as values are probabilities
-    dataset: bool = False  # a dataset beside or instead of the replay, as every update looks something up in it
-    kdtree: bool = False  # KD-trees of the dataset's rows, where the device is a CPU
-    batch: int | None = None  # windows per update, which are divided among devices; None: it does not say
+    unit_rewards: bool = False  # rewards in [0, 1], because values are probabilities
+    dataset: bool = False  # a dataset in addition to or instead of the replay, because every update looks it up
+    kdtree: bool = False  # KD-trees of the dataset's rows, if the device is a CPU
+    batch: int | None = None  # windows per update, which are sharded over devices; None: unspecified
 
 
 @runtime_checkable
 class Checks(Protocol):
-    """Settings that are to fit each other."""
+    """Settings with constraints between fields."""
 
     def check(self) -> None:
-        """Raises UserError where they do not, before anything is built."""
+        """Raises UserError if a constraint is violated, before anything is built."""
         ...
 
 
@@ -257,10 +256,10 @@ class Checks(Protocol):
 
 @runtime_checkable
 class Learner(Protocol[State]):
-    """What is trained: agents, models of dynamics or of data. A frozen dataclass of settings with pure methods."""
+    """Anything trainable: agents, dynamics models, models of data. A frozen dataclass of settings with pure methods."""
 
     def init(self, key: jax.Array, spec: Spec) -> State:
-        """Returns the initial state: parameters, optimiser, counters."""
+        """Returns the initial state: parameters, optimizer, counters."""
         ...
 
     def sample(self, data: Any, key: jax.Array) -> Any:
@@ -268,7 +267,7 @@ class Learner(Protocol[State]):
         ...
 
     def update(self, state: State, batch: Any, key: jax.Array, data: Any = ()) -> tuple[State, Metrics]:
-        """Returns the state after one gradient step, and its scalar metrics; `data` serves lookups in all of them."""
+        """Returns the state after one gradient step, and its scalar metrics; `data` allows lookups in the full data."""
         ...
 
 
@@ -278,25 +277,25 @@ class Agent(Learner[State], Protocol[State]):
 
     @property
     def chunk(self) -> int:
-        """How many actions one decision holds (H)."""
+        """Number of actions per decision (H)."""
         ...
 
     def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
-        """Returns action chunks [B, H, A] in [-1, 1] for observations [B, O]; `greedy` acts as in evaluation."""
+        """Returns action chunks [B, H, A] in [-1, 1] for observations [B, O]; `greedy` is for evaluation."""
         ...
 
 
 @runtime_checkable
 class Requires(Protocol):
-    """An agent with requirements of its data. Those of the others are a window of one chunk."""
+    """An agent with requirements on its data. The default is a window of one chunk."""
 
     def requires(self) -> Requirements:
-        """Returns what its data must have."""
+        """Returns the requirements."""
         ...
 
 
 def requirements(agent: Agent) -> Requirements:
-    """Returns what an agent needs of its data: what it says (`Requires`), else windows of one chunk."""
+    """Returns an agent's requirements on its data: its own (`Requires`), else windows of one chunk."""
     return agent.requires() if isinstance(agent, Requires) else Requirements(window=agent.chunk)
 
 
@@ -305,7 +304,7 @@ class ChecksData(Protocol):
     """An agent for which a dataset can be too small or too large."""
 
     def check_data(self, transitions: int) -> None:
-        """Raises UserError where a dataset of so many transitions does not fit the agent's settings."""
+        """Raises UserError if a dataset of `transitions` transitions does not fit the agent's settings."""
         ...
 
 
@@ -314,13 +313,13 @@ class Fitting(Protocol[State]):
     """An agent whose initial state depends on the dataset, such as on the spread of its observations."""
 
     def fit(self, state: State, data: Any) -> State:
-        """Returns the initial state, knowing the data."""
+        """Returns the initial state fitted to the data."""
         ...
 
 
 @runtime_checkable
 class Deriving(Protocol):
-    """An agent that learns from columns which follow from others, such as returns to go."""
+    """An agent that learns from derived columns, such as returns-to-go."""
 
     def derive_columns(self, data: Any) -> Any:
         """Returns the data with these columns in `Ring.extra`."""
@@ -338,7 +337,7 @@ class Staged(Protocol[State]):
 
 @runtime_checkable
 class Scheduling(Protocol):
-    """An agent that names phases of its own, instead of offline and then online ones."""
+    """An agent that defines its own phases, instead of offline, then online."""
 
     def phases(self, schedule: Any, length: int, reward: tuple[float, float]) -> tuple[Phase, ...]:
         """Returns the phases of a `training.schedule.Schedule`, in order.
@@ -350,7 +349,7 @@ class Scheduling(Protocol):
 
 @runtime_checkable
 class Remembering(Protocol[GivenState]):
-    """An agent that acts with a memory per environment, or whose decisions leave more behind than actions.
+    """An agent that acts with a memory per environment, or whose decisions store more than actions.
 
     `extras` such as log-probabilities, values, raw actions or denoising chains are stored with the steps.
     """
@@ -368,11 +367,11 @@ class Remembering(Protocol[GivenState]):
 
 @runtime_checkable
 class OnPolicy(Protocol[State]):
-    """An agent that learns from what it has just done, in phases that collect and whose data is "none"."""
+    """An agent that learns from the steps just collected, in phases that collect and have data "none"."""
 
     @property
     def unroll(self) -> int:
-        """How many decisions per environment it learns from at a time."""
+        """Number of decisions per environment for one update."""
         ...
 
     def learn_from(self, state: State, unroll: Any, key: jax.Array) -> tuple[State, Metrics]:
@@ -382,7 +381,7 @@ class OnPolicy(Protocol[State]):
 
 @runtime_checkable
 class Density(Protocol[GivenState]):
-    """An agent that knows how likely its actions are."""
+    """An agent with a tractable action density."""
 
     def log_density(self, state: GivenState, obs: Observation, action: jax.Array) -> jax.Array:
         """Returns log pi(a | s) [N] of observations [N, O] and actions [N, A]."""
@@ -394,9 +393,9 @@ class Density(Protocol[GivenState]):
 
 @runtime_checkable
 class Env(Protocol):
-    """A simulator as two pure functions of one environment; `vmap` makes it many.
+    """A simulator as two pure functions of a single environment, to be vmapped.
 
-    `step` never resets and may be called with actions in [-1, 1] only.
+    `step` never resets; actions must be in [-1, 1].
     """
 
     @property
@@ -434,30 +433,30 @@ class HostEnv(Protocol):
 
     @property
     def tasks(self) -> int:
-        """How many tasks the episodes go through, numbered from 1; 0: the simulator has only one."""
+        """Number of tasks that the episodes cycle through, numbered from 1; 0: the simulator has only one."""
         ...
 
     def builder(self, picture: int = 0) -> Callable[[], Any]:
-        """Returns what makes one simulator, see `jaxrl.rollout.workers`; with `picture`, one that renders so large.
+        """Returns a factory of simulators, see `jaxrl.rollout.workers`; `picture` is the render size in pixels.
 
-        It is pickled and called in worker processes, so it is a function of a module that imports no JAX.
+        It is pickled and called in worker processes, so it must be a function of a module that imports no JAX.
         """
         ...
 
 
 @runtime_checkable
 class NamesDataset(Protocol):
-    """An environment that a published dataset belongs to."""
+    """An environment with a published dataset."""
 
     @property
     def dataset(self) -> str:
-        """Name of the dataset's file, without its ending."""
+        """Name of the dataset's file, without extension."""
         ...
 
 
 @runtime_checkable
 class Relabels(Protocol):
-    """An environment that knows the rewards of data recorded in it."""
+    """An environment that can compute the rewards of data recorded in it."""
 
     def relabel(self, observations: Any, actions: Any, next_observations: Any) -> tuple[Any, Any]:
         """Returns rewards [N] and whether the task ended [N], of transitions."""
@@ -466,7 +465,7 @@ class Relabels(Protocol):
 
 @runtime_checkable
 class NamesGoals(Protocol):
-    """An environment that knows what states are as goals."""
+    """An environment that maps states to goals."""
 
     def goal_of(self, states: Any) -> Any:
         """Returns goals [N, G] of states [N, S]."""
@@ -478,13 +477,13 @@ class Drawable(Protocol):
     """An environment whose observations can be drawn."""
 
     def draw(self, obs: Any, size: int) -> Any:
-        """Returns a picture of an observation, `size` pixels high."""
+        """Returns an image of an observation, `size` pixels high."""
         ...
 
 
 @runtime_checkable
 class HasBehaviours(Protocol):
-    """An environment with scripted behaviours of several levels."""
+    """An environment with scripted behaviors of several levels."""
 
     def behaviour(self, level: str) -> "Behaviour":
         """Returns the scripted policy of a level."""
@@ -493,37 +492,37 @@ class HasBehaviours(Protocol):
 
 @runtime_checkable
 class Explorable(Protocol):
-    """An environment that has a version of itself for recording, such as one that does not end at success."""
+    """An environment with a variant for recording, such as one that does not end at success."""
 
     def explore(self) -> Env:
-        """Returns that version."""
+        """Returns the variant for recording."""
         ...
 
 
 class Script(Protocol):
-    """A scripted behaviour that a worker process records. It can be pickled."""
+    """A picklable scripted behavior that a worker process records."""
 
     @property
     def dataset(self) -> str:
-        """The name of what it records."""
+        """The name of the recorded dataset."""
         ...
 
     def __call__(self, job: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Returns the columns of the episode (seed, number)."""
+        """Returns the columns of the episode with this (seed, number)."""
         ...
 
 
 @runtime_checkable
 class Recordable(Protocol):
-    """A `HostEnv` with scripted behaviours."""
+    """A `HostEnv` with scripted behaviors."""
 
     def recording(self, behaviour: str | None, steps: int) -> tuple[Script, int]:
-        """Returns a behaviour's script, and how many of its episodes have so many steps."""
+        """Returns a behavior's script, and the number of its episodes for at least `steps` steps."""
         ...
 
 
 class Behaviour(Protocol):
-    """A scripted policy that acts inside the program; what it must remember is its `memory`."""
+    """A scripted policy that acts inside the program, with a `memory`."""
 
     def start(self, state: EnvState, key: jax.Array) -> PyTree:
         """Returns the memory at the start of an episode."""

@@ -17,6 +17,7 @@ import optax
 
 from jaxrl.agents import learner
 from jaxrl.agents.learner import State
+from jaxrl.agents.parts import Adam
 from jaxrl.agents.parts import with_fields as with_fields
 from jaxrl.data.files import Dataset
 from jaxrl.ops import normalizer
@@ -78,6 +79,26 @@ def linear_heads(bias: jax.Array, slope: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.stack([b + c * x for b, c in zip(bias, slope, strict=True)])
 
 
+def lines(p: PyTree, s: jax.Array, a: jax.Array) -> jax.Array:
+    """Returns critics b_j + c_j (sum of the action) + s, for a `formula`."""
+    return linear_heads(p["bias"], p["slope"], a.sum(axis=-1)) + s[None, ..., 0]
+
+
+def leaning(p: PyTree, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a mean m + l s and the logarithm w of the standard deviation, for a `formula`; m is one per entry."""
+    mean = jnp.broadcast_to(p["mean"], (*s.shape[:-1], p["mean"].size)) + p["lean"] * s[..., :1]
+    return mean, jnp.broadcast_to(p["width"], mean.shape)
+
+
+@pytree
+class Descent(Adam):
+    """Plain gradient descent, instead of Adam."""
+
+    def transformation(self) -> optax.GradientTransformation:
+        """Returns it as optax has it."""
+        return optax.sgd(self.lr)
+
+
 def batch_of(rewards, valid=None, terminated=None, **fields) -> Batch:
     """Returns windows with rewards [B, H], one observation and one action; what is not said is 0, valid and goes on."""
     rewards = jnp.asarray(rewards, jnp.float32)
@@ -130,12 +151,13 @@ def some_data(spec: Spec) -> Ring:
 def state_of(
     params: dict[str, PyTree], target: dict[str, PyTree] | None = None, optimizer=None, spec: Spec = NARROW
 ) -> State:
-    """Returns the state with these parameters; the target is a copy of the critic, if there is one, unless given.
+    """Returns the state with these parameters, for raw observations.
 
-    `optimizer` is one for all networks, or those of each network by its name.
+    The target is a copy of the critic, if there is one, unless given. `optimizer` is one for all networks, or those of
+    each network by its name.
     """
     params, target = (jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree) for tree in (params, target))
-    state = learner.create(spec, params, optimizer or optax.adam(0.0), *{"critic"} & params.keys())
+    state = learner.create(spec, params, optimizer or optax.adam(0.0), *{"critic"} & params.keys(), normalized=True)
     return state if target is None else dataclasses.replace(state, target=target)
 
 

@@ -257,7 +257,7 @@ def test_stored_policy_moved_by_the_radius():
 @of(SWEEP)
 def test_scalars_alone_keep_the_program(executed):
     lines = printed(executed.notebook)["scalars"].splitlines()
-    assert "alpha" in lines[0] and "batch_size" not in lines[0]
+    assert "td3.critic_adam.lr" in lines[0] and "batch" not in lines[0]
     assert lines[1:] == ["another alpha, the same program: True", "another batch size, the same program: False"]
 
 
@@ -265,7 +265,7 @@ def test_scalars_alone_keep_the_program(executed):
 def test_an_interrupted_sweep_goes_on_by_the_same_command(executed):
     for notebook, epochs in ((executed.notebook, 4), (stored(SWEEP), 8)):
         parts = [printed(notebook)[cell] for cell in ("interrupt", "again")]
-        assert "go on with: jaxrl sweep --resume runs/alpha\nexit code 75\n" in parts[0]
+        assert "with: jaxrl sweep --resume runs/alpha\nexit code 75\n" in parts[0]
         assert parts[1].endswith("exit code 0\n")
         seen = [[int(epoch) for epoch in re.findall(r"^program.* epoch +(\d+)", part, re.MULTILINE)] for part in parts]
         assert seen[0] and seen[1] and seen[0] + seen[1] == list(range(1, epochs + 1))
@@ -278,7 +278,7 @@ def test_the_absurd_learning_rate_diverges_and_harms_no_other(executed):
         result = json.loads(printed(notebook)["again"].splitlines()[-2].removeprefix("result: "))
         assert (result["members"], result["diverged"]) == (members, diverged)
         assert result["finished"] == members - diverged
-        assert result["best"]["values"]["agent.critic_lr"] < 1
+        assert result["best"]["values"]["agent.td3.critic_adam.lr"] < 1
 
 
 @of(SWEEP)
@@ -288,7 +288,7 @@ def test_halving_halves_twice(executed):
 
 
 def test_stored_sweep_found_the_ridge_between_critic_and_data():
-    scores = re.findall(r"alpha=(\d+) critic_lr=\S+ +(\d\.\d\d) \[", printed(stored(SWEEP))["report"])
+    scores = re.findall(r"alpha=(\d+) lr=\S+ +(\d\.\d\d) \[", printed(stored(SWEEP))["report"])
     assert scores[0][0] == "30" and float(scores[0][1]) > 0.8
     rates = re.findall(r"alpha +(\S+): success of its seeds (\d\.\d\d) (\d\.\d\d)", printed(stored(SWEEP))["run"])
     means = {alpha: (float(one) + float(other)) / 2 for alpha, one, other in rates}

@@ -4,7 +4,7 @@
 
 Each seed is trained offline once. From that same carry the online phase is run as published (`FMQ`), without guidance
 (`eta = 0`: the online policy only distils its anchor, while the critic goes on learning) and with a fixed radius
-(`adaptive = False`). The last agents are evaluated twice more on the same episodes: with beam search, and with a single
+(`beta = 0`). The last agents are evaluated twice more on the same episodes: with beam search, and with a single
 sample instead of the best of 32, which shows the policy without the critic's choice at test time. Behaviour cloning on
 the same data is the baseline. The `FMQ` rows are those of `jaxrl train --seed S`, epoch by epoch.
 
@@ -32,7 +32,7 @@ from jaxrl.runs.presets import preset
 from jaxrl.training import loop
 
 HERE = Path(__file__).parent
-ONLINE = {"FMQ": {}, "eta = 0": {"eta": 0.0}, "fixed radius": {"adaptive": False}}
+ONLINE = {"FMQ": {}, "eta = 0": {"eta": 0.0}, "fixed radius": {"beta": 0.0}}
 ACTING = {"": {}, " + beam search": {"test_sampler": "beam_search"}, " + one sample": {"num_samples": 1}}
 COLOURS = {"offline": "tab:blue", "FMQ": "tab:orange", "eta = 0": "tab:gray", "fixed radius": "tab:green"}
 

@@ -41,7 +41,9 @@ from jax import lax
 from experiments.bench.products import products
 from experiments.neighbours.ways import trajectories
 from experiments.tables import machine
-from jaxrl.agents import A2PR, AWAC, CQL, DQC, FQL, ODICE, PRDC, QGF, TD3BC, FamO2O, ReBRAC, common, td3
+from jaxrl.agents import A2PR, AWAC, CQL, DQC, FQL, ODICE, PRDC, QGF, TD3, TD3BC, FamO2O, ReBRAC, learner
+from jaxrl.agents.learner import Draws, Optimizers, State
+from jaxrl.agents.parts import Critic, with_fields
 from jaxrl.data import files
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
@@ -49,7 +51,7 @@ from jaxrl.replay import loading
 from jaxrl.replay.ring import Ring
 from jaxrl.training import loop
 from jaxrl.training.schedule import Schedule
-from jaxrl.types import Batch, Phase, Spec
+from jaxrl.types import Batch, Fitting, Phase, Spec, requirements
 
 HERE = Path(__file__).parent
 UPDATES = 100  # in one call of a program
@@ -140,15 +142,16 @@ def cases(study: Study, size: str) -> Iterator[Case]:
         yield from published(study)
         return
     width, layers = (int(number) for number in size.split("x"))
-    same: dict[str, Any] = dict.fromkeys(("actor_hidden", "critic_hidden"), (width,) * layers)
-    same["batch_size"] = study.batch
-    if study.qgf is not None:
-        yield Case("QGF", size, QGF(chunk=1, backup=1, **same), study.qgf, study.python)
-        yield Case("QGF, chunks of 5", size, QGF(chunk=5, backup=5, **same), study.qgf, study.python)
-    if study.dqc is not None:
-        yield Case("DQC, 5 of 25", size, DQC(chunk=5, backup=25, **same), study.dqc, study.python)
-    if study.fql is not None:
-        yield Case("FQL", size, FQL(chunk=1, backup=1, **same), study.fql, study.python)
+    for name, method, chunk, backup, repository in (
+        ("QGF", QGF, 1, 1, study.qgf),
+        ("QGF, chunks of 5", QGF, 5, 5, study.qgf),
+        ("DQC, 5 of 25", DQC, 5, 25, study.dqc),
+        ("FQL", FQL, 1, 1, study.fql),
+    ):
+        if repository is not None:
+            sizes: dict[str, Any] = {"hidden": (width,) * layers, "batch": study.batch}
+            agent = with_fields(method(), chunk=chunk, backup=backup, **sizes)
+            yield Case(name, size, agent, repository, study.python)
 
 
 def published(study: Study) -> Iterator[Case]:
@@ -161,9 +164,10 @@ def published(study: Study) -> Iterator[Case]:
         ("O-DICE", ODICE, study.odice, 0),
     ):
         if repository is not None:
-            yield Case(name, "published", method(batch_size=study.batch), repository, study.torch_python, keys)
+            agent = with_fields(method(), batch=study.batch)
+            yield Case(name, "published", agent, repository, study.torch_python, keys)
     for method in (ReBRAC, CQL, AWAC, FamO2O) if study.alone else ():
-        yield Case(method.__name__, "published", method(batch_size=study.batch), None, None)
+        yield Case(method.__name__, "published", with_fields(method(), batch=study.batch), None, None)
 
 
 def synthesized(keys: int, folder: Path) -> Path:
@@ -216,9 +220,9 @@ class Training:
 
     def __post_init__(self) -> None:
         """Begins, and makes the updates that are not measured."""
-        self.env, self.phase = Sizes(self.spec), Phase("offline", 1, UPDATES, False, 1)
+        self.env, self.phase = Sizes(self.spec), Phase("offline", 1, UPDATES, False, 1, data="dataset")
         self.carry = loop.jitted_begin(self.agent, self.env, Schedule(online_steps=0), jax.random.key(0))
-        if hasattr(self.agent, "fit"):
+        if isinstance(self.agent, Fitting):
             self.carry = loop.jitted_fit(self.agent, self.carry, self.ring)
         for _ in range(warmup(self.agent) // UPDATES):
             self()
@@ -234,11 +238,22 @@ def warmup(agent: Any) -> int:
     return WARMUP if searches(agent) else 2
 
 
-def random_numbers(agent: Any, spec: Spec, batch: Batch, key: jax.Array) -> common.Draws:
+def base(agent: Any) -> Any:
+    """Returns the TD3 that an agent is built on; of the others, the agent itself."""
+    return agent.td3 if isinstance(agent, A2PR | PRDC | TD3BC | ReBRAC) else agent
+
+
+def delay(agent: Any) -> int:
+    """Returns after how many updates the actor and the targets move."""
+    method = base(agent)
+    return method.delay if isinstance(method, TD3) else 1
+
+
+def random_numbers(agent: Any, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
     """Returns the random numbers of an update, none of O-DICE's."""
     if isinstance(agent, ODICE):
         return {}
-    return agent.draw(spec, batch, key) if hasattr(agent, "draw") else td3.draw(spec, batch, key)
+    return (agent if isinstance(agent, A2PR) else base(agent)).draw(spec, batch, key)
 
 
 def sampling(agent: Any, ring: Ring, spec: Spec) -> Callable[[], Any]:
@@ -246,7 +261,7 @@ def sampling(agent: Any, ring: Ring, spec: Spec) -> Callable[[], Any]:
 
     def drawn(ring: Ring, keys: jax.Array) -> Any:
         def body(_: None, key: jax.Array) -> tuple[None, Any]:
-            batch = dataclasses.replace(agent.sample((ring,), key), rings=())
+            batch = agent.sample((ring,), key)
             return None, jax.tree.map(lambda x: x.sum(), (batch, random_numbers(agent, spec, batch, key)))
 
         return lax.scan(body, None, keys)[1]
@@ -259,10 +274,10 @@ def searching(training: Training) -> Callable[[], Any]:
     """Returns a program of the searches of updates, for the actions of the actor as it is by now."""
     agent = training.agent
 
-    def searched(state: common.State, ring: Ring, keys: jax.Array) -> Any:
-        return lax.map(lambda key: agent.nearest(state, agent.sample((ring,), key)), keys)
+    def searched(state: State, ring: Ring, keys: jax.Array) -> Any:
+        return lax.map(lambda key: agent.nearest(state, agent.sample((ring,), key), (ring,)), keys)
 
-    program, keys = jax.jit(searched), jax.random.split(jax.random.key(2), UPDATES // agent.delay)
+    program, keys = jax.jit(searched), jax.random.split(jax.random.key(2), UPDATES // delay(agent))
     return lambda: program(training.carry.agent, training.ring, keys)
 
 
@@ -271,7 +286,7 @@ def stepping(agent: Any, spec: Spec) -> Callable[[], Any]:
     state = agent.init(jax.random.key(0), spec)
     step = stepped_each if isinstance(state.opt, dict) else stepped_at_once
 
-    def stepped(state: common.State, gradient: Any) -> Any:
+    def stepped(state: State, gradient: Any) -> Any:
         return lax.scan(lambda state, _: (step(agent, state, gradient), None), state, None, length=UPDATES)[0]
 
     program = jax.jit(stepped)
@@ -283,43 +298,52 @@ def towards(gradient: Any) -> Callable[[Any], tuple[jax.Array, dict]]:
     return lambda params: (jnp.asarray(optax.tree.vdot(params, gradient)), {})
 
 
-def stepped_at_once(agent: Any, state: common.State, gradient: Any) -> common.State:
-    """Returns the state after a step of the optimiser that all networks share, and of the target."""
-    optimizer = agent.optimizer() if hasattr(agent, "optimizer") else optax.adam(agent.lr)
-    return common.descend(state, towards(gradient), optimizer, agent.tau)[0]
+def stepped_at_once(agent: Any, state: State, gradient: Any) -> State:
+    """Returns the state after a step of the optimizer that all networks share, and of the target."""
+    optimizer = agent.optimizer() if isinstance(agent, QGF) else agent.adam.transformation()
+    return learner.descend(state, towards(gradient), optimizer, slow_critic(agent).tau, *state.target)[0]
 
 
-def stepped_each(agent: Any, state: common.State, gradient: Any) -> common.State:
-    """Returns the state after a step of each network's optimiser; actor and targets may have to wait for their turn."""
-    if hasattr(agent, "optimizers"):
-        optimizers = agent.optimizers()
-    else:
-        optimizers = {name: optax.adam(rate_of(agent, name)) for name in state.opt}
+def stepped_each(agent: Any, state: State, gradient: Any) -> State:
+    """Returns the state after a step of each network's optimizer; actor and targets may have to wait for their turn."""
+    optimizers = optimizers_of(agent, state)
 
-    def stepped(state: common.State, name: str) -> common.State:
-        return common.step(state, name, towards(gradient[name]), optimizers[name])[0]
+    def stepped(state: State, name: str) -> State:
+        return learner.step(state, name, towards(gradient[name]), optimizers[name])[0]
 
-    def delayed(state: common.State) -> tuple[common.State, dict]:
+    def delayed(state: State) -> tuple[State, dict]:
         state = stepped(state, "actor") if "actor" in state.opt else state
-        return common.follow(state, agent.tau, *state.target), {}
+        return learner.follow(state, slow_critic(agent).tau, *state.target), {}
 
     for name in [name for name in state.opt if name != "actor"]:
         state = stepped(state, name)
-    return common.counted(common.every(getattr(agent, "delay", 1), state, delayed)[0])
+    return learner.counted(learner.every(delay(agent), state, delayed)[0])
 
 
-def rate_of(agent: Any, name: str) -> Any:
-    """Returns the learning rate of a network."""
-    return getattr(agent, f"{name}_lr") if hasattr(agent, f"{name}_lr") else agent.lr
+def slow_critic(agent: Any) -> Critic:
+    """Returns the critic that has a target, of O-DICE that of states."""
+    return agent.value if isinstance(agent, ODICE) else base(agent).critic
+
+
+def optimizers_of(agent: Any, state: State) -> Optimizers:
+    """Returns each network's optimizer."""
+    if isinstance(agent, CQL | ODICE):
+        return agent.optimizers()
+    if isinstance(agent, FamO2O):
+        return dict.fromkeys(state.opt, agent.adam.transformation())
+    adams = {"actor": base(agent).actor_adam, "critic": base(agent).critic_adam}
+    if isinstance(agent, A2PR):
+        adams |= {"value": agent.value_adam, "vae": agent.vae_adam}
+    return {name: adam.transformation() for name, adam in adams.items()}
 
 
 def multiplying(agent: Any, ring: Ring, spec: Spec) -> tuple[Callable[[], Any], float]:
     """Returns a program of the matrix products of updates but searches, and how many operations one update's are."""
-    period = getattr(agent, "delay", 1)
+    period = delay(agent)
     agent = dataclasses.replace(agent, search="tree") if searches(agent) else agent
 
     def one(state: Any, data: Ring, key: jax.Array) -> Any:
-        return agent.update(state, agent.sample((data,), key), key)[0]
+        return agent.update(state, agent.sample((data,), key), key, (data,))[0]
 
     program = jax.make_jaxpr(one)(agent.init(jax.random.key(0), spec), ring, jax.random.key(1)).jaxpr
     first, again, operations = repeating(list(products(program, 1, 0)))
@@ -371,11 +395,12 @@ def pieces(agent: Any, ring: Ring, spec: Spec) -> tuple[dict[str, Measure], floa
 @contextmanager
 def official(case: Case, data: Path) -> Generator[tuple[dict[str, str], Measure]]:
     """Yields the versions that the official code runs with, and the measure of its loop."""
-    agent = case.agent
+    agent, needs = case.agent, requirements(case.agent)
+    policy = agent.flow if isinstance(agent, QGF | DQC | FQL) else base(agent).actor
     assert case.repository is not None
     command = [case.python, "-W", "ignore", HERE / "runner.py", type(agent).__name__.lower()]
-    command += [case.repository.absolute(), data.absolute(), warmup(agent), agent.batch_size]
-    command += [agent.chunk, getattr(agent, "backup", 1), *agent.actor_hidden]
+    command += [case.repository.absolute(), data.absolute(), warmup(agent), needs.batch]
+    command += [agent.chunk, needs.window, *policy.net.hidden]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([str(word) for word in command], **pipes) as process:
         assert process.stdin is not None and process.stdout is not None

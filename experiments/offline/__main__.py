@@ -30,7 +30,8 @@ import tyro
 
 import envs
 from experiments.tables import machine, spread
-from jaxrl.agents import AGENTS, td3
+from jaxrl.agents import AGENTS
+from jaxrl.agents.parts import with_fields
 from jaxrl.data import files
 from jaxrl.data.files import Dataset
 from jaxrl.data.mixing import mix
@@ -87,16 +88,14 @@ class Study:
 
 def changed(name: str, study: Study) -> Any:
     """Returns a method's agent: that of its quick preset on single actions, with other networks."""
-    agent = preset("quick", name).agent
-    names = {field.name for field in dataclasses.fields(agent)}
-    widths = ("hidden", "actor_hidden", "critic_hidden", "value_hidden", "vae_hidden")
-    fields = dict.fromkeys(widths, study.hidden) | {"chunk": 1, "backup": 1}
-    fields |= {
+    fields = {
+        "bc": {"chunk": 1, "backup": 1},
+        "iql": {"chunk": 1, "backup": 1},
         "cql": {"samples": 4},  # actions of each kind in the conservative term, for time
         "awac": {"temperature": 1 / 3},
         "odice": {"trade": 0.6},
     }.get(name, {})
-    return dataclasses.replace(agent, **{key: value for key, value in fields.items() if key in names})
+    return with_fields(preset("quick", name).agent, hidden=study.hidden, **fields)
 
 
 def main(study: Study) -> None:
@@ -175,7 +174,7 @@ def config_of(study: Study, agent: Any, data: Path, kind: Any, seed: int) -> Con
         updates_per_epoch=study.updates,
         eval_episodes=study.episodes,
     )
-    return Config(agent, ENV, schedule, str(data), weighting=Weighting(kind), seed=seed)
+    return Config(agent, ENV, schedule, data=str(data), weighting=Weighting(kind), seed=seed)
 
 
 def runs(study: Study, env: Any, name: str, data: Path, kind: str, seeds: list[int]) -> Any:
@@ -196,13 +195,13 @@ def limit(study: Study, env: Any, data: Path, seed: int) -> dict[str, Any]:
     neighbour has the action that is stored there.
     """
     run, reference = trained(study, env, changed("td3bc", study), data, seed)
-    batch = dataclasses.replace(run.agent, batch_size=1024).sample((run.data,), jax.random.key(1))
-    expected = td3.choose(run.agent, reference, batch.obs)
+    batch = with_fields(run.agent, batch=1024).sample((run.data,), jax.random.key(1))
+    expected = run.agent.td3.choose(reference, batch.obs)
     row: dict[str, Any] = {"seed": seed, "distance": [], "own": []}
     for beta in BETAS:
         run, state = trained(study, env, dataclasses.replace(changed("prdc", study), beta=beta), data, seed)
-        near = run.agent.nearest_action(state, dataclasses.replace(batch, rings=(run.data,)))
-        row["distance"].append(float(jnp.abs(td3.choose(run.agent, state, batch.obs) - expected).mean()))
+        near = run.agent.nearest_action(state, batch, (run.data,))
+        row["distance"].append(float(jnp.abs(run.agent.td3.choose(state, batch.obs) - expected).mean()))
         row["own"].append(float((near == batch.actions[:, 0]).all(axis=-1).mean()))
     return row
 

@@ -29,6 +29,7 @@ import tyro
 import envs
 from experiments.tables import machine, spread
 from jaxrl.agents import BC, DQC, FQL, IQL, QC, QGF
+from jaxrl.agents.parts import with_fields
 from jaxrl.rollout import host
 from jaxrl.runs import driver
 from jaxrl.runs.config import Config
@@ -141,7 +142,7 @@ def one_seed(study: Study, task: Task, seed: int) -> dict[str, Any]:
             schedule = Schedule(
                 offline_updates=study.updates, online_steps=0, updates_per_epoch=1_000, eval_episodes=study.episodes
             )
-            config = Config(agent, task.env, schedule, str(study.data / f"{task.data}.npz"), seed=seed)
+            config = Config(agent, task.env, schedule, data=str(study.data / f"{task.data}.npz"), seed=seed)
             if name == "dqc":  # it learns probabilities
                 config = dataclasses.replace(config, reward_shift=1.0)
             began = time.perf_counter()

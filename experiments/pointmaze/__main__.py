@@ -17,6 +17,7 @@ import tyro
 
 import envs
 from experiments.tables import footnote, last, machine, spread
+from jaxrl.agents.parts import with_fields
 from jaxrl.runs import driver
 from jaxrl.runs.datasets import load_data
 from jaxrl.runs.presets import preset

@@ -15,7 +15,6 @@ from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, FlowPolicy, Windows
 from jaxrl.ops import losses
-from jaxrl.replay.ring import Rings
 from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
 
 
@@ -27,10 +26,7 @@ class BC:
     flow: FlowPolicy = FlowPolicy(time="fourier")  # v(s, x_t, t)
     adam: Adam = Adam()
 
-    @property
-    def chunk(self) -> int:
-        """H, the actions of one decision."""
-        return self.windows.chunk
+    chunk, sample, update = learner.chunk, learner.sample, learner.update
 
     def requires(self) -> Requirements:
         """Returns what its data must have."""
@@ -40,12 +36,6 @@ class BC:
         """Returns the initial state."""
         params = {"flow": self.flow.init(key, spec.actor(spec.example()), jnp.zeros(self.chunk * spec.action))}
         return learner.create(spec, params, self.adam.transformation())
-
-    def sample(self, data: Rings, key: jax.Array) -> Batch:
-        """Returns a batch of H-step windows."""
-        return self.windows.sample(data, key)
-
-    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the flow's noise and times."""

@@ -29,8 +29,7 @@ from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value, Windows, ch
 from jaxrl.networks import repeat_for
 from jaxrl.ops import guidance, losses
 from jaxrl.ranges import Count, Fraction
-from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Spec, count_of, pytree
 
 Tilt = Literal["expectile", "quantile"]
 
@@ -54,10 +53,9 @@ class DQC:
     num_samples: Count = 32  # N: proposals of which the best is acted on
     valid_index: Literal["step", "flat"] = "step"  # where the mask is looked up
 
-    @property
-    def chunk(self) -> int:
-        """h_a, the actions of one decision."""
-        return self.windows.chunk
+    chunk, requires, sample = learner.chunk, learner.requires, learner.sample
+    learn, update = learner.learn, learner.update
+    proposals, scores = learner.proposals, learner.scores
 
     @property
     def whole(self) -> Windows:
@@ -68,10 +66,6 @@ class DQC:
         """Raises UserError for settings that do not fit each other."""
         check_heads("DQC", self.critic, self.value)
         self.windows.goals.check_head(self.critic.head)
-
-    def requires(self) -> Requirements:
-        """Returns what its data must have."""
-        return self.windows.requires(self.critic.head)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -88,22 +82,11 @@ class DQC:
             )
         return learner.create(spec, params, self.adam.transformation(), "critic")
 
-    def sample(self, data: Rings, key: jax.Array) -> Batch:
-        """Returns a batch of windows, their goals relabelled where the task has goals (section 4)."""
-        return self.windows.sample(data, key)
-
-    update = learner.update
-
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the flow's noise and times."""
         key_noise, key_time = jax.random.split(key)
         noise = jax.random.normal(key_noise, (len(batch.actions), self.chunk * spec.action))
         return {"x0": noise, "t": jax.random.uniform(key_time, (len(noise), 1))}
-
-    def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
-        """Returns the state after the update with these random numbers."""
-        loss = lambda params: self.loss(params, state, batch, draws)  # noqa: E731
-        return learner.descend(state, loss, self.adam.transformation(), self.critic.tau, "critic")
 
     def td_target(self, state: State, batch: Batch) -> jax.Array:
         """Returns y [B]: the return within the window and the online value after it."""
@@ -157,14 +140,6 @@ class DQC:
             metrics["actor/flow_loss"] = losses.masked_mean(error, self.windows.mask(batch))
 
         return sum(metrics.values(), jnp.zeros(())), metrics
-
-    def proposals(self, state: State, obs: Observation, noise: jax.Array) -> jax.Array:
-        """Returns the behaviour flow's chunks from this noise, clipped; of the noise's shape."""
-        return self.flow.sample(state.params["flow"], state.spec.behaviour(obs), noise)
-
-    def scores(self, state: State, obs: Observation, chunks: jax.Array) -> jax.Array:
-        """Returns the online short critic's score [...] of each chunk [..., D]."""
-        return self.critic.score(state.params["critic"], state.spec.critic(obs), chunks)
 
     def choose(self, state: State, obs: Observation, noise: jax.Array) -> jax.Array:
         """Returns the best [B, D] of the N proposals that the noise [B, N, D] gives."""

@@ -34,7 +34,7 @@ from jaxrl.ops import flow, guidance, losses
 from jaxrl.ops.flow import AverageVelocity
 from jaxrl.ranges import Count, NonNegative
 from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, Observation, Phase, PyTree, Requirements, Spec, count_of, pytree
+from jaxrl.types import Batch, Metrics, Observation, Phase, PyTree, Spec, count_of, pytree
 
 
 @pytree
@@ -58,20 +58,13 @@ class FMQ:
     test_sampler: Literal["best_of_n", "beam_search"] = "best_of_n"  # how actions are chosen in evaluation
     beam: guidance.BeamSearch = guidance.BeamSearch()  # Algorithm 2, if chosen
 
-    @property
-    def chunk(self) -> int:
-        """H, the actions of one decision."""
-        return self.windows.chunk
+    chunk, requires, sample, learn = learner.chunk, learner.requires, learner.sample, learner.learn
 
     def check(self) -> None:
         """Raises UserError for settings that do not fit each other, or have no effect."""
         for name, weight in (("esd_weight", self.esd_weight), ("diagonal_weight", self.diagonal_weight)):
             if not self.flow_losses_online and np.any(np.asarray(weight) > 0):
                 raise UserError(f"FMQ.{name} = {weight}: has no effect unless flow_losses_online")
-
-    def requires(self) -> Requirements:
-        """Returns what its data must have."""
-        return self.windows.requires(self.critic.head)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial, offline state."""
@@ -89,10 +82,6 @@ class FMQ:
         anchor = jax.tree.map(jnp.copy, state.params["actor"]) if first else state.anchor
         return dataclasses.replace(state, anchor=anchor)
 
-    def sample(self, data: Rings, key: jax.Array) -> Batch:
-        """Returns a batch of H-step windows, uniform over data and replay together."""
-        return self.windows.sample(data, key)
-
     def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after one joint gradient step on actor and critic, then one Polyak step."""
         return self.learn(state, batch, self.draw(state, batch, key))
@@ -107,11 +96,6 @@ class FMQ:
             draws["guided_r"] = jax.random.uniform(key_r, (count, 1))
             draws["guided_x0"] = jax.random.normal(key_x0, (count, size))
         return draws | self.distillation.draw(key_flow, count, size)
-
-    def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
-        """Returns the state after the update with these random numbers."""
-        loss = lambda params: self.loss(params, state, batch, draws)  # noqa: E731
-        return learner.descend(state, loss, self.adam.transformation(), self.critic.tau, "critic")
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the sum of the losses of critic and actor in the state's phase, and metrics."""

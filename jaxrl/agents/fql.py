@@ -18,8 +18,7 @@ from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, FlowPolicy, OneStepPolicy, Windows
 from jaxrl.ops import losses
 from jaxrl.ranges import NonNegative
-from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Spec, count_of, pytree
 
 
 @pytree
@@ -34,18 +33,12 @@ class FQL:
     alpha: NonNegative = 10.0  # weight of the distillation; to be tuned per task
     normalize_q: bool = False  # whether the critic's scale is divided out of the policy's loss
 
-    @property
-    def chunk(self) -> int:
-        """H, the actions of one decision."""
-        return self.windows.chunk
+    chunk, requires, sample = learner.chunk, learner.requires, learner.sample
+    learn, update = learner.learn, learner.update
 
     def check(self) -> None:
         """Raises UserError for settings that do not fit each other."""
         self.windows.goals.check_head(self.critic.head)
-
-    def requires(self) -> Requirements:
-        """Returns what its data must have."""
-        return self.windows.requires(self.critic.head)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -58,12 +51,6 @@ class FQL:
         }
         return learner.create(spec, params, self.adam.transformation(), "critic")
 
-    def sample(self, data: Rings, key: jax.Array) -> Batch:
-        """Returns a batch of windows."""
-        return self.windows.sample(data, key)
-
-    update = learner.update
-
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update."""
         key_next, key_noise, key_time, key_distill = jax.random.split(key, 4)
@@ -74,11 +61,6 @@ class FQL:
             "t": jax.random.uniform(key_time, (len(batch.actions), 1)),
             "distill_noise": jax.random.normal(key_distill, shape),
         }
-
-    def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
-        """Returns the state after the update with these random numbers."""
-        loss = lambda params: self.loss(params, state, batch, draws)  # noqa: E731
-        return learner.descend(state, loss, self.adam.transformation(), self.critic.tau, "critic")
 
     def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
         """Returns y [B], the return of the window and what the policy's action is worth after it."""

@@ -24,8 +24,7 @@ from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Value, Windows, che
 from jaxrl.networks import repeat_for
 from jaxrl.ops import guidance, losses
 from jaxrl.ranges import Count, Fraction, NonNegative
-from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, count_of, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Scalar, Spec, count_of, pytree
 
 
 @pytree
@@ -44,19 +43,13 @@ class IQL:
     num_samples: Count = 1  # N: samples of which the best is acted on
     eval_temperature: NonNegative = 0.0  # scale of the actor's noise in evaluation
 
-    @property
-    def chunk(self) -> int:
-        """H, the actions of one decision."""
-        return self.windows.chunk
+    chunk, requires, sample = learner.chunk, learner.requires, learner.sample
+    learn, update = learner.learn, learner.update
 
     def check(self) -> None:
         """Raises UserError for settings that do not fit each other."""
         check_heads("IQL", self.critic, self.value)
         self.windows.goals.check_head(self.critic.head)
-
-    def requires(self) -> Requirements:
-        """Returns what its data must have."""
-        return self.windows.requires(self.critic.head)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -69,20 +62,9 @@ class IQL:
         }
         return learner.create(spec, params, self.adam.transformation(), "critic")
 
-    def sample(self, data: Rings, key: jax.Array) -> Batch:
-        """Returns a batch of windows."""
-        return self.windows.sample(data, key)
-
-    update = learner.update
-
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the noise of the actor's samples."""
         return {"actor_noise": jax.random.normal(key, (len(batch.actions), self.chunk * spec.action))}
-
-    def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
-        """Returns the state after the update with these random numbers."""
-        loss = lambda params: self.loss(params, state, batch, draws)  # noqa: E731
-        return learner.descend(state, loss, self.adam.transformation(), self.critic.tau, "critic")
 
     def td_target(self, state: State, batch: Batch) -> jax.Array:
         """Returns y [B], the return of the window and the value after it (Eq. 6)."""

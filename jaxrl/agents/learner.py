@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrl.agents.parts import Adam, AdamW, Critic, FlowPolicy, Windows
 from jaxrl.ops import losses, normalizer
 from jaxrl.ops.normalizer import Normalizer
 from jaxrl.replay.hindsight import goals_of, with_goals
 from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, pytree
 
 Draws: TypeAlias = dict[str, jax.Array]
 """The random numbers of one update, by name. Who has them can repeat the update exactly."""
@@ -57,6 +58,23 @@ def create(
     return State(spec, params, target, opt, jnp.zeros((), jnp.int32), identity)
 
 
+# Methods that many agents share: `chunk, update = learner.chunk, learner.update` in the body of a class
+
+
+class WithWindows(Protocol):
+    """An agent that learns from windows."""
+
+    @property
+    def windows(self) -> Windows: ...  # noqa: D102
+
+
+class WithCritic(Protocol):
+    """An agent with a critic."""
+
+    @property
+    def critic(self) -> Critic: ...  # noqa: D102
+
+
 class Drawing(Protocol):
     """An agent whose update depends on random numbers that are drawn first."""
 
@@ -69,12 +87,63 @@ class Drawing(Protocol):
         ...
 
 
-def update(agent: Drawing, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-    """Returns an agent's state after one update, and its metrics: random numbers are drawn, then learned with.
+class ValuesWindows(WithWindows, WithCritic, Protocol):
+    """An agent whose critic learns from windows."""
 
-    It is the `update` of most agents, as `update = learner.update` in their classes.
-    """
+
+class WithFlow(WithCritic, Protocol):
+    """An agent with a flow that clones the data's behaviour, and a critic that judges its chunks."""
+
+    @property
+    def flow(self) -> FlowPolicy: ...  # noqa: D102
+
+
+class WithLoss(WithCritic, Protocol):
+    """An agent that descends the sum of all its losses with one optimizer."""
+
+    @property
+    def adam(self) -> Adam | AdamW: ...  # noqa: D102
+
+    def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
+        """Returns the sum of all losses and what each of them is."""
+        ...
+
+
+@property
+def chunk(agent: WithWindows) -> int:
+    """H, the actions of one decision."""
+    return agent.windows.chunk
+
+
+def requires(agent: ValuesWindows) -> Requirements:
+    """Returns what an agent's data must have."""
+    return agent.windows.requires(agent.critic.head)
+
+
+def sample(agent: WithWindows, data: Rings, key: jax.Array) -> Batch:
+    """Returns a batch of windows, uniform over all rings, goals relabeled in hindsight where the task has goals."""
+    return agent.windows.sample(data, key)
+
+
+def update(agent: Drawing, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
+    """Returns an agent's state after one update, and its metrics: random numbers are drawn, then learned with."""
     return agent.learn(state, batch, agent.draw(state.spec, batch, key))
+
+
+def learn(agent: WithLoss, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
+    """Returns an agent's state after one step on the sum of its losses, of whose networks the critic has a target."""
+    loss = lambda params: agent.loss(params, state, batch, draws)  # noqa: E731
+    return descend(state, loss, agent.adam.transformation(), agent.critic.tau, "critic")
+
+
+def proposals(agent: WithFlow, state: State, obs: Observation, noise: jax.Array) -> jax.Array:
+    """Returns the behaviour flow's chunks from this noise, clipped; of the noise's shape."""
+    return agent.flow.sample(state.params["flow"], state.spec.behaviour(obs), noise)
+
+
+def scores(agent: WithCritic, state: State, obs: Observation, chunks: jax.Array) -> jax.Array:
+    """Returns the online critic's score [...] of each chunk [..., D]."""
+    return agent.critic.score(state.params["critic"], state.spec.critic(obs), chunks)
 
 
 # Gradient steps

@@ -24,8 +24,7 @@ from jaxrl.agents.parts import AdamW, Critic, FlowPolicy, OneStepPolicy, Windows
 from jaxrl.networks import repeat_for
 from jaxrl.ops import guidance, losses
 from jaxrl.ranges import Count, NonNegative
-from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Spec, count_of, pytree
 
 
 @pytree
@@ -41,18 +40,13 @@ class QC:
     num_samples: Count = 32  # N, of "best_of_n": proposals of which the best is acted on
     alpha: NonNegative = 100.0  # weight of the distillation, of "distill"; to be tuned per task
 
-    @property
-    def chunk(self) -> int:
-        """H, the actions of one decision."""
-        return self.windows.chunk
+    chunk, requires, sample = learner.chunk, learner.requires, learner.sample
+    learn, update = learner.learn, learner.update
+    proposals, scores = learner.proposals, learner.scores
 
     def check(self) -> None:
         """Raises UserError for settings that do not fit each other."""
         self.windows.goals.check_head(self.critic.head)
-
-    def requires(self) -> Requirements:
-        """Returns what its data must have."""
-        return self.windows.requires(self.critic.head)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -65,12 +59,6 @@ class QC:
         if self.actor == "distill":
             params["policy"] = self.policy.init(key_policy, spec.actor(obs), chunk)
         return learner.create(spec, params, self.adam.transformation(), "critic")
-
-    def sample(self, data: Rings, key: jax.Array) -> Batch:
-        """Returns a batch of windows."""
-        return self.windows.sample(data, key)
-
-    update = learner.update
 
     def noise(self, spec: Spec, key: jax.Array, count: int) -> jax.Array:
         """Returns the noise that `choose` takes for so many observations: [B, N, D], or [B, 1, D] when distilled."""
@@ -87,11 +75,6 @@ class QC:
             "t": jax.random.uniform(key_time, (count, 1)),
             "distill_noise": jax.random.normal(key_distill, (count, size)),
         }
-
-    def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
-        """Returns the state after the update with these random numbers."""
-        loss = lambda params: self.loss(params, state, batch, draws)  # noqa: E731
-        return learner.descend(state, loss, self.adam.transformation(), self.critic.tau, "critic")
 
     def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
         """Returns y [B]: the return of the window and what the policy's chunk is worth after it (Eq. 7)."""
@@ -126,14 +109,6 @@ class QC:
         climb = -losses.masked_mean(q, happened)
         metrics |= {"actor/distillation_loss": distillation, "actor/q_loss": climb}
         return total + (self.alpha * distillation + climb), metrics
-
-    def proposals(self, state: State, obs: Observation, noise: jax.Array) -> jax.Array:
-        """Returns the behaviour flow's chunks from this noise, clipped; of the noise's shape."""
-        return self.flow.sample(state.params["flow"], state.spec.behaviour(obs), noise)
-
-    def scores(self, state: State, obs: Observation, chunks: jax.Array) -> jax.Array:
-        """Returns the online critic's score [...] of each chunk [..., D]."""
-        return self.critic.score(state.params["critic"], state.spec.critic(obs), chunks)
 
     def choose(self, state: State, obs: Observation, noise: jax.Array) -> jax.Array:
         """Returns the policy's chunks [B, D] from this noise [B, N, D]."""

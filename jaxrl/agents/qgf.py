@@ -22,8 +22,7 @@ from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value, Windows, ch
 from jaxrl.networks import repeat_for
 from jaxrl.ops import guidance, losses
 from jaxrl.ranges import Count, Fraction
-from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Spec, count_of, pytree
 
 
 @pytree
@@ -42,19 +41,12 @@ class QGF:
     num_samples: Count = 1  # N: guided samples of which the best is acted on (QGF+BFN)
     mask_actor: bool = True  # whether the flow ignores what follows an episode's end
 
-    @property
-    def chunk(self) -> int:
-        """H, the actions of one decision."""
-        return self.windows.chunk
+    chunk, requires, sample, update = learner.chunk, learner.requires, learner.sample, learner.update
 
     def check(self) -> None:
         """Raises UserError for settings that do not fit each other."""
         check_heads("QGF", self.critic, self.value)
         self.windows.goals.check_head(self.critic.head)
-
-    def requires(self) -> Requirements:
-        """Returns what its data must have."""
-        return self.windows.requires(self.critic.head)
 
     def optimizer(self) -> optax.GradientTransformation:
         """Returns one Adam per network."""
@@ -71,12 +63,6 @@ class QGF:
             "value": self.value.init(key_value, spec.critic(obs)),
         }
         return learner.create(spec, params, self.optimizer(), "critic")
-
-    def sample(self, data: Rings, key: jax.Array) -> Batch:
-        """Returns a batch of windows."""
-        return self.windows.sample(data, key)
-
-    update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the flow's noise, and its times on the grid {0, 1/T, ..., 1}."""

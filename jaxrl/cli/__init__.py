@@ -1,6 +1,6 @@
-"""The command line, `jaxrl COMMAND ...`. Flags are fields of dataclasses; a mistake is one line and exit code 2.
+"""The command line, `jaxrl COMMAND ...`. Flags are fields of dataclasses; a usage error prints one line, exit code 2.
 
-What takes long to import is imported by the command that needs it, so that help and mistakes answer soon.
+Slow imports are deferred to the commands that need them, so that help and usage errors return quickly.
 """
 
 import contextlib
@@ -22,22 +22,22 @@ from jaxrl.system import jax_setting
 
 @dataclasses.dataclass(frozen=True)
 class DoctorOptions:
-    """Check this installation, or an environment of yours. Exit code 1: a line that begins with FAIL needs mending.
+    """Check this installation, or a custom environment. Exit code 1: at least one check, marked FAIL, did not pass.
 
     jaxrl doctor --env my_package.my_module:make
     """
 
     env: str | None = None
-    """Environment to check, a name of `jaxrl list` or my_package.my_module:make."""
+    """Environment to check: a name from `jaxrl list` or my_package.my_module:make."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ListOptions:
-    """Name the agents, environments, behaviours and presets that there are."""
+    """List the available agents, environments, behaviors and presets."""
 
 
 def examine(args: list[str]) -> int:
-    """Returns the exit code of `jaxrl doctor`: 1 where something is wrong."""
+    """Returns the exit code of `jaxrl doctor`: 1 if a check fails."""
     options = fl.parse("jaxrl doctor", DoctorOptions, DoctorOptions(), args)
     if options.env is None:
         from jaxrl.cli import doctor
@@ -69,22 +69,22 @@ def catalogue(args: list[str]) -> int:
 
 
 COMMANDS = {
-    "train": (runs.train, "train an agent, or go on with a run"),
-    "sweep": (sweep.sweep, "train many settings and seeds as one program, or go on with a sweep"),
-    "eval": (runs.evaluate, "evaluate a run's newest checkpoint"),
-    "collect": (runs.collect, "record a scripted behaviour as a dataset"),
-    "render": (runs.render, "draw an episode of a run"),
+    "train": (runs.train, "train an agent, or resume a run"),
+    "sweep": (sweep.sweep, "train many settings and seeds as one program, or resume a sweep"),
+    "eval": (runs.evaluate, "evaluate a run's latest checkpoint"),
+    "collect": (runs.collect, "record a scripted behavior as a dataset"),
+    "render": (runs.render, "render an episode of a run"),
     "replay": (runs.replay, "repeat a run's first epochs and compare bit for bit"),
     "report": (report.report, "compare runs and sweeps: curves, scores with intervals, tables, one page"),
     "data": (datasets.data, "describe, convert and mix dataset files"),
-    "synthesize": (datasets.synthesize, "write a dataset that a diffusion model generates, guided by a policy or not"),
-    "doctor": (examine, "check the installation, or an environment of yours"),
-    "list": (catalogue, "name agents, environments, behaviours and presets"),
+    "synthesize": (datasets.synthesize, "generate a dataset with a diffusion model, optionally guided by a policy"),
+    "doctor": (examine, "check the installation, or a custom environment"),
+    "list": (catalogue, "list agents, environments, behaviors and presets"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 a check failed, 2 a mistake, 75 stopped and saved, 130 stopped by Ctrl-C."""
+    """Returns the exit code: 0, 1 a check failed, 2 usage error, 75 stopped and saved, 130 stopped by Ctrl-C."""
     args = sys.argv[1:] if argv is None else argv
     try:
         code = _command(args)
@@ -92,10 +92,10 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except UserError as error:
         print(f"jaxrl: {error}", file=sys.stderr)
-    except BrokenPipeError:  # whoever read our output has closed it, as `head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # the file system refuses: full, read-only, not ours
+    except OSError as error:  # file system errors: full, read-only, no permission
         print(f"jaxrl: {': '.join(str(part) for part in (error.filename, error.strerror) if part)}", file=sys.stderr)
     except KeyboardInterrupt:
         return ABORTED
@@ -113,13 +113,13 @@ def _command(args: list[str]) -> int:
     if args[0] not in COMMANDS:
         raise unknown("command", args[0], COMMANDS)
     use_compilation_cache()
-    with contextlib.suppress(SystemExit):  # of --help, once it is printed
+    with contextlib.suppress(SystemExit):  # raised by --help after printing
         return COMMANDS[args[0]][0](args[1:])
     return 0
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk between processes, unless JAX was already told where or not to."""
+    """Enables JAX's persistent compilation cache, unless JAX's cache setting is already configured."""
     if jax_setting("compilation_cache_dir") is None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxrl" / "xla"))

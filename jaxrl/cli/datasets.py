@@ -1,4 +1,4 @@
-"""The commands about datasets: data describe, convert, mix and top; synthesize."""
+"""The dataset commands: data describe, convert, mix and top; synthesize."""
 
 import dataclasses
 import sys
@@ -23,91 +23,91 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class DescribeOptions:
-    """Describe, convert and mix dataset files: .npz of OGBench's format, or .hdf5 of D4RL's, Minari's or robomimic's.
+    """Describe, convert and mix dataset files: .npz in OGBench's format, or .hdf5 of D4RL, Minari or robomimic.
 
-        jaxrl data describe FILE                                    what it holds, and which methods may suit it
-        jaxrl data describe FOLDER                                  its files
+        jaxrl data describe FILE                                    contents and quality measures
+        jaxrl data describe FOLDER                                  the dataset files in a folder
         jaxrl data convert FILE.hdf5 OUT.npz                        the same data in OGBench's format
-        jaxrl data mix GOOD BAD --ratio 0.1 --steps N --out OUT.npz   one tenth of good episodes, the rest of bad ones
-        jaxrl data top FILE --fraction 0.1 --out OUT.npz            the tenth of its episodes with the largest returns
+        jaxrl data mix GOOD BAD --ratio 0.1 --steps N --out OUT.npz   10 % of steps from GOOD, the rest from BAD
+        jaxrl data top FILE --fraction 0.1 --out OUT.npz            the 10 % of episodes with the highest returns
 
-    The flags here are those of describe; `jaxrl data mix --help` explains those of another.
+    The flags below are those of `describe`; see `jaxrl data mix --help` etc. for the other commands.
     """
 
     env: str | None = None
-    """Environment whose task gives the rewards."""
+    """Environment whose task defines the rewards."""
     reference: Path | None = None
-    """Dataset that coverage (SACo) is compared with: of the same task, best the replay of an online run."""
+    """Reference dataset for coverage (SACo): same task, ideally the replay buffer of an online run."""
     random_return: float | None = None
-    """Return of a random policy: 0 on the scale of trajectory quality (TQ)."""
+    """Return of a random policy, which maps to trajectory quality (TQ) 0."""
     best_return: float | None = None
-    """Return of the best known policy: 1 on that scale."""
+    """Return of the best known policy, which maps to TQ 1."""
     figure: Path | None = None
-    """Picture to write (.png, .pdf or .svg): histograms of returns, lengths, distances and variances of actions."""
+    """Figure to write (.png, .pdf or .svg): histograms of returns, lengths, distances and action variances."""
     queries: int = 10_000
-    """Steps whose neighbours are looked for, drawn at random."""
+    """Number of random steps for the nearest-neighbor search."""
     neighbours: int = 10
-    """Neighbours of each."""
+    """Neighbors per step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertOptions:
-    """Write a dataset file of any format that can be read as .npz, in OGBench's format."""
+    """Convert a dataset file of any supported format to .npz in OGBench's format."""
 
     keys: tuple[str, ...] = ()
-    """Of observations that are named arrays (Minari, robomimic), those to keep, in this order; by default all."""
+    """For dict observations (Minari, robomimic): the keys to keep, in this order; by default all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MixOptions:
-    """Write a mixture of two datasets: whole episodes of each, drawn with replacement."""
+    """Write a mixture of two datasets: whole episodes, sampled with replacement."""
 
     ratio: float = 0.1
-    """Share of the steps that comes from the first."""
+    """Fraction of steps from the first dataset."""
     steps: int = 1_000_000
-    """Steps to write, at least."""
+    """Minimum number of steps to write."""
     seed: int = 0
-    """Seed of the draws."""
+    """Random seed."""
     env: str | None = None
-    """Environment whose task gives the rewards of both."""
+    """Environment whose task defines the rewards of both datasets."""
     out: Path | None = None
     """File to write (.npz)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TopOptions:
-    """Write the episodes of a dataset that have the largest returns."""
+    """Write the episodes of a dataset with the highest returns."""
 
     fraction: float = 0.1
-    """Share of the episodes to keep."""
+    """Fraction of episodes to keep."""
     env: str | None = None
-    """Environment whose task gives the rewards."""
+    """Environment whose task defines the rewards."""
     out: Path | None = None
     """File to write (.npz)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SynthesizeOptions:
-    """Write a synthetic dataset: a diffusion model learns the trajectories of a dataset and generates new ones.
+    """Write a synthetic dataset: train a diffusion model on the trajectories of a dataset and sample new ones.
 
-        jaxrl synthesize DATA.npz --out new.npz                      trajectories like those of the data
-        jaxrl synthesize DATA.npz --out new.npz --policy runs/NAME   ... with actions that a trained policy would take
+        jaxrl synthesize DATA.npz --out new.npz                      unguided trajectories
+        jaxrl synthesize DATA.npz --out new.npz --policy runs/NAME   ... guided toward the actions of a trained policy
 
-    The model is kept in the folder that --model names, and used again where that holds one already. So one model gives
-    datasets with guidance and without:
+    The model is saved in the --model folder, and reused if the folder already contains one. One model can therefore
+    generate datasets with and without guidance:
 
         jaxrl synthesize DATA.npz --out on.npz --model pgd --policy runs/NAME
         jaxrl synthesize DATA.npz --out off.npz --model pgd --policy runs/NAME --guidance 0
 
-    Each trajectory is an episode of --length states, which the clock cuts short unless the task ends in it. Columns
-    other than states, actions, rewards and ends are not generated. A table at the end holds the trajectories against
-    the data: how far steps go, and how likely the policy would act so. Guidance raises the latter; where it is too
-    strong, trajectories are no longer like the data. Try several.
+    Each trajectory is an episode of --length states, truncated unless it terminates. Columns other than states,
+    actions, rewards and terminations are not generated. A table at the end compares the trajectories with the data:
+    step lengths, and the likelihood of the actions under the policy. Guidance raises the likelihood; if it is too
+    strong, trajectories leave the data distribution. Try several values.
 
         exit code 0    written
-                  2    a mistake, which one line names
-                  75   stopped while the model was trained, and saved: the same command goes on
-                  130  stopped at once
+                  2    usage error, explained in one line
+                  75   stopped during model training and saved: repeat the command to resume
+                  130  stopped immediately
     """
 
     generator: Annotated[Generator, fl.Flat]
@@ -115,21 +115,21 @@ class SynthesizeOptions:
     out: Path | None = None
     """File to write (.npz)."""
     model: Path | None = None
-    """Folder of the diffusion model; by default NAME-model beside the file NAME.npz that is written."""
+    """Folder of the diffusion model; by default NAME-model next to the output file NAME.npz."""
     policy: Path | None = None
-    """Run directory whose newest checkpoint guides the actions."""
+    """Run directory whose latest checkpoint guides the actions."""
     env: str | None = None
-    """Environment whose task gives the rewards; by default those of the file are kept."""
+    """Environment whose task defines the rewards; by default the rewards in the file."""
     trajectories: int = 1024
-    """How many trajectories to generate."""
+    """Number of trajectories to generate."""
     seed: int = 0
-    """Seed."""
+    """Random seed."""
 
 
 def data(args: list[str]) -> int:
     """Returns the exit code of `jaxrl data`."""
     if not args or (args[0].startswith("-") and not fl.wants_help(args)):
-        raise UserError("data: say what to do with which file, `jaxrl data describe FILE`")
+        raise UserError("data: name a command and a file, for example `jaxrl data describe FILE`")
     verb, rest = ("describe", args) if args[0].startswith("-") else (args[0], args[1:])
     if verb not in DATA:
         raise unknown("data command", verb, DATA)
@@ -149,14 +149,14 @@ def _describe(name: str, options: DescribeOptions) -> None:
     if (shards := streaming.find(name)) is not None:
         given = [field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default]
         if given:
-            raise UserError(f"--{given[0].replace('_', '-')}: returns are of one file, name it")
+            raise UserError(f"--{given[0].replace('_', '-')}: applies to a single file, not to a folder")
         print(streaming.format_report(shards))
         return
     random, best = options.random_return, options.best_return
     if (random is None) != (best is None):
-        raise UserError("--random-return and --best-return: trajectory quality needs both")
+        raise UserError("--random-return and --best-return: trajectory quality requires both")
     if options.figure is not None and options.figure.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--figure {options.figure}: the name of a picture ends in .png, .pdf or .svg")
+        raise UserError(f"--figure {options.figure}: must end in .png, .pdf or .svg")
     if options.figure is not None and not options.figure.parent.is_dir():
         raise UserError(f"--figure {options.figure}: no folder {options.figure.parent}")
     dataset = files.load(name)
@@ -164,10 +164,10 @@ def _describe(name: str, options: DescribeOptions) -> None:
     report = files.format_report(files.describe(dataset, relabel))
     images = not files.vectors(dataset.observations).shape[1]
     if images and options.figure is None:
-        print(report, "not measured: observations are images alone, coverage and neighbors are of vectors", sep="\n\n")
+        print(report, "not measured: coverage and neighbors require vectors, observations are images only", sep="\n\n")
         return
     if images:
-        raise UserError(f"--figure {options.figure}: observations are images alone, measures are of vectors")
+        raise UserError(f"--figure {options.figure}: measures require vectors, observations are images only")
     found = quality.measure(
         dataset if relabel is None else files.relabelled(dataset, relabel),
         reference=None if options.reference is None else files.load(options.reference),
@@ -204,7 +204,7 @@ def _top(name: str, options: TopOptions) -> None:
 
 
 def _relabel(env: str | None, dataset: "Dataset") -> "Relabel | None":
-    """Returns the function that judges a dataset's steps by an environment's task, None without an environment."""
+    """Returns an environment's relabeling function for a dataset, None without an environment."""
     if env is None:
         return None
     environment = fl.make(env)
@@ -217,14 +217,14 @@ def _relabel(env: str | None, dataset: "Dataset") -> "Relabel | None":
         loading.check_fits(loading.sizes_of(dataset), environment)
     elif (found := (dataset.observations.shape[1], dataset.actions.shape[1])) != asked:
         raise UserError(
-            f"--env {env}: judges observations of {asked[0]} and actions of {asked[1]} entries, in {dataset.path} they "
-            f"have {found[0]} and {found[1]}"
+            f"--env {env}: expects observations of size {asked[0]} and actions of size {asked[1]}, in {dataset.path} "
+            f"they have {found[0]} and {found[1]}"
         )
     return environment.relabel
 
 
 def _judged(name: str, env: str | None) -> "Dataset":
-    """Returns the dataset in a file, with the rewards of an environment's task where one is named."""
+    """Returns the dataset in a file, relabeled with an environment's rewards if one is named."""
     from jaxrl.data import files
 
     dataset = files.load(name)
@@ -233,7 +233,7 @@ def _judged(name: str, env: str | None) -> "Dataset":
 
 
 def _new_file(path: Path | None) -> Path:
-    """Returns the path of a dataset that is to be written. Raises UserError where that cannot be."""
+    """Returns the validated path of a dataset to write. Raises UserError if it is missing, not .npz or exists."""
     if path is None:
         raise UserError("--out: name the file to write")
     if path.suffix != ".npz":
@@ -244,14 +244,14 @@ def _new_file(path: Path | None) -> Path:
 
 
 def _write(path: Path, dataset: Any) -> None:
-    """Writes a dataset, and prints what it holds."""
+    """Writes a dataset and prints its description."""
     from jaxrl.data import files
 
     files.save(path, dataset)
     print(files.format_report(files.describe(files.load(path))))
 
 
-DATA: dict[str, tuple[Any, Any, str]] = {  # what does it, its flags, the files that it is about
+DATA: dict[str, tuple[Any, Any, str]] = {  # function, default options, file arguments
     "describe": (_describe, DescribeOptions(), "FILE"),
     "convert": (_convert, ConvertOptions(), "FILE OUT.npz"),
     "mix": (_mix, MixOptions(), "GOOD BAD"),
@@ -294,7 +294,7 @@ def _synthesize(options: SynthesizeOptions, dataset: Any, model: Path, out: Path
         try:
             params, error = generate.fitted(options.generator, parts, model, key_model, stop)
         except StopRequested:
-            print(f"stopped and saved in {model}; the same command goes on", file=sys.stderr)
+            print(f"stopped and saved in {model}; repeat the command to resume", file=sys.stderr)
             return SAVED
     guide, scale = policy if options.sampler.guidance else None, parts[0].scale
     new = generate.generate(options.generator, options.sampler, params, scale, key_sample, options.trajectories, guide)
@@ -305,7 +305,7 @@ def _synthesize(options: SynthesizeOptions, dataset: Any, model: Path, out: Path
 
 
 def _model_folder(flags: list[str]) -> Path | None:
-    """Returns the folder of the diffusion model, named or beside the file to write; None where neither is named."""
+    """Returns the folder of the diffusion model: --model, or next to --out; None if neither is given."""
     model, out = fl.peek(flags, "--model"), fl.peek(flags, "--out")
     if model is None and out is not None:
         return Path(out).parent / f"{Path(out).stem}-model"

@@ -1,4 +1,4 @@
-"""What `jaxrl doctor` says of an installation."""
+"""The installation checks of `jaxrl doctor`."""
 
 import importlib.metadata
 import shutil
@@ -12,7 +12,7 @@ OPTIONAL = ("h5py", "ogbench", "playground", "wandb")
 
 
 def installation() -> list[str]:
-    """Returns one line per fact about versions, devices and numerics; a line that begins with FAIL needs mending."""
+    """Returns one line per check of versions, devices and numerics; lines of failed checks begin with FAIL."""
     lines = []
     for name in (*PACKAGES, *OPTIONAL):
         try:

@@ -1,4 +1,4 @@
-"""From words to dataclasses: names first, then flags; a mistake is a UserError of one line."""
+"""Command-line parsing into dataclasses: positional names first, then flags; usage errors are one-line UserErrors."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ RULES = tyro.constructors.ConstructorRegistry()
 
 @RULES.primitive_rule
 def _scalar(kind: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Returns how a Scalar is read: as a float."""
+    """Returns the parser of a Scalar: a float."""
     if kind.type is not Scalar:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -34,7 +34,7 @@ def _scalar(kind: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Prim
 
 @RULES.primitive_rule
 def _widths(kind: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Returns how numbers in a row are read: separated by commas, or as words."""
+    """Returns the parser of a tuple of numbers: separated by commas or spaces."""
     if kind.type_origin is not tuple or get_args(kind.type) not in ((int, ...), (float, ...)):
         return None
     number = get_args(kind.type)[0]
@@ -47,20 +47,20 @@ def _widths(kind: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Prim
     )
 
 
-Flat = tyro.conf.arg(name="")  # a dataclass whose fields are flags of their own
-FLAT_FIELDS = ("config", "generator", "sampler", "settings")  # which are those
-SETTINGS = (tyro.conf.DisallowNone,)  # a flag that is not given is None, the word "None" is not
+Flat = tyro.conf.arg(name="")  # for nested dataclasses whose fields become flags without a prefix
+FLAT_FIELDS = ("config", "generator", "sampler", "settings")  # the fields annotated with Flat
+SETTINGS = (tyro.conf.DisallowNone,)  # omitted flags may default to None, but the word "None" is not parsed as None
 
 
 def make(name: str) -> Env | HostEnv:
-    """Returns the environment of a name."""
+    """Returns the environment with a name."""
     import envs
 
     return envs.make(name)
 
 
 def positionals(args: list[str], most: int) -> tuple[list[str], list[str]]:
-    """Returns the leading arguments that are no flags, at most so many, and the rest."""
+    """Returns the leading positional arguments, at most `most`, and the rest."""
     leading = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
     if len(leading) > most:
         raise UserError(f"unexpected argument {args[most]!r}")
@@ -68,12 +68,12 @@ def positionals(args: list[str], most: int) -> tuple[list[str], list[str]]:
 
 
 def of_agent(options: Any, agent: type) -> Any:
-    """Returns the options of a command with the fields of one kind of agent among them."""
+    """Returns the option class of a command, parametrized by an agent class."""
     return options[agent]
 
 
 def run_directory(command: str, args: list[str]) -> tuple[Any, list[str]]:
-    """Returns the run that a command is about, and its flags; None for help without a run."""
+    """Returns the run directory argument of a command, and its flags; None for help without a run."""
     names, flags = positionals(args, 1)
     if not names and not wants_help(flags):
         raise UserError(f"{command}: name a run directory, for example `jaxrl {command} runs/NAME`")
@@ -81,7 +81,7 @@ def run_directory(command: str, args: list[str]) -> tuple[Any, list[str]]:
 
 
 def peek(args: list[str], flag: str) -> str | None:
-    """Returns a flag's value, if it is given, before the rest can be parsed, which it decides about."""
+    """Returns a flag's value if given, before full parsing, whose defaults depend on it."""
     for i, arg in enumerate(args):
         if arg == flag and i + 1 < len(args):
             return args[i + 1]
@@ -91,12 +91,12 @@ def peek(args: list[str], flag: str) -> str | None:
 
 
 def wants_help(flags: list[str]) -> bool:
-    """Whether help is asked for."""
+    """Returns whether help is requested."""
     return bool({"-h", "--help"} & set(flags))
 
 
 def parse(usage: str, kind: Any, default: Any, args: list[str]) -> Any:
-    """Returns the options that flags ask for. Raises UserError, one line, for a flag or a value that does not exist."""
+    """Returns the parsed options. Raises a one-line UserError for an unknown flag or an invalid value."""
     if wants_help(args):
         print(inspect.cleandoc(type(default).__doc__ or "").replace("{agents}", ", ".join(AGENTS)) + "\n")
         tyro.cli(kind, default=default, args=["--help"], prog=usage, description="", config=SETTINGS, registry=RULES)
@@ -109,7 +109,7 @@ def parse(usage: str, kind: Any, default: Any, args: list[str]) -> Any:
     except SystemExit as error:
         raise UserError(_complaint(complaint.getvalue())) from error
     if left and not left[0].startswith("-"):
-        raise UserError(f"unexpected argument {left[0]!r}: names come first, and a switch takes no value")
+        raise UserError(f"unexpected argument {left[0]!r}: names must come before flags, and a switch takes no value")
     if left:
         flag = left[0].split("=")[0]
         raise UserError(f"unknown flag {flag}{nearest(flag, _flags(default)) or ':'} --help lists all")
@@ -117,20 +117,20 @@ def parse(usage: str, kind: Any, default: Any, args: list[str]) -> Any:
 
 
 def nearest(flag: str, flags: list[str]) -> str:
-    """Returns the question whether the most similar of some flags was meant; nothing where none is similar."""
+    """Returns a "did you mean" suggestion of the most similar flag; empty if none is similar."""
     near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
     return f": did you mean {near[0]}?" if near else ""
 
 
 def _complaint(text: str) -> str:
-    """Returns the message in tyro's box: what follows its title, up to the next rule, in one line."""
+    """Returns the message in tyro's error box as one line: from the title to the next horizontal rule."""
     lines = [line.strip("│╭╮╰╯─- ") for line in text.splitlines()]
     message = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:]))
     return " ".join(message) or "cannot read the flags"
 
 
 def _flags(options: Any, prefix: str = "--") -> list[str]:
-    """Returns the flags of a dataclass's fields."""
+    """Returns the flags for a dataclass's fields."""
     result = []
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)

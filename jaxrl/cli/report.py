@@ -1,4 +1,4 @@
-"""The command about what runs have shown: report."""
+"""The command `jaxrl report`."""
 
 import dataclasses
 from pathlib import Path
@@ -10,37 +10,37 @@ from jaxrl.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class ReportOptions:
-    """Report on runs and sweeps: learning curves, scores with intervals, comparisons, effects of hyper-parameters.
+    """Report on runs and sweeps: learning curves, scores with intervals, comparisons, effects of hyperparameters.
 
-        jaxrl report runs/NAME                    a run or a sweep; the report is written into it
+        jaxrl report runs/NAME                    a run or a sweep; the report is written into its folder
         jaxrl report runs/                        all runs and sweeps in a folder
-        jaxrl report runs/A runs/B --out report   several, compared
+        jaxrl report runs/A runs/B --out report   compare several
 
-    Runs that differ in nothing but their seed are one setting. Each setting has one score, the interquartile mean of
-    the last evaluations over seeds and tasks, with its 95 % bootstrap interval over seeds. A member that diverged
-    counts with its last evaluation. Members that were dropped or have not finished are listed with what they spent, and
-    are not compared. The best setting is chosen on eval/success and reported on separate episodes, where there are any.
+    Runs that differ only in their seed form one setting. The score of a setting is the interquartile mean of the
+    last evaluations over seeds and tasks, with a 95 % bootstrap interval over seeds. A diverged member counts with its
+    last evaluation. Dropped and unfinished members are listed with the budget they spent, but not compared. The best
+    setting is selected on eval/success and reported on separate episodes, if there are any.
 
-    The folder gets report.html, which opens offline, table.md, settings.csv, members.csv and the pictures; an earlier
-    report in it is replaced.
+    The folder contains report.html (works offline), table.md, settings.csv, members.csv and the figures; an existing
+    report there is replaced.
 
-    Runs are compared at equal terms, and else refused. --mix names the terms that may differ, which the report then
-    says at its top:
+    Runs with unequal evaluation conditions are refused. --mix lists the conditions that may differ; the report states
+    them at the top:
 
-        eval-seed   seed of the evaluation's episodes        episodes   their number
+        eval-seed   seed of the evaluation episodes          episodes   their number
         simulator   versions of MuJoCo, MJX and Brax         data       content of the dataset
         budget      updates and steps, planned or spent; unfinished and dropped members count too
 
         exit code 0   written
-                  2   a mistake, which one line names
+                  2   usage error, explained in one line
     """
 
     out: Path | None = None
-    """Folder to write; by default `report` in the folder that is named, or here where several are."""
+    """Output folder; by default `report` in the given folder, or in the working directory if several are given."""
     score: Literal["success", "return"] = "success"
-    """What is compared; return is for one task alone, where the environment knows no success."""
+    """Metric to compare; `return` is for a single task, if the environment does not report success."""
     mix: tuple[Literal["eval-seed", "episodes", "budget", "simulator", "data"], ...] = ()
-    """Terms in which runs of a task may differ."""
+    """Conditions that may differ between runs of a task."""
 
 
 def report(args: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The commands about runs: train, eval, collect, render, replay."""
+"""The run commands: train, eval, collect, render, replay."""
 
 import dataclasses
 import json
@@ -23,46 +23,46 @@ from jaxrl.types import Drawable, Env, HostEnv, Relabels
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions(Generic[A]):
-    """Train an agent on a dataset, then, if it learns online, in the environment. Or go on with a run.
+    """Train an agent on a dataset, then online in the environment if configured. Or resume a run.
 
         jaxrl train                                 the default agent in the default maze: minutes on two CPU cores
         jaxrl train bc push --seed 1                another agent, another environment
         jaxrl train fmq maze-large --preset paper   the published sizes, for an accelerator
-        jaxrl train --resume runs/NAME              on from the newest checkpoint, exactly as if it had never stopped
-                                                    (but that simulators on the CPU, ogbench/NAME, begin new episodes)
+        jaxrl train --resume runs/NAME              resume from the latest checkpoint, identical to an uninterrupted run
+                                                    (except that CPU simulators, ogbench/NAME, start new episodes)
 
         AGENT        {agents}
-        ENVIRONMENT  a name of `jaxrl list`, with options after a question mark ("push?horizon=50"),
-                     or a function of your own that makes one (my_package.my_module:make)
+        ENVIRONMENT  a name from `jaxrl list`, with options after a question mark ("push?horizon=50"),
+                     or your own factory function (my_package.my_module:make)
 
-    Ctrl-C or SIGTERM saves at the end of the epoch and stops; a second one stops at once.
+    Ctrl-C or SIGTERM saves at the end of the epoch and stops; a second one stops immediately.
 
         exit code 0    trained; the last line is `result: {...}` in JSON
-                  2    a mistake, which one line names
-                  75   stopped and saved: go on with --resume
-                  130  stopped at once; the last checkpoint is whole
+                  2    usage error, explained in one line
+                  75   stopped and saved: resume with --resume
+                  130  stopped immediately; the last checkpoint is intact
     """
 
     config: Annotated[Config[A], fl.Flat]
     preset: Preset = "quick"
-    """Where the defaults come from: minutes on two CPU cores, or the published sizes."""
+    """Source of the defaults: `quick` takes minutes on two CPU cores, `paper` has the published sizes."""
     variant: str | None = None
-    """Named setting of the agent's fields, see `jaxrl list`: of dqc for example qc, qc-ns, ns and os."""
+    """Named agent configuration, see `jaxrl list`; for dqc, for example, qc, qc-ns, ns and os."""
     out: Path | None = None
     """Run directory; by default a new one under runs/."""
     resume: Path | None = None
-    """Go on with the run in this directory; no other flag but --wandb and --devices applies."""
+    """Run directory to resume; no flags other than --wandb and --devices apply."""
     devices: int | None = None
-    """Devices that environments, replay and batches are spread over; by default one, or those that a run began with."""
+    """Number of devices to shard environments, replay and batches over; by default 1, or that of the resumed run."""
     plan: bool = False
-    """Print what the run would take in memory, and stop."""
+    """Print the run's memory requirements and exit."""
     wandb: bool = False
-    """Log to Weights & Biases as well."""
+    """Also log to Weights & Biases."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions(Generic[A]):
-    """Evaluate a run's newest checkpoint. The agent is the run's but for the flags that are given.
+    """Evaluate a run's latest checkpoint. Flags override the run's agent configuration.
 
     jaxrl eval runs/NAME --episodes 500
     jaxrl eval runs/NAME --agent.test-sampler beam_search
@@ -72,34 +72,34 @@ class EvalOptions(Generic[A]):
     agent: A
     execution: Execution
     env: str
-    """Environment, of the same sizes as the run's."""
+    """Environment, with the same observation and action sizes as the run's."""
     episodes: int = 100
-    """How many episodes."""
+    """Number of episodes."""
     seed: int = 12345
-    """Seed of the episodes; runs are comparable at equal seeds."""
+    """Seed of the episodes; compare runs with equal seeds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CollectOptions:
-    """Record a scripted behaviour of an environment as a dataset.
+    """Record a scripted behavior of an environment as a dataset.
 
     jaxrl collect maze-medium --behaviour good --steps 100000
     jaxrl collect ogbench/cube-single-play-v0 --behaviour 'play?noise=0.2'
     """
 
     behaviour: str | None = None
-    """Level of the behaviour, see `jaxrl list`; by default medium, and for OGBench the kind that its name holds."""
+    """Behavior level, see `jaxrl list`; by default medium, and for OGBench the type in the environment's name."""
     steps: int = 1_000_000
-    """Steps to record, at least."""
+    """Minimum number of steps to record."""
     seed: int = 0
-    """Seed."""
+    """Random seed."""
     out: Path | None = None
     """File to write (.npz); by default datasets/ENVIRONMENT-BEHAVIOUR-STEPS-sSEED.npz, or OGBench's own name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RenderOptions:
-    """Draw an episode of a run's newest checkpoint as an animation."""
+    """Render an episode of a run's latest checkpoint as an animation."""
 
     out: Path | None = None
     """File to write (.gif); by default RUN/rollout.gif."""
@@ -109,13 +109,13 @@ class RenderOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ReplayOptions:
-    """Repeat a run's first epochs and compare their metrics bit for bit. Exit code 1: they differ, one line says where.
+    """Repeat a run's first epochs and compare their metrics bit for bit. Exit code 1: they differ, printed in one line.
 
-    Equal numbers need the same kind of machine and the same versions, which the run's manifest.json names.
+    Equality requires the same type of machine and the same package versions, listed in the run's manifest.json.
     """
 
     epochs: int = 3
-    """How many epochs."""
+    """Number of epochs."""
 
 
 def train(args: list[str]) -> int:
@@ -130,9 +130,9 @@ def train(args: list[str]) -> int:
     if options.resume is not None:
         others = {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
         if not_for_it := names + sorted(others - {"--resume", "--wandb", "--no-wandb", "--devices"}):
-            raise UserError(f"--resume: a run goes on as it began, {not_for_it[0]} does not apply")
+            raise UserError(f"--resume: a run resumes with its own configuration, {not_for_it[0]} does not apply")
     if options.resume is not None and (options.resume.parent.parent / "sweep.json").exists():
-        raise UserError(f"--resume {options.resume}: is a member of a sweep, which goes on as a whole: jaxrl sweep")
+        raise UserError(f"--resume {options.resume}: is a member of a sweep, use jaxrl sweep --resume on the sweep")
     config = options.config if options.resume is None else directory.read_config(options.resume)
     config.check()
     path = options.resume or options.out or directory.default_path(agent, config.env, config.seed)
@@ -146,7 +146,7 @@ def _train(config: Config, environment: Env | HostEnv, path: Path, options: Trai
 
     config = with_data(config, environment)
     if options.plan:
-        # A first run compiles, which takes most of a process's memory: count that, whatever is kept on disk.
+        # Compilation dominates peak process memory: include it even if the program is in the cache.
         jax.config.update("jax_enable_compilation_cache", False)
         print(memory.plan(config, environment))
         return 0
@@ -228,7 +228,7 @@ def render(args: list[str]) -> int:
     config = directory.read_config(path)
     environment = fl.make(config.env)
     if not (isinstance(environment, HostEnv) or isinstance(environment, Drawable)):
-        raise UserError(f"environment {config.env!r} has no draw(obs, size), so there is nothing to see")
+        raise UserError(f"environment {config.env!r} has no draw(obs, size) and cannot be rendered")
     out = options.out or path / "rollout.gif"
     if out.suffix != ".gif":
         raise UserError(f"--out {out}: the name of an animation ends in .gif")
@@ -242,7 +242,7 @@ def render(args: list[str]) -> int:
 
 
 def replay(args: list[str]) -> int:
-    """Returns the exit code of `jaxrl replay`: 0 where the repetition is identical, 1 where it is not."""
+    """Returns the exit code of `jaxrl replay`: 0 if the repetition is identical, else 1."""
     path, flags = fl.run_directory("replay", args)
     options = fl.parse("jaxrl replay RUN", ReplayOptions, ReplayOptions(), flags)
     if options.epochs < 1:

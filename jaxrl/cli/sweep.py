@@ -1,4 +1,4 @@
-"""The command `jaxrl sweep`: flags with several values are axes, all else is as in `jaxrl train`."""
+"""The command `jaxrl sweep`: flags with several values are sweep axes, everything else is as in `jaxrl train`."""
 
 import contextlib
 import dataclasses
@@ -25,69 +25,69 @@ from jaxrl.sweeps.space import Draw, Settings, Space
 
 @dataclasses.dataclass(frozen=True)
 class Slurm:
-    """What a batch script asks for."""
+    """Resources requested by the batch script."""
 
     nodes: int = 1
-    """Nodes, with a process on each."""
+    """Number of nodes, one process on each."""
     gpus: int = 1
     """GPUs per node."""
     hours: float = 24.0
-    """Time limit; two minutes before it the sweep saves, and is queued again."""
+    """Time limit; two minutes before it, the sweep saves and is requeued."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepOptions(Generic[A]):
     """Train many settings and seeds as one program. Any flag of `jaxrl train` may have several values.
 
-        jaxrl sweep fmq maze-medium --agent.eta 0.3 1.0 3.0 --agent.lr 1e-4 3e-4 --seeds 16      96 runs, crossed
-        jaxrl sweep bc --agent.lr log:1e-5:1e-2 --draws 32                                    drawn at random
-        jaxrl sweep fmq --agent.eta 0.3 1 --agent.lr 1e-4 3e-4 --paired agent.eta agent.lr    side by side
-        jaxrl sweep qc --agent.chunk 1 5 10 --env maze-medium maze-large                      six programs, in a row
-        jaxrl sweep --resume runs/NAME                                                        on, as if it never stopped
+        jaxrl sweep fmq maze-medium --agent.eta 0.3 1.0 3.0 --agent.lr 1e-4 3e-4 --seeds 16      96 runs, grid
+        jaxrl sweep bc --agent.lr log:1e-5:1e-2 --draws 32                                    random search
+        jaxrl sweep fmq --agent.eta 0.3 1 --agent.lr 1e-4 3e-4 --paired agent.eta agent.lr    paired values
+        jaxrl sweep qc --agent.chunk 1 5 10 --env maze-medium maze-large                      six programs, one by one
+        jaxrl sweep --resume runs/NAME                                                        resume exactly
 
-    What shapes the program (whole numbers, words, lists, all that is not the agent's) makes a program for each value.
-    Lists are written with commas: --agent.actor-hidden 256,256 512,512. Draws are uniform:LOW:HIGH or log:LOW:HIGH.
-    Members share the data. One whose parameters are no longer finite leaves, and is reported. Every member is the run
-    that `jaxrl train` would have made; `jaxrl eval` and `render` take its folder, runs/NAME/members/007.
+    Fields that change the program (integers, strings, lists, everything outside the agent) need one program per value.
+    Lists are comma-separated: --agent.actor-hidden 256,256 512,512. Distributions are uniform:LOW:HIGH or log:LOW:HIGH.
+    Members share the dataset. A member whose parameters become non-finite is stopped and reported. Every member is
+    equivalent to a run of `jaxrl train`; `jaxrl eval` and `render` accept its folder, runs/NAME/members/007.
 
-    Members are spread over the devices of this machine, and over several machines where SLURM, MPI or Kubernetes
-    started this command on each of them, with --out in a folder that all see. The same command goes on in its folder.
+    Members are distributed over the devices of this machine, and over several machines if SLURM, MPI or Kubernetes
+    starts this command on each, with --out in a shared folder. Repeating the command resumes the sweep in its folder.
 
         exit code 0    done; the last line is `result: {...}` in JSON, the report is in runs/NAME/report
-                  2    a mistake, which one line names
-                  75   stopped and saved, here or in another process: the same command goes on, or --resume
-                  130  stopped at once; the last checkpoint is whole
+                  2    usage error, explained in one line
+                  75   stopped and saved, here or in another process: repeat the command, or use --resume
+                  130  stopped immediately; the last checkpoint is intact
     """
 
     config: Annotated[Config[A], fl.Flat]
     settings: Annotated[Settings, fl.Flat]
     slurm: Slurm = dataclasses.field(default_factory=Slurm)
     preset: Preset = "quick"
-    """Where the defaults come from: minutes on two CPU cores, or the published sizes."""
+    """Source of the defaults: `quick` takes minutes on two CPU cores, `paper` has the published sizes."""
     variant: str | None = None
-    """Named setting of the agent's fields, see `jaxrl list`."""
+    """Named agent configuration, see `jaxrl list`."""
     seeds: int = 1
-    """Seeds of every setting, from --seed on."""
+    """Number of seeds per setting, starting at --seed."""
     draws: int = 0
-    """Settings that are drawn, for every combination of the values that are named."""
+    """Number of random settings per combination of the listed values."""
     draw_seed: int = 0
-    """Seed of the draws."""
+    """Seed of the random settings."""
     paired: tuple[str, ...] = ()
-    """Fields whose values go side by side instead of being crossed."""
+    """Fields whose values are paired instead of crossed."""
     out: Path | None = None
-    """Folder of the sweep; by default a new one under runs/, and the job's own under a scheduler."""
+    """Folder of the sweep; by default a new one under runs/, named after the job under a scheduler."""
     resume: Path | None = None
-    """Go on with the sweep in this folder."""
+    """Folder of the sweep to resume."""
     plan: bool = False
-    """Print the programs, their members, memory and time, and stop."""
+    """Print the programs, their members, memory and time, and exit."""
     print_slurm: bool = False
-    """Print a batch script that makes this sweep, and stop."""
+    """Print a SLURM batch script for this sweep, and exit."""
     coordinator: str | None = None
-    """Address of the first of several processes, HOST:PORT, where no scheduler says it."""
+    """Address of process 0, HOST:PORT, if no scheduler provides it."""
     processes: int | None = None
-    """How many there are."""
+    """Number of processes."""
     process: int | None = None
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
 
 
 def sweep(args: list[str]) -> int:
@@ -110,7 +110,7 @@ def sweep(args: list[str]) -> int:
     options.settings.check()
     if options.resume is not None:
         if other := names + sorted(words) + [flag for flag in rest if flag.startswith("--") and not stays(flag)]:
-            raise UserError(f"--resume: a sweep goes on as it began, {other[0]} does not apply")
+            raise UserError(f"--resume: a sweep resumes with its own configuration, {other[0]} does not apply")
         return _sweep(None, options, options.resume)
     space = space_of(options, words, lambda flags: parse(flags).config)
     space.members()
@@ -121,26 +121,26 @@ STAYS = ("resume", "devices", "checkpoint-seconds", "patience", "coordinator", "
 
 
 def stays(flag: str) -> bool:
-    """Whether a flag says how a sweep is carried out rather than which one it is."""
+    """Returns whether a flag sets how a sweep is executed, not what it computes."""
     return flag.removeprefix("--").partition("=")[0] in STAYS
 
 
 def default_path(agent: str, options: SweepOptions) -> Path:
-    """Returns the folder of a new sweep. Raises UserError where several processes could not know it."""
+    """Returns the folder of a new sweep. Raises UserError if several processes could not agree on it."""
     if (job := machines.job()) is not None and machines.asked_by_environment():
         return Path("runs") / f"sweep-{agent}-{directory.plain(options.config.env)}-job{job}"
     if options.processes is not None or machines.asked_by_environment():
-        raise UserError("--out: name the folder, which all processes see")
+        raise UserError("--out: required with several processes, a folder shared by all")
     return directory.default_path(f"sweep-{agent}", options.config.env, options.config.seed)
 
 
-# From words to axes
+# Parsing of sweep axes
 
 
 def split(flags: list[str], known: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
-    """Returns the flags with one value, as they are, and the words of those that are axes, by dotted field.
+    """Returns the flags with one value, unchanged, and the values of axes by dotted field.
 
-    Raises UserError where a flag of several values is no field.
+    Raises UserError if a flag with several values is not a field.
     """
     rest, axes = [], {}
     for flag, words in grouped(flags):
@@ -148,22 +148,22 @@ def split(flags: list[str], known: dict[str, Any]) -> tuple[list[str], dict[str,
         many = len(words) > 1 and not (isinstance(known.get(path), tuple) and not any("," in word for word in words))
         if path in known and (many or any(is_draw(word) or "," in word for word in words)):
             if path in axes:
-                raise UserError(f"{flag}: is given twice")
+                raise UserError(f"{flag}: given twice")
             axes[path] = words
         elif len(words) > 1 and path not in ("rungs", "paired") and not isinstance(known.get(path), tuple):
-            raise UserError(f"{flag} {' '.join(words)}: no field that can be swept{fl.nearest(flag, flags_of(known))}")
+            raise UserError(f"{flag} {' '.join(words)}: not a sweepable field{fl.nearest(flag, flags_of(known))}")
         else:
             rest += [flag, *words]
     return rest, axes
 
 
 def flags_of(known: dict[str, Any]) -> list[str]:
-    """Returns the flags of dotted fields."""
+    """Returns the flags for dotted field names."""
     return [f"--{path.replace('_', '-')}" for path in known]
 
 
 def grouped(flags: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yields each flag with the words that follow it; numbers below zero are words."""
+    """Yields each flag with its values; negative numbers are values."""
     flag, words = "", []
     for word in [*flags, "--"]:
         if not word.startswith("--"):
@@ -171,19 +171,19 @@ def grouped(flags: list[str]) -> Iterator[tuple[str, list[str]]]:
             continue
         if flag or words:
             if not flag:
-                raise UserError(f"unexpected argument {words[0]!r}: names come first")
+                raise UserError(f"unexpected argument {words[0]!r}: names must come before flags")
             yield flag, words
         flag, equals, value = word.partition("=")
         words = [value] if equals else []
 
 
 def is_draw(word: str) -> bool:
-    """Whether a word is a distribution."""
+    """Returns whether a value is a distribution."""
     return word.startswith(("uniform:", "log:"))
 
 
 def space_of(options: SweepOptions, words: dict[str, list[str]], parse: Any) -> Space:
-    """Returns what is swept; `parse` gives the configuration that flags make of the defaults."""
+    """Returns the sweep's space; `parse` maps flags to a configuration."""
     grid, drawn = {}, {}
     for path, each in words.items():
         members.check_axis(options.config, path)
@@ -196,17 +196,17 @@ def space_of(options: SweepOptions, words: dict[str, list[str]], parse: Any) -> 
 
 
 def draw_of(path: str, words: list[str]) -> Draw:
-    """Returns a distribution from its word. Raises UserError where it is not one."""
+    """Returns the distribution that the values denote. Raises UserError if they are not one."""
     kind, *bounds = words[0].split(":")
     with contextlib.suppress(ValueError):
         low, high = map(float, bounds)
         if len(words) == 1:
             return Draw(kind, low, high)  # ty: ignore[invalid-argument-type]
-    raise UserError(f"{path} = {' '.join(words)}: a distribution is one word, {kind}:LOW:HIGH with two numbers")
+    raise UserError(f"{path} = {' '.join(words)}: a distribution is a single value, {kind}:LOW:HIGH with two numbers")
 
 
 def value_of(path: str, word: str, parse: Any, config: Config) -> Any:
-    """Returns one value of a field from its word, read as `jaxrl train` reads it."""
+    """Returns one value of a field, parsed as in `jaxrl train`."""
     flag, before = f"--{path.replace('_', '-')}", dict(members.fields(config))[path]
     if isinstance(before, bool):
         if word.lower() not in ("true", "false"):
@@ -216,7 +216,7 @@ def value_of(path: str, word: str, parse: Any, config: Config) -> Any:
     return dict(members.fields(parse([flag, *words])))[path]
 
 
-# Carrying it out
+# Execution
 
 
 def _sweep(space: Space | None, options: SweepOptions, path: Path) -> int:
@@ -226,7 +226,7 @@ def _sweep(space: Space | None, options: SweepOptions, path: Path) -> int:
     make, settings = functools.cache(fl.make), options.settings
     if options.plan:
         if space is None:
-            raise UserError("--plan: is for a new sweep")
+            raise UserError("--plan: applies to new sweeps only")
         print(estimate.forecast(space, settings, make))
         return 0
     asked = sweeps.asked_for(space, settings) if space is not None else {"resume": str(path)}
@@ -249,7 +249,7 @@ def _sweep(space: Space | None, options: SweepOptions, path: Path) -> int:
 
 
 def batch_script(names: list[str], flags: list[str], options: SweepOptions) -> str:
-    """Returns a SLURM script that makes the sweep, and queues itself again where it was saved before its end."""
+    """Returns a SLURM script that runs the sweep and requeues itself when it stops early with a checkpoint."""
     asked = [(flag, words) for flag, words in grouped(flags) if not flag.startswith(("--print-slurm", "--slurm."))]
     words = [word for flag, words in asked for word in (flag, *words)]
     minutes, slurm = max(round(60 * options.slurm.hours), 1), options.slurm

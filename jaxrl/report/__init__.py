@@ -1,16 +1,16 @@
-"""Reports of runs and sweeps: what was measured, how sure it is, and what may be concluded.
+"""Reports of runs and sweeps: scores, confidence intervals and comparisons.
 
     from jaxrl import report
 
     found = report.read(["runs/sweep", "runs/baseline"])   # a frozen dataclass, nothing is written
-    report.rows(found)                                      # the table, one dict for each setting
-    report.figures(found)["curves"]                         # a matplotlib figure, which a notebook shows
-    report.write(found, Path("report"))                     # report.html, table.md, CSV files and pictures
+    report.rows(found)                                      # the table, one dict per setting
+    report.figures(found)["curves"]                         # a matplotlib figure, for notebooks
+    report.write(found, Path("report"))                     # report.html, table.md, CSV files and figures
 
-A setting is a configuration but for its seed; a task is an environment with its data. Scores are of the last
-evaluation. Those that are compared are of members that spent their whole budget: finished ones, and diverged ones with
-their last evaluation. Members that were dropped or have not finished count only where a setting has no others, are
-marked, and are compared with nobody, unless budgets may be mixed.
+A setting is a configuration without its seed; a task is an environment with its data. Scores are those of the last
+evaluation. Only members that spent their whole budget are compared: finished members, and diverged members with their
+last evaluation. Dropped or unfinished members count only if a setting has no others; they are marked and excluded from
+comparisons, unless budgets may be mixed.
 
 Statistics are those of Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021):
 interquartile means, stratified bootstrap over seeds with tasks as strata, probability of improvement, profiles.

@@ -1,4 +1,4 @@
-"""What folders hold: runs, members of sweeps, and what each of them did."""
+"""Reading of runs and sweep members from their folders."""
 
 import dataclasses
 import json
@@ -18,39 +18,39 @@ SIMULATORS = ("mujoco", "mujoco-mjx", "brax")
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """A run, or a member of a sweep, as its folder tells."""
+    """A run, or a member of a sweep, as read from its folder."""
 
     path: Path
     config: dict[str, Any]
-    """Every field by its dotted name, `agent.eta`, and `agent_name`."""
+    """Every field by its dotted name, such as `agent.eta`, and `agent_name`."""
     status: str
     """finished; diverged: parameters became non-finite; dropped by successive halving; or unfinished."""
     evaluations: tuple[dict[str, Any], ...]
-    """Rows of metrics with an evaluation of the agent, oldest first."""
+    """Metrics rows with an evaluation of the agent, oldest first."""
     behaviour: float | None
-    """Success of the behaviour that the data come from, where it was evaluated."""
+    """Success of the behavior policy of the data, if it was evaluated."""
     updates: int
     """Gradient steps spent."""
     steps: int
     """Environment steps spent."""
     judged: dict[str, Any] | None
-    """One more evaluation, on episodes that chose nothing."""
+    """A further evaluation, on episodes not used for selection."""
     digest: str | None
     """Digest of the dataset; None without one."""
     simulators: tuple[str, ...]
     """The simulators' versions."""
     task: str = ""
-    """Environment, and the data where one environment occurs with several."""
+    """Environment, and the dataset if the environment occurs with several."""
 
     @property
     def whole(self) -> bool:
-        """Whether it spent the budget that it was given, as far as it could."""
+        """Whether it spent its whole budget, or diverged."""
         return self.status in ("finished", "diverged")
 
     def last(self, score: str) -> float | None:
-        """Returns the newest finite evaluation of `success` or `return`; None without one.
+        """Returns the latest finite evaluation of `success` or `return`; None without one.
 
-        What diverged before it was evaluated succeeded in no episode.
+        The success of a member that diverged before its first evaluation is 0.
         """
         values = [row[f"eval/{score}"] for row in self.evaluations if row.get(f"eval/{score}") is not None]
         if values:
@@ -58,9 +58,9 @@ class RunRecord:
         return 0.0 if self.status == "diverged" and score == "success" else None
 
     def scored(self, score: str, separate: bool) -> tuple[float | None, int]:
-        """Returns the score and of how many episodes it is: `separate` ones where there are some, else the newest.
+        """Returns the score and its number of episodes: the `separate` ones if any, else the latest evaluation.
 
-        What diverged before it was evaluated has a score of no episodes.
+        For a member that diverged before its first evaluation, the number is 0.
         """
         if separate and self.judged is not None:
             return self.judged.get(score), self.judged["episodes"]
@@ -68,7 +68,7 @@ class RunRecord:
 
 
 def members(paths: Iterable[Path]) -> tuple[list[RunRecord], list[str]]:
-    """Returns the members of runs, sweeps and folders of these, each once, and notes on what they lack."""
+    """Returns the members of runs, sweeps and folders of these, without duplicates, and notes on missing members."""
     found: dict[Path, RunRecord] = {}
     notes = []
     for folder in (folder for path in paths for folder in _folders(path)):
@@ -79,21 +79,21 @@ def members(paths: Iterable[Path]) -> tuple[list[RunRecord], list[str]]:
         begun = [path.parent for path in sorted((folder / "members").glob("*/config.json"))]
         found |= {path.resolve(): load(path, digests) for path in begun if path.resolve() not in found}
         if (missing := len(digests) - len(begun)) > 0:
-            notes.append(f"{folder}: {missing} of its {len(digests)} members have not begun.")
+            notes.append(f"{folder}: {missing} of its {len(digests)} members have not started.")
     return list(found.values()), notes
 
 
 def _digests(sweep: Path) -> dict[str, str | None]:
-    """Returns the digest of each member's dataset, None where it has none, by the member's name."""
+    """Returns the digest of each member's dataset by the member's name, None without a dataset."""
     cohorts = read_json(sweep / "sweep.json", f"{sweep} is not a sweep").get("cohorts", [])
     try:
         return {f"{index:03}": cohort["dataset_digest"] for cohort in cohorts for index in cohort["members"]}
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{sweep}/sweep.json is damaged: its cohorts name no members or datasets") from error
+        raise UserError(f"{sweep}/sweep.json is damaged: its cohorts lack members or datasets") from error
 
 
 def _folders(path: Path) -> list[Path]:
-    """Returns the runs and sweeps that a path means: itself, or the folders in it."""
+    """Returns the runs and sweeps at a path: the path itself, or the folders in it."""
     if not path.is_dir():
         raise UserError(f"{path} is not a run directory: {'it is a file' if path.exists() else 'it does not exist'}")
     if _is_one(path):
@@ -109,16 +109,16 @@ def _is_one(path: Path) -> bool:
 
 
 def load(path: Path, digests: Mapping[str, str | None] | None = None) -> RunRecord:
-    """Returns what is in the folder of a run, or of a member of a sweep that knows its dataset's digest by its name.
+    """Returns the record of a run, or of a sweep member, whose dataset digest is looked up by name in `digests`.
 
-    Raises UserError where a file is missing or damaged.
+    Raises UserError if a file is missing or damaged.
     """
     rows = _rows(path / "metrics.jsonl")
     over = (path / "result.json").exists()
     result = read_json(path / "result.json", str(path)) if over else {}
     status = result.get("status", "finished" if over else "unfinished")
     if status not in STATUSES:
-        raise UserError(f"{path}/result.json is damaged: status {status!r} is none of {', '.join(STATUSES)}")
+        raise UserError(f"{path}/result.json is damaged: status {status!r} is not one of {', '.join(STATUSES)}")
     evaluated = [row for row in rows if row.get("eval/success") is not None]
     behaviour = [row["eval/success"] for row in evaluated if row["phase"] == "behaviour"]
     manifest = _manifest(path)
@@ -168,7 +168,7 @@ def _hashable(value: Any) -> Any:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics file; only a last line that was not finished may be missing."""
+    """Returns the rows of a metrics file, without an incomplete last line."""
     if not path.exists():
         return []
     try:
@@ -182,15 +182,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path} is damaged: line {number} is no JSON") from error
+            raise UserError(f"{path} is damaged: line {number} is not JSON") from error
         if not isinstance(row, dict) or not {"epoch", "phase", "updates", "steps"} <= row.keys():
-            raise UserError(f"{path} is damaged: line {number} is no row of metrics")
+            raise UserError(f"{path} is damaged: line {number} is not a metrics row")
         rows.append(_finite(row))
     return rows
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the row without the evaluation's numbers that are not finite."""
+    """Returns the row without non-finite evaluation metrics."""
     return {
         name: value
         for name, value in row.items()

@@ -1,4 +1,4 @@
-"""A report as files: tables in Markdown and CSV, pictures, and one page that opens anywhere."""
+"""A report as files: tables in Markdown and CSV, figures, and a self-contained HTML page."""
 
 import csv
 import io
@@ -18,25 +18,25 @@ from jaxrl.report.scores import Report, written
 from jaxrl.runs import jsonlines
 
 PAGE = "report.html"
-EXPLAINED = "ᵉ over the episodes of one seed (Wilson): it says nothing of other seeds."
-CAPTIONS = {  # by the beginning of a figure's name
-    "curves": "Learning curves: interquartile mean over seeds of the newest evaluation, with pointwise 95 % intervals "
-    "(stratified bootstrap) of the best settings. A member that diverged keeps its last evaluation.",
+EXPLAINED = "ᵉ over the episodes of one seed (Wilson): does not cover the variation between seeds."
+CAPTIONS = {  # by the prefix of a figure's name
+    "curves": "Learning curves: interquartile mean over seeds of the latest evaluation, with pointwise 95 % intervals "
+    "(stratified bootstrap) of the best settings. A diverged member keeps its last evaluation.",
     "scores": "Scores: interquartile mean over seeds and tasks, with 95 % intervals (stratified bootstrap; dotted: "
-    "over the episodes of one seed). Hollow: the evaluation that chose; filled: separate episodes where there are any, "
-    "else the same. Ticks are members.",
-    "improvement": "Probability of improvement: how probably a run of one setting scores higher than one of the other, "
-    "with 95 % intervals. Hollow: every pair of runs says the same, no interval.",
-    "profiles": "Performance profiles: the share of runs that score above τ, with pointwise 95 % intervals.",
-    "slices": "Slices: scores over one field. Grey points are settings, crosses those without whole budgets, which do "
-    "not count; the line is the interquartile mean over all settings with the value, and over their seeds. Intervals "
+    "over the episodes of one seed). Hollow: the evaluation used for selection; filled: separate episodes if there are "
+    "any, else the same. Ticks are members.",
+    "improvement": "Probability of improvement: the probability that a run of one setting scores higher than a run of "
+    "the other, with 95 % intervals. Hollow: all pairs of runs agree, no interval.",
+    "profiles": "Performance profiles: the fraction of runs that score above τ, with pointwise 95 % intervals.",
+    "slices": "Slices: scores over one field. Gray points are settings, crosses those with partial budgets, which are "
+    "excluded; the line is the interquartile mean over all settings with the value, and over their seeds. Intervals "
     "are over seeds.",
-    "map": "Scores over both fields; a dash where no member spent its whole budget.",
+    "map": "Scores over both fields; a dash if no member spent its whole budget.",
 }
 
 
 def rows(report: Report) -> list[dict[str, Any]]:
-    """Returns the table, a row for each setting, best first: numbers, or None where there is none."""
+    """Returns the table, one row per setting, best first; missing values are None."""
     return [scores.row(setting, report) for setting in report.settings]
 
 
@@ -46,10 +46,10 @@ def member_rows(report: Report) -> list[dict[str, Any]]:
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Returns the files of the report, having written them. An earlier report in the folder is replaced.
+    """Writes the report and returns its files. An existing report in the folder is replaced.
 
     Raises:
-        UserError: the folder holds something else, or cannot be written.
+        UserError: the folder contains something else, or cannot be written.
     """
     check_folder(folder)
     drawn = pictures.figures(report)
@@ -57,7 +57,7 @@ def write(report: Report, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.png"):
             old.unlink()
-        texts = {  # the page first: by it a report that was cut short is known, and replaced
+        texts = {  # the page first: it marks the folder as a report, so that an incomplete one can be replaced
             PAGE: html(report, drawn),
             "table.md": markdown(report),
             "settings.csv": as_csv(rows(report)),
@@ -73,19 +73,19 @@ def write(report: Report, folder: Path) -> list[Path]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UserError where a folder holds something that is no report."""
+    """Raises UserError if a folder contains something other than a report."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: it is a file, name a folder")
     holds = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     if holds - {f"{PAGE}.partial"} and PAGE not in holds:
-        raise UserError(f"--out {folder}: it holds something that is no report, name another folder")
+        raise UserError(f"--out {folder}: the folder contains something other than a report, name another folder")
 
 
 # Tables
 
 
 def as_csv(table: Sequence[dict[str, Any]]) -> str:
-    """Returns the rows as CSV, with the columns of all of them; empty where there is no value."""
+    """Returns the rows as CSV, with the union of their columns; missing values are empty."""
     text = io.StringIO()
     names = list(dict.fromkeys(name for row in table for name in row))
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -107,7 +107,7 @@ def markdown(report: Report) -> str:
 
 def summary(report: Report) -> str:
     """Returns the conclusion, the table of settings and the remarks in Markdown."""
-    parts = [f"**Mixed because it was allowed.** {line}" for line in report.mixed]
+    parts = [f"**Mixed as allowed by --mix.** {line}" for line in report.mixed]
     parts += [" ".join(scores.verdict(report)), _pipes(*_table(report)), _items(report.notes)]
     return "\n\n".join(part for part in parts if part)
 
@@ -122,7 +122,7 @@ def _pipes(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def _table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Returns head and body of the table of settings."""
+    """Returns header and body of the table of settings."""
     several = any(row["separate"] is not None for row in rows(report))
     head = ["setting", "seeds", f"{report.score}, IQM [95\u00a0%]"]
     head += ["separate episodes"] if several else []
@@ -151,13 +151,13 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _spent(values: Sequence[int]) -> str:
-    """Returns what members spent, each of them."""
+    """Returns the range of what members spent, as text."""
     low, high = min(values, default=0), max(values, default=0)
     return f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
 def _by_task(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Returns head and body of the table of settings and tasks."""
+    """Returns header and body of the table of settings and tasks."""
     estimates = [
         [scores.estimate(s.on(task), report.score, report.judged) for task in report.tasks] for s in report.settings
     ]
@@ -169,7 +169,7 @@ def _by_task(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def _improvement(report: Report) -> tuple[list[str], list[list[str]]] | None:
-    """Returns head and body of the comparisons, None without any."""
+    """Returns header and body of the table of comparisons, None without any."""
     body = []
     for one in scores.comparisons(report):
         tasks = [] if len(report.tasks) == 1 else [", ".join(one.tasks)]
@@ -180,16 +180,16 @@ def _improvement(report: Report) -> tuple[list[str], list[list[str]]] | None:
 
 
 def _method(report: Report) -> list[str]:
-    """Returns how the numbers were made."""
+    """Returns the description of the statistical method."""
     episodes = "separate episodes" if report.judged else f"eval/{report.score}"
     members = [member for setting in report.settings for member in setting.members]
     simulators = " or ".join(dict.fromkeys(", ".join(member.simulators) for member in members))
     return [
         "IQM: interquartile mean over seeds and tasks; [95 %]: percentile interval of the stratified bootstrap over "
-        f"seeds, tasks being strata. {EXPLAINED}",
-        f"Settings are ranked on eval/{report.score}, and compared, profiled and sliced on {episodes}.",
-        "A setting's score is of its members that spent their whole budget. A member that diverged counts with its "
-        "last evaluation, with success 0 where it had none.",
+        f"seeds, with tasks as strata. {EXPLAINED}",
+        f"Settings are ranked on eval/{report.score}; comparisons, profiles and slices use {episodes}.",
+        "A setting's score is that of its members that spent their whole budget. A diverged member counts with its "
+        "last evaluation, or with success 0 if it had none.",
         f"Simulators: {simulators}. Written by jaxrl {__version__}.",
     ]
 
@@ -198,7 +198,7 @@ def _method(report: Report) -> list[str]:
 
 
 def html(report: Report, drawn: dict[str, Figure]) -> str:
-    """Returns the whole report as one page, which needs nothing from elsewhere."""
+    """Returns the report as one self-contained page."""
     figures = {name: _figure(name, figure) for name, figure in drawn.items()}
     count = sum(len(setting.members) for setting in report.settings)
     warning = "".join(f"<p>{escape(line)}</p>" for line in report.mixed)
@@ -206,7 +206,7 @@ def html(report: Report, drawn: dict[str, Figure]) -> str:
     body = [
         f"<h1>{escape(', '.join(report.tasks))}</h1>",
         f"<p class=quiet>{_count(len(report.settings), 'setting')}, {_count(count, 'run')}</p>",
-        f"<aside><strong>Mixed because it was allowed</strong>{warning}</aside>" if warning else "",
+        f"<aside><strong>Mixed as allowed by --mix</strong>{warning}</aside>" if warning else "",
         f"<p class=verdict>{escape(' '.join(scores.verdict(report)))}</p>",
         _remarks(report.notes),
         figures.pop("curves"),
@@ -219,11 +219,11 @@ def html(report: Report, drawn: dict[str, Figure]) -> str:
         figures.pop("improvement", ""),
         f"<details><summary>as a table</summary>{_html_table(*found, words=2)}</details>" if found else "",
         figures.pop("profiles", ""),
-        "<h2>Hyper-parameters</h2>" if figures else "",
+        "<h2>Hyperparameters</h2>" if figures else "",
         *figures.values(),
         "<h2>Runs</h2>",
         f"<details><summary>{_count(count, 'run')}</summary>{_html_table(*_members(report), words=2)}</details>",
-        "<h2>How this was made</h2>",
+        "<h2>Method</h2>",
         _remarks(_method(report)),
     ]
     title = escape(f"Report: {', '.join(report.tasks)}")
@@ -242,7 +242,7 @@ def _remarks(lines: Sequence[str]) -> str:
 
 
 def _html_table(head: Sequence[str], body: Sequence[Sequence[str]], words: int = 1) -> str:
-    """Returns a table whose first columns are words and the others numbers."""
+    """Returns a table whose first `words` columns are text and the others numbers."""
     titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in body)
     table = f"<thead><tr>{titles}</tr></thead><tbody>{lines}</tbody>"
@@ -258,12 +258,12 @@ def _members(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value + 0.0:.4g}"  # no minus before zero
+        return f"{value + 0.0:.4g}"  # avoids "-0"
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _figure(name: str, figure: Figure) -> str:
-    """Returns a figure as inline SVG, whose text takes the colour of the page."""
+    """Returns a figure as inline SVG with text in the page's text color."""
     file = io.StringIO()
     with matplotlib.rc_context({**pictures.STYLE, "svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

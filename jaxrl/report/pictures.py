@@ -1,4 +1,4 @@
-"""The figures of a report. Their text is of one colour, INK, which a page may replace by its own."""
+"""The figures of a report. All text has the color INK, which the page replaces with its own."""
 
 import math
 from collections import Counter
@@ -29,10 +29,10 @@ from jaxrl.report.settings import Setting, shortened, text
 from jaxrl.runs.plots import CLOCKS, clocks
 
 INK, GREY = "#1f2329", "#9aa0a6"
-COLOURS = ("#3b82c4", "#e07b39", "#2f9e6e", "#c2559d", "#b8960c", "#7a6bd1")  # of the best settings; others are grey
-LISTED = 24  # settings in a figure that has a line for each
-TICKS = 8  # values of a field, up to which each has its tick
-CELLS = 12  # values of a field, up to which a heat map has numbers in its cells
+COLOURS = ("#3b82c4", "#e07b39", "#2f9e6e", "#c2559d", "#b8960c", "#7a6bd1")  # of the best settings; others are gray
+LISTED = 24  # maximum number of settings in a figure with one line per setting
+TICKS = 8  # maximum number of values of a field for one tick per value
+CELLS = 12  # maximum number of values of a field for numbers in heat map cells
 STYLE: dict[Any, Any] = {
     **{name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
     **{"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8},
@@ -44,7 +44,7 @@ STYLE: dict[Any, Any] = {
 
 
 def figures(report: Report) -> dict[str, Figure]:
-    """Returns the figures by their names; those that would be empty are missing."""
+    """Returns the figures by name, without empty ones."""
     with matplotlib.rc_context(STYLE):
         result = {"curves": curves(report), "scores": scores(report)}
         if found := comparisons(report):
@@ -83,7 +83,7 @@ def _range(axis: Axes, report: Report, which: str) -> None:
 
 
 def curves(report: Report) -> Figure:
-    """Returns the scores over each phase's clock, a row of panels for each task."""
+    """Returns the scores over each phase's clock (updates or steps), with one row of panels per task."""
     counted = [member for setting in report.settings for member in setting.counted]
     phases = _clocks(counted)
     size = (max(7.2, 4.4 * len(phases)), 0.7 + 2.7 * len(report.tasks) + 0.1 * min(len(report.settings), 7))
@@ -103,7 +103,7 @@ def curves(report: Report) -> Figure:
 
 
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """Adds one legend below all panels, in as many columns as fit, the best first."""
+    """Adds one legend below all panels, in as many columns as fit, best setting first."""
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     columns = int(np.clip(figure.get_figwidth() * 13 // (8 + max(map(len, handles), default=1)), 1, 4))
     lines, labels = list(handles.values())[::-1], list(handles)[::-1]
@@ -111,10 +111,10 @@ def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
 
 
 def _panel(axis: Axes, task: str, phase: str, report: Report) -> None:
-    """Draws a task's settings in one phase, the best on top and with intervals."""
+    """Draws a task's settings in one phase; the best are on top and have intervals."""
     behaviour = [m.behaviour for s in report.settings for m in s.members if m.task == task and m.behaviour is not None]
     if behaviour and report.score == "success":
-        axis.axhline(float(np.mean(behaviour)), color=GREY, linestyle=":", label="behaviour of the data")
+        axis.axhline(float(np.mean(behaviour)), color=GREY, linestyle=":", label="behavior of the data")
     others = len([setting for setting in report.settings if setting.counted]) - len(COLOURS)
     for setting in reversed(report.settings):
         members, colour = setting.on(task), _colour(report, setting)
@@ -130,7 +130,7 @@ def _panel(axis: Axes, task: str, phase: str, report: Report) -> None:
 
 
 def _label(setting: Setting) -> str:
-    """Returns a setting's name in the legend, with its number of seeds per task."""
+    """Returns a setting's legend label, with its number of seeds per task."""
     seeds = sorted(Counter(member.task for member in setting.counted).values())
     number = f"{seeds[0]} seeds" if seeds[0] == seeds[-1] else f"{seeds[0]} to {seeds[-1]} seeds"
     number = "1 seed: band over episodes" if seeds[-1] == 1 else number
@@ -140,9 +140,9 @@ def _label(setting: Setting) -> str:
 def curve(
     members: Sequence[RunRecord], phase: str, score: str, intervals: bool = True
 ) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Returns clock, interquartile mean over seeds, and the ends of its intervals, at the evaluations all members have.
+    """Returns clock, interquartile mean over seeds, and interval bounds, at the evaluations that all members have.
 
-    A member that diverged keeps its last evaluation. There are no ends where there are no intervals.
+    A diverged member keeps its last evaluation. The bounds are empty without intervals.
     """
     name = f"eval/{score}"
     rows = {m.path: {r["epoch"]: r for r in m.evaluations if r.get(name) is not None} for m in members}
@@ -165,7 +165,7 @@ def curve(
 
 
 def _clocks(members: Sequence[RunRecord]) -> dict[str, str]:
-    """Returns what each phase of some members is plotted over, by its name, in the order in which they begin."""
+    """Returns the clock (x axis) of each phase by name, in the order in which the phases begin."""
     found: dict[str, str] = {}
     begins: dict[str, int] = {}
     for member in members:
@@ -176,14 +176,14 @@ def _clocks(members: Sequence[RunRecord]) -> dict[str, str]:
 
 
 def _ends(values: np.ndarray, row: dict[str, Any], name: str) -> tuple[float, float]:
-    """Returns the interval over seeds, or where they show no spread over one seed's episodes; NaN without either."""
+    """Returns the interval over seeds, or over one seed's episodes if seeds have no spread; NaN without either."""
     if values.min() < values.max():
         return stats.stratified_bootstrap(values[:, None], resamples=1_000)[1:]
     return row.get(f"{name}_low", np.nan), row.get(f"{name}_high", np.nan)
 
 
 def _until(rows: dict[int, dict[str, Any]], epoch: int, name: str) -> float:
-    """Returns the newest value up to an epoch, 0 before the first."""
+    """Returns the latest value up to an epoch, 0 before the first."""
     return next((rows[e][name] for e in sorted(rows, reverse=True) if e <= epoch), 0.0)
 
 
@@ -191,7 +191,7 @@ def _until(rows: dict[int, dict[str, Any]], epoch: int, name: str) -> float:
 
 
 def scores(report: Report) -> Figure:
-    """Returns each setting's score with its interval and, pale, its members' scores."""
+    """Returns each setting's score with its interval, and its members' scores as ticks."""
     shown = [setting for setting in report.settings if setting.counted][:LISTED]
     figure = Figure(figsize=(8.2, 1.0 + 0.28 * len(shown)))
     axis = figure.subplots()
@@ -222,7 +222,7 @@ def _interval(axis: Axes, found: Estimate | None, y: float, colour: str, filled:
 
 
 def _lines(axis: Axes, labels: Sequence[str]) -> None:
-    """Gives a list its labels, the first on top."""
+    """Labels the lines of a list, the first on top."""
     axis.set_yticks(range(len(labels)), [_plain(label) for label in labels])
     axis.set_ylim(len(labels) - 0.4, -0.6)
     axis.tick_params(axis="y", length=0)
@@ -246,7 +246,7 @@ def improvement(found: Sequence[Comparison]) -> Figure:
 
 
 def profiles(report: Report) -> Figure:
-    """Returns the share of runs that score above each threshold."""
+    """Returns the fraction of runs that score above each threshold."""
     shown = [setting for setting in report.ranked if _seeds(setting, report) > 1]
     tables = {setting.label: strata_of(setting.counted, report.score, report.judged) for setting in shown}
     pooled = np.concatenate([runs for table in tables.values() for runs in table])
@@ -263,16 +263,16 @@ def profiles(report: Report) -> Figure:
         axis.step(thresholds, share, where="post", color=colour, label=_plain(label), **style)
         if best:
             axis.fill_between(thresholds, below, above, step="post", color=colour, alpha=0.15, linewidth=0)
-    axis.set(xlabel=f"{report.score} τ", ylabel="share of runs above τ", ylim=(-0.03, 1.03))
+    axis.set(xlabel=f"{report.score} τ", ylabel="fraction of runs above τ", ylim=(-0.03, 1.03))
     _legend(figure, [axis])
     return figure
 
 
-# Hyper-parameters
+# Hyperparameters
 
 
 def sliced(found: Sequence[Slice], report: Report) -> Figure:
-    """Returns the scores over each field: settings as points, all with one value as a line."""
+    """Returns the scores over each field: settings as points, the mean over settings with equal value as a line."""
     short = shortened([one.field for one in found])
     columns = min(len(found), 3)
     rows = math.ceil(len(found) / columns)
@@ -307,7 +307,7 @@ def _slice(axis: Axes, one: Slice, report: Report) -> None:
 
 
 def _abscissa(axis: Axes, values: Sequence[Any]) -> list[float]:
-    """Returns where values lie: logarithmic where they span a decade, evenly spaced where ticks would overlap."""
+    """Returns x positions of values: logarithmic if they span a decade, evenly spaced if ticks would overlap."""
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     log = numbers and values[0] > 0 and values[-1] >= 9.99 * values[0]
     if log:
@@ -325,7 +325,7 @@ def _abscissa(axis: Axes, values: Sequence[Any]) -> list[float]:
 
 
 def heat_map(found: Sequence[Slice], report: Report) -> Figure:
-    """Returns the scores over two fields, one cell for each setting."""
+    """Returns the scores over two fields, one cell per setting."""
     rows, columns = found
     cells = {(s.values[rows.field], s.values[columns.field]): s for group in rows.settings for s in group}
     table = np.array([[_cell(cells[y, x], report) for x in columns.values] for y in rows.values])

@@ -1,4 +1,4 @@
-"""What the runs say: scores of settings with their intervals, comparisons of settings, what must be said of both."""
+"""Scores of settings with intervals, comparisons of settings, and remarks on both."""
 
 import dataclasses
 import itertools
@@ -17,63 +17,63 @@ from jaxrl.report.folders import RunRecord
 from jaxrl.report.settings import Mix, Setting
 
 Score = Literal["success", "return"]
-FEW = 10  # seeds, below which percentile intervals are too narrow to be shown without saying so
-NAMED = 4  # members that a remark names
-SURE = 9  # pairs of runs, from which on one that wins all of them is told apart; of equals 3 to 3 do in 1 of 20 cases
-ALL_PAIRS = 5  # settings, up to which every pair is compared; beyond, the best with each other
+FEW = 10  # number of seeds below which percentile intervals are too narrow and a remark says so
+NAMED = 4  # maximum number of members listed in a remark
+SURE = 9  # pairs of runs needed to call a setting that wins all of them better; 3 vs. 3 equals do so in 1 of 20 cases
+ALL_PAIRS = 5  # maximum number of settings to compare pairwise; with more, the best is compared with each other one
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Runs, put into settings and ready to be compared."""
+    """Runs grouped into settings, ready to be compared."""
 
     settings: tuple[Setting, ...]
-    """Best first: those with scores on all tasks after whole budgets, then the others."""
+    """Best first: settings with scores on all tasks after whole budgets, then the others."""
     tasks: tuple[str, ...]
     score: Score
     mixed: tuple[str, ...]
-    """What is compared although it differs, because that was allowed: one sentence each."""
+    """Conditions that differ between compared runs, as allowed by `mix`: one sentence each."""
     notes: tuple[str, ...]
-    """What a reader must know besides the numbers."""
+    """Remarks to read with the numbers."""
 
     @property
     def ranked(self) -> tuple[Setting, ...]:
-        """The settings that can be compared: whole budgets, all tasks; best first."""
+        """The comparable settings: whole budgets, all tasks; best first."""
         return tuple(setting for setting in self.settings if _ranked(setting, self.tasks))
 
     @property
     def judged(self) -> bool:
-        """Whether every finished member that is compared was evaluated on separate episodes."""
+        """Whether every compared finished member was evaluated on separate episodes."""
         finished = [m for setting in self.ranked for m in setting.counted if m.status == "finished"]
         return bool(finished) and all(member.judged is not None for member in finished)
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A statistic with its 95 % interval, where there is one."""
+    """A statistic with its 95 % interval, if there is one."""
 
     point: float
     low: float | None = None
     high: float | None = None
     over: Literal["seeds", "episodes", ""] = ""
-    """What the interval is over: seeds, or one seed's episodes, which says nothing of other seeds."""
+    """What the interval is over: seeds, or one seed's episodes, without the variation between seeds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How probably a run of one setting scores higher than one of another."""
+    """The probability that a run of one setting scores higher than a run of another."""
 
     better: str
     worse: str
     tasks: tuple[str, ...]
     pairs: int
-    """Pairs of runs that were compared."""
+    """Number of compared pairs of runs."""
     estimate: Estimate
-    """Without interval where every pair says the same."""
+    """Without an interval if all pairs agree."""
 
     @property
     def told_apart(self) -> bool:
-        """Whether the first setting is better beyond its seeds' luck."""
+        """Whether the first setting is significantly better, given the variation between seeds."""
         low = self.estimate.low
         return low > 0.5 if low is not None else self.estimate.point > 0.5 and self.pairs >= SURE
 
@@ -82,8 +82,8 @@ def read(paths: Iterable[Path | str], mix: Sequence[Mix] = (), score: Score = "s
     """Returns the report of runs, sweeps and folders of these.
 
     Raises:
-        UserError: a path that is none of these, a damaged file, no evaluation yet, or runs that differ in what `mix`
-            does not allow to differ.
+        UserError: a path is none of these, a file is damaged, there is no evaluation yet, or runs differ in conditions
+            that `mix` does not list.
     """
     for kind, names, known in (("mix", mix, get_args(Mix)), ("score", [score], get_args(Score))):
         for name in names:
@@ -98,11 +98,11 @@ def read(paths: Iterable[Path | str], mix: Sequence[Mix] = (), score: Score = "s
     mixed = st.check_alike(members, mix)
     if part := sum(not member.whole for setting in settings for member in setting.counted) if "budget" in mix else 0:
         mixed.append(
-            f"{part} {'run that has' if part == 1 else 'runs that have'} not spent the whole budget count too."
+            f"{part} {'run that has' if part == 1 else 'runs that have'} not spent the whole budget also count."
         )
     tasks = tuple(dict.fromkeys(m.task for setting in settings for m in setting.counted))
     if score == "return" and len(tasks) > 1:
-        raise UserError(f"score = 'return': returns of different tasks have no common unit, {' and '.join(tasks[:2])}")
+        raise UserError(f"score = 'return': returns of different tasks are not comparable, {' and '.join(tasks[:2])}")
 
     settings.sort(key=lambda setting: _place(setting, tasks, score))
     report = Report(tuple(settings), tasks, score, tuple(mixed), ())
@@ -110,7 +110,7 @@ def read(paths: Iterable[Path | str], mix: Sequence[Mix] = (), score: Score = "s
 
 
 def _place(setting: Setting, tasks: Sequence[str], score: Score) -> tuple[bool, bool, float, int, float]:
-    """Returns what settings are sorted by: of equal scores, who diverged less, and then who has the larger return."""
+    """Returns the sort key of settings: score, then fewer diverged members, then higher return."""
     scores, returns = (strata_of(setting.counted, name, False) for name in (score, "return"))
     diverged = sum(member.status == "diverged" for member in setting.counted)
     point, tie = (-float(stats.iqm(np.concatenate(one))) if one else np.inf for one in (scores, returns))
@@ -125,10 +125,10 @@ def _ranked(setting: Setting, tasks: Sequence[str]) -> bool:
 
 
 def estimate(members: Sequence[RunRecord], score: Score, separate: bool = False) -> Estimate | None:
-    """Returns the interquartile mean over seeds and tasks; None where no member has a score.
+    """Returns the interquartile mean over seeds and tasks; None if no member has a score.
 
-    The interval is the stratified bootstrap's over seeds, with tasks as strata. Where there is one seed, or no spread
-    among seeds, it is Wilson's over the episodes of one seed (of success alone, and not over several tasks).
+    The interval is a stratified bootstrap over seeds, with tasks as strata. With one seed, or no spread among seeds,
+    it is the Wilson interval over the episodes of one seed (only for success, and a single seed on a single task).
     """
     found = [(member, *member.scored(score, separate)) for member in members]
     known = [(member, value, episodes) for member, value, episodes in found if value is not None]
@@ -159,7 +159,7 @@ def strata_of(members: Iterable[RunRecord], score: str, separate: bool) -> tuple
 
 
 def score_of(setting: Setting, report: Report) -> float | None:
-    """Returns the interquartile mean that settings are compared by: of separate episodes where all have them."""
+    """Returns the interquartile mean used for comparisons: on separate episodes if all members have them."""
     strata = strata_of(setting.counted, report.score, report.judged)
     return float(stats.iqm(np.concatenate(strata))) if strata else None
 
@@ -167,7 +167,7 @@ def score_of(setting: Setting, report: Report) -> float | None:
 def separate(setting: Setting, score: Score) -> Estimate | None:
     """Returns the score on separate episodes, None unless all finished members have it.
 
-    A member that diverged was not evaluated once more: its newest evaluation counts here too.
+    Diverged members have no separate evaluation: their latest evaluation counts here too.
     """
     finished = [member for member in setting.counted if member.status != "diverged"]
     if not finished or any(member.judged is None for member in finished):
@@ -176,7 +176,7 @@ def separate(setting: Setting, score: Score) -> Estimate | None:
 
 
 def row(setting: Setting, report: Report) -> dict[str, Any]:
-    """Returns a setting's row of the table: numbers, or None where there is none."""
+    """Returns a setting's row of the table; missing values are None."""
     members = setting.counted
     on_eval, on_separate = estimate(members, report.score), separate(setting, report.score)
     statuses = Counter(member.status for member in setting.members)
@@ -229,9 +229,9 @@ def member_row(member: RunRecord, setting: Setting) -> dict[str, Any]:
 
 
 def comparisons(report: Report) -> tuple[Comparison, ...]:
-    """Returns the probability of improvement of all pairs of settings, of more than five that of the best and each.
+    """Returns the probability of improvement of all pairs of settings; with more than five, of the best over each.
 
-    Of two settings, the tasks count that both have with at least two seeds.
+    A pair is compared on the tasks on which both settings have at least two seeds.
     """
     settings = [setting for setting in report.settings if setting.counted and not setting.partial]
     pairs = itertools.combinations(settings, 2)
@@ -242,7 +242,7 @@ def comparisons(report: Report) -> tuple[Comparison, ...]:
 
 
 def compared(better: Setting, worse: Setting, report: Report) -> Comparison | None:
-    """Returns the comparison of two settings, None where no task has two seeds of both."""
+    """Returns the comparison of two settings, None if no task has two seeds of both."""
 
     def seeds(setting: Setting, task: str) -> int:
         return sum(len(runs) for runs in strata_of(setting.on(task), report.score, report.judged))
@@ -262,7 +262,7 @@ def compared(better: Setting, worse: Setting, report: Report) -> Comparison | No
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Scores over the values of one field, whatever the others are."""
+    """Scores over the values of one field, marginalized over the other fields."""
 
     field: str
     values: tuple[Any, ...]
@@ -270,7 +270,7 @@ class Slice:
     estimates: tuple[Estimate | None, ...]
     """Over all settings with the value; settings and tasks are strata."""
     settings: tuple[tuple[Setting, ...], ...]
-    """Those that have the value."""
+    """The settings with each value."""
 
 
 def slices(report: Report, agent: str) -> tuple[Slice, ...]:
@@ -291,7 +291,7 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 
 def _marginal(settings: Iterable[Setting], report: Report) -> Estimate | None:
-    """Returns the interquartile mean over ranked settings, their tasks and seeds; seeds alone are random."""
+    """Returns the interquartile mean over ranked settings, their tasks and seeds; only seeds are resampled."""
     ranked = [setting for setting in settings if _ranked(setting, report.tasks)]
     strata = [runs for one in ranked for runs in strata_of(one.counted, report.score, report.judged)]
     if not strata:
@@ -303,13 +303,13 @@ def _marginal(settings: Iterable[Setting], report: Report) -> Estimate | None:
     return Estimate(float(stats.iqm(np.concatenate(strata))))
 
 
-# What must be said
+# Verdict and remarks
 
 
 def verdict(report: Report) -> list[str]:
-    """Returns which setting is the best, on what it was chosen and on what it is reported."""
+    """Returns sentences naming the best setting, its score for selection and its reported score."""
     if not report.ranked:
-        return ["No setting has spent its whole budget on every task yet: there is no best one."]
+        return ["No setting has spent its whole budget on every task yet: there is no best setting."]
     best, *others = report.ranked
     chosen, reported = estimate(best.counted, report.score), separate(best, report.score)
     what = f"{report.score} {written(chosen, report.score)}"
@@ -318,40 +318,40 @@ def verdict(report: Report) -> list[str]:
         return [f"{said}." if reported is None else f"{said}; on separate episodes {written(reported, report.score)}."]
     said = f"Best of {len(report.ranked)} settings: {best.label}, chosen on eval/{report.score} ({what})."
     if reported is None:
-        share = "Choice and score share their episodes: the score of the best is likely too high."
+        share = "Selection and score use the same episodes: the score of the best is likely too high."
         return [said, share, *_rivals(best, others, report)]
-    honest = f"On separate episodes of the same members, which chose nothing: {written(reported, report.score)}."
+    honest = f"On separate episodes of the same members, not used for selection: {written(reported, report.score)}."
     return [said, honest, *_rivals(best, others, report)]
 
 
 def _rivals(best: Setting, others: Sequence[Setting], report: Report) -> list[str]:
-    """Returns how many settings the best is not told from."""
+    """Returns which settings are not significantly worse than the best."""
     found = [one for other in others if (one := compared(best, other, report)) is not None]
     if not found:
-        return ["Without several seeds of each, nothing is known of how settings differ."]
+        return ["Without several seeds per setting, differences between settings cannot be assessed."]
     near = [one.worse for one in found if not one.told_apart]
     by = "by the intervals of the probability of improvement"
     if not near:
-        return [f"It is told apart from {'the other' if len(found) == 1 else 'all others'}, {by}."]
+        return [f"It is distinguishable from {'the other' if len(found) == 1 else 'all others'}, {by}."]
     listed = ", ".join(near[:NAMED]) + (f" and {len(near) - NAMED} more" if len(near) > NAMED else "")
-    return [f"As good may be, {by}: {listed}."]
+    return [f"Not distinguishable from it, {by}: {listed}."]
 
 
 def remarks(report: Report, pooled: bool) -> list[str]:
-    """Returns what a reader must know of the members: who is missing, who counts how, and how sure the numbers are."""
+    """Returns remarks on the members: which are missing, how each is counted, and how reliable the numbers are."""
     members = [member for setting in report.settings for member in setting.members]
     by_status = {status: [m for m in members if m.status == status] for status in folders.STATUSES}
-    rule = "counts as it stands" if pooled else "counts only where no member of its setting spent a whole budget"
+    rule = "counts as is" if pooled else "counts only if no member of its setting spent a whole budget"
     said = []
     if diverged := by_status["diverged"]:
         never = sum(not member.evaluations for member in diverged)
-        first = f"; {never} before the first, with success 0" if never else ""
+        first = f"; {never} before the first evaluation, with success 0" if never else ""
         said.append(f"Diverged: {_named(diverged)}. Each counts with its last evaluation{first}.")
     if dropped := by_status["dropped"]:
         said.append(f"Dropped early by successive halving: {_named(dropped)}. Each {rule}.")
         kept = [s.label for s in report.settings if not s.partial and any(m.status == "dropped" for m in s.members)]
         if kept and not pooled:
-            said.append(f"Some seeds were dropped and others not, so that the score is too high: {'; '.join(kept)}.")
+            said.append(f"Only some seeds were dropped, which biases the score upward: {'; '.join(kept)}.")
     if unfinished := [member for member in by_status["unfinished"] if member.evaluations]:
         said.append(f"Unfinished: {_named(unfinished)}. Each {rule}.")
     if silent := [m for m in members if not m.evaluations and m.status != "diverged"]:
@@ -363,7 +363,7 @@ def _about_scores(report: Report) -> list[str]:
     said = []
     seeds = [len(setting.on(task)) for setting in report.ranked for task in report.tasks]
     if 1 < min(seeds, default=0) < FEW:
-        said.append(f"Intervals over fewer than {FEW} seeds are too narrow, as the percentile bootstrap is.")
+        said.append(f"Percentile bootstrap intervals over fewer than {FEW} seeds are too narrow.")
     if seeds and max(seeds) != min(seeds):
         said.append(f"Settings have {min(seeds)} to {max(seeds)} seeds per task.")
     if len(report.tasks) > 1 and (
@@ -374,18 +374,18 @@ def _about_scores(report: Report) -> list[str]:
         said.append("Not every finished member was evaluated on separate episodes: comparisons use eval/ of all.")
     counted = [member for setting in report.settings for member in setting.counted]
     if report.score == "success" and not any(member.last("success") for member in counted):
-        said.append("No episode succeeded. Where the environment knows no success, compare with --score return.")
+        said.append("No episode succeeded. If the environment does not report success, use --score return.")
     return said
 
 
 def _named(members: Sequence[RunRecord]) -> str:
-    """Returns the first members' names with what they spent, and how many more there are."""
+    """Returns the first members' paths with the budget they spent, and the number of others."""
     shown = "; ".join(f"{m.path} after {m.updates:,} updates and {m.steps:,} steps" for m in members[:NAMED])
     return shown + (f"; and {len(members) - NAMED} more" if len(members) > NAMED else "")
 
 
 def written(found: Estimate | None, score: str) -> str:
-    """Returns an estimate as it stands in tables, 0.93 [0.90, 0.96], marked where the interval is over episodes."""
+    """Returns an estimate as table text, 0.93 [0.90, 0.96], with a mark if the interval is over episodes."""
     if found is None:
         return "–"
     form = "{:.2f}" if score == "success" else "{:.4g}"

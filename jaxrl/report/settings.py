@@ -1,4 +1,4 @@
-"""Who is compared with whom: tasks, settings and their names, and the refusal to compare unlike with like."""
+"""Grouping of runs into tasks and settings, labels of settings, and checks that compared runs are comparable."""
 
 import dataclasses
 from collections import Counter
@@ -13,17 +13,17 @@ from jaxrl.report.folders import RunRecord
 
 Mix = Literal["eval-seed", "episodes", "budget", "simulator", "data"]
 
-UNSET = (  # fields that make no other setting
+UNSET = (  # fields that do not distinguish settings
     *("seed", "checkpoint_every", "schedule.eval_every", "schedule.eval_episodes", "schedule.eval_seed"),
     *("env", "data", "behaviour", "data_steps"),
 )
-NAMED_FIELDS = 4  # how many fields a label shows before it keeps to those that tell settings apart
-SPENT, MARGIN = "the budget spent", 0.1  # by equal plans: whole chunks and the ends of episodes make a few per cent
+NAMED_FIELDS = 4  # with more differing fields, a label shows only those needed to distinguish settings
+SPENT, MARGIN = "the budget spent", 0.1  # equal plans differ by a few percent: whole chunks, episode ends
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Runs whose configurations are equal but for seed, task and how they were evaluated."""
+    """Runs whose configurations are equal except for seed, task and evaluation."""
 
     label: str
     """The agent's name, and the fields in which the settings of this agent differ."""
@@ -32,19 +32,19 @@ class Setting:
     """Those fields, by their dotted names."""
     members: tuple[RunRecord, ...]
     counted: tuple[RunRecord, ...]
-    """The members whose scores are the setting's: all that spent their whole budget, or, where none did, the others."""
+    """The members that make up the score: those that spent their whole budget, or, if none did, the others."""
     partial: bool
-    """Whether no member spent its whole budget, where budgets may not be mixed: compared with nobody."""
+    """Whether no member spent its whole budget and budgets may not be mixed: excluded from comparisons."""
 
     def on(self, task: str) -> tuple[RunRecord, ...]:
-        """Returns the members that count on a task."""
+        """Returns the counted members on a task."""
         return tuple(member for member in self.counted if member.task == task)
 
 
 def with_tasks(members: Sequence[RunRecord]) -> list[RunRecord]:
-    """Returns the members with their tasks: the environment, and the data where one environment has several.
+    """Returns the members with their tasks: the environment, and the data if one environment has several.
 
-    Files of equal content are the same data, whatever their names.
+    Files with equal content are the same data, regardless of their names.
     """
     names: dict[tuple[str, str | None], str] = {}
     for member in members:
@@ -66,9 +66,9 @@ def _data(member: RunRecord) -> str:
 
 
 def grouped(members: Iterable[RunRecord], score: str, pool: bool) -> tuple[list[Setting], list[str]]:
-    """Returns the settings, in the order of their first members, and notes on what was left out.
+    """Returns the settings, in the order of their first members, and notes on excluded members.
 
-    With `pool`, members that spent a part of their budget count like the others.
+    With `pool`, members that spent only part of their budget count like the others.
     """
     groups, notes = _groups(members)
     agents: dict[str, list[dict[str, Any]]] = {}
@@ -78,7 +78,7 @@ def grouped(members: Iterable[RunRecord], score: str, pool: bool) -> tuple[list[
     for agent, configs in agents.items():
         if (count := len(_differing(configs))) > NAMED_FIELDS:
             notes.append(
-                f"Settings of {agent} differ in {count} fields: names hold what tells them apart, settings.csv all."
+                f"Settings of {agent} differ in {count} fields: labels show a distinguishing subset, settings.csv all."
             )
     settings = []
     for key, seeds in groups.items():
@@ -92,7 +92,7 @@ def grouped(members: Iterable[RunRecord], score: str, pool: bool) -> tuple[list[
 
 
 def _groups(members: Iterable[RunRecord]) -> tuple[dict[tuple, list[RunRecord]], list[str]]:
-    """Returns the members by their configuration; of a run that was repeated, the one that got further."""
+    """Returns the members by configuration; of repeated runs, only the one that progressed furthest."""
     groups: dict[tuple, dict[tuple, RunRecord]] = {}
     notes = []
     for member in members:
@@ -103,12 +103,12 @@ def _groups(members: Iterable[RunRecord]) -> tuple[dict[tuple, list[RunRecord]],
         if kept is not member:
             further = (member.whole, member.updates + member.steps) > (kept.whole, kept.updates + kept.steps)
             seeds[seed], less = (member, kept) if further else (kept, member)
-            notes.append(f"{less.path} has the setting, task and seed of {seeds[seed].path}: it is left out.")
+            notes.append(f"{less.path} has the setting, task and seed of {seeds[seed].path}: excluded.")
     return {key: list(seeds.values()) for key, seeds in groups.items()}, notes
 
 
 def counted(members: Iterable[RunRecord], score: str, pool: bool) -> tuple[RunRecord, ...]:
-    """Returns the members whose scores are their setting's."""
+    """Returns the members that make up their setting's score."""
     scored = [member for member in members if member.last(score) is not None]
     whole = [member for member in scored if member.whole]
     return tuple(scored if pool or not whole else whole)
@@ -120,7 +120,7 @@ def _differing(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _labels(agent: str, configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns short names of an agent's settings, no two of them equal."""
+    """Returns short, unique names of an agent's settings."""
     names = _differing(configs)
     if len(names) > NAMED_FIELDS:
         names = _telling(names, configs)
@@ -136,7 +136,7 @@ def _labels(agent: str, configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _telling(names: Sequence[str], configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns fields that together tell the configurations apart, as few as a greedy choice finds."""
+    """Returns a small set of fields that distinguishes the configurations, selected greedily."""
     chosen: list[str] = []
 
     def told(fields: Sequence[str]) -> int:
@@ -148,7 +148,7 @@ def _telling(names: Sequence[str], configs: Sequence[dict[str, Any]]) -> list[st
 
 
 def shortened(names: Sequence[str]) -> dict[str, str]:
-    """Returns the shortest endings of dotted names that are unambiguous among them."""
+    """Returns the shortest unambiguous suffixes of dotted names."""
 
     def ending(name: str) -> str:
         parts = name.split(".")
@@ -159,7 +159,7 @@ def shortened(names: Sequence[str]) -> dict[str, str]:
 
 
 def text(value: Any, digits: int = 3) -> str:
-    """Returns a field's value as people write it: 1e-4, 128x128, none."""
+    """Returns a field's value as text: 1e-4, 128x128, none."""
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, float):
@@ -181,7 +181,7 @@ def _spent(member: RunRecord) -> tuple[int, int] | None:
     return (member.updates, member.steps) if member.status == "finished" else None
 
 
-ALIKE: tuple[tuple[Mix, str, Callable[[RunRecord], Any]], ...] = (  # what is to be equal; None says nothing
+ALIKE: tuple[tuple[Mix, str, Callable[[RunRecord], Any]], ...] = (  # what must be equal; None is ignored
     ("eval-seed", "schedule.eval_seed", lambda m: m.config["schedule.eval_seed"]),
     ("eval-seed", "the seed of the separate episodes", lambda m: m.judged and m.judged.get("seed")),
     ("episodes", "schedule.eval_episodes", lambda m: m.config["schedule.eval_episodes"]),
@@ -206,7 +206,7 @@ def _written(words: str, value: Any) -> str:
 
 
 def check_alike(members: Sequence[RunRecord], mix: Sequence[Mix]) -> list[str]:
-    """Returns sentences on what was mixed because that was allowed. Raises UserError for what was not."""
+    """Returns sentences on differences that `mix` allows. Raises UserError for differences it does not."""
     mixed = []
     for task, words, flag, known in _compared(members):
         first, *others = known
@@ -216,7 +216,7 @@ def check_alike(members: Sequence[RunRecord], mix: Sequence[Mix]) -> list[str]:
         if flag not in mix:
             raise UserError(
                 f"{first[0].path} and {other[0].path} differ on {task} in {words}, {_written(words, first[1])} and "
-                f"{_written(words, other[1])}: leave one out, or allow it with --mix {flag}"
+                f"{_written(words, other[1])}: exclude one, or allow it with --mix {flag}"
             )
         counts = Counter(_written(words, value) for _, value in known).most_common(4)
         listed = "; ".join(f"{value} in {count} {'run' if count == 1 else 'runs'}" for value, count in counts)
@@ -226,7 +226,7 @@ def check_alike(members: Sequence[RunRecord], mix: Sequence[Mix]) -> list[str]:
 
 
 def _compared(members: Sequence[RunRecord]) -> Iterator[tuple[str, str, Mix, list[tuple[RunRecord, Any]]]]:
-    """Yields task, what is to be equal, the flag that allows otherwise, and who has which value."""
+    """Yields task, the condition that must be equal, the `mix` flag that waives it, and each member's value."""
     for task in dict.fromkeys(member.task for member in members):
         of_task = [member for member in members if member.task == task and member.evaluations]
         for flag, words, value in ALIKE:

@@ -1,1 +1,1 @@
-"""Agent and environment together, on the device (`device`) or with simulators on CPU cores (`host`, `workers`)."""
+"""Rollouts of agents in environments, on the device (`device`) or with CPU simulators (`host`, `workers`)."""

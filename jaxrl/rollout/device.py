@@ -1,7 +1,7 @@
-"""Agent and environment together: chunks of actions executed, resets from a bank, evaluation without resets.
+"""Rollouts on the device: execution of action chunks, resets from a bank of states, evaluation without resets.
 
-`Env.step` never resets. An environment whose episode ends inside a chunk waits, masked, for the end of the chunk; only
-then does a fresh state replace it. How much of each chunk is executed, and when, is up to `jaxrl.rollout.executors`.
+`Env.step` never resets. An environment whose episode ends inside a chunk is masked until the end of the chunk; only
+then is it replaced by a fresh state. `jaxrl.rollout.executors` determines how much of each chunk is executed, and when.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ Decision: TypeAlias = tuple[PyTree, jax.Array, dict[str, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """How N environments are acted in: two functions, and the memory that passes between them.
+    """A policy for N environments: two functions, and the memory passed between them.
 
-    `chunk` is the number of actions H that are executed per decision. An agent may predict more of them.
+    `chunk` is the number of actions H executed per decision. An agent may predict more.
     """
 
     start: Callable[[EnvState, jax.Array], PyTree]  # (states, key) -> memory at the start of episodes, leaves [N, ...]
@@ -49,7 +49,7 @@ class Policy:
 def policy_of(agent: Agent, state: PyTree, greedy: bool = False) -> Policy:
     """Returns the policy of an agent, which executes whole chunks open loop.
 
-    An agent that is `types.Remembering` acts by `start` and `decide`, any other by `act`.
+    Agents that are `types.Remembering` use `start` and `decide`, others `act`.
     """
     if isinstance(agent, Remembering):
         return Policy(
@@ -66,7 +66,7 @@ def from_function(act: Callable[[Observation, jax.Array], jax.Array], chunk: int
 
 
 def scripted(behaviour: Behaviour) -> Policy:
-    """Returns the policy of a scripted behaviour, which decides at every step."""
+    """Returns the policy of a scripted behavior, which decides at every step."""
 
     def start(states: EnvState, key: jax.Array) -> PyTree:
         return jax.vmap(behaviour.start)(states, jax.random.split(key, len(states.reward)))
@@ -79,14 +79,14 @@ def scripted(behaviour: Behaviour) -> Policy:
 
 
 def observed(obs: Observation) -> EnvState:
-    """Returns states of which only the observations [N, O] are known, such as those of simulators on CPU cores."""
+    """Returns states with only the observations [N, O] set, for example for CPU simulators."""
     count = count_of(obs)
     no = jnp.zeros(count, bool)
     return EnvState((), obs, jnp.zeros(count), no, no, no, jnp.zeros(count, jnp.int32))
 
 
 def extras_of(policy: Policy, spec: Spec) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shape and the dtype of each extra that a policy leaves behind at a step. Computes nothing."""
+    """Returns the shape and dtype of each extra that a policy stores per step. Computes nothing."""
 
     def extras(obs: Observation, key: jax.Array) -> dict[str, jax.Array]:
         states = observed(jax.tree.map(lambda x: x[None], obs))
@@ -97,7 +97,7 @@ def extras_of(policy: Policy, spec: Spec) -> dict[str, jax.ShapeDtypeStruct]:
 
 @pytree
 class Rollout:
-    """N environments with their episodes under way, and the returns of these episodes so far."""
+    """N environments with unfinished episodes, and the returns of these episodes so far."""
 
     states: EnvState  # leaves [N, ...]
     memory: PyTree  # the policy's
@@ -106,23 +106,23 @@ class Rollout:
 
 @pytree
 class Unroll:
-    """What N environments did in T decisions of H executed steps each. On-policy agents learn from it."""
+    """The steps of N environments in T decisions of H executed steps each. On-policy agents learn from it."""
 
     steps: Steps  # leaves [T, N, H, ...]
-    last_obs: Observation  # [N, O], after the last decision and from before a reset
+    last_obs: Observation  # [N, O], after the last decision, before any reset
     memory: PyTree  # the policy's before the first decision, leaves [N, ...]
     sums: Metrics  # over the episodes that ended
 
 
 @pytree
 class Episodes:
-    """What N environments did until their first episode ended."""
+    """The results of the first episode in each of N environments."""
 
-    success: jax.Array  # [N] bool: the task was solved at some time
+    success: jax.Array  # [N] bool: the task was solved at any time
     returns: jax.Array  # [N], undiscounted
     lengths: jax.Array  # [N] int32
     broken: jax.Array  # [N] bool: the simulator's state became non-finite
-    track: Observation  # [T + 1, O], what the first environment observed; constant once its episode is over
+    track: Observation  # [T + 1, O], observations of the first environment; constant after its episode ends
 
 
 def start(env: Env, policy: Policy, key: jax.Array, count: int) -> Rollout:
@@ -138,15 +138,15 @@ def resets(env: Env, key: jax.Array, count: int) -> EnvState:
 
 
 def where(mask: jax.Array, a: PyTree, b: PyTree) -> PyTree:
-    """Returns, environment by environment, `a` where mask [N] is true and `b` elsewhere."""
+    """Returns `a` where mask [N] is true and `b` elsewhere, per environment."""
     return jax.tree.map(lambda x, y: jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, y), a, b)
 
 
 def execute(env: Env, states: EnvState, actions: jax.Array) -> tuple[EnvState, Steps]:
-    """Returns the environments after their chunks [N, H, A], and the steps that happened.
+    """Returns the environments after their chunks [N, H, A], and the executed steps.
 
     An environment stops at the first step that terminates, truncates or is not finite. In the last case it keeps the
-    state from before that step, the step is marked invalid, and the episode counts as ended.
+    state before that step, the step is marked invalid, and the episode counts as ended.
     """
 
     def step(carry: tuple[EnvState, jax.Array], action: jax.Array) -> tuple[tuple[EnvState, jax.Array], dict]:
@@ -174,7 +174,7 @@ def execute(env: Env, states: EnvState, actions: jax.Array) -> tuple[EnvState, S
 
 
 def finite_of(numbers: PyTree) -> jax.Array:
-    """Returns whether every number [N] is finite, of trees with leaves [N, ...]; integers always are."""
+    """Returns whether all numbers are finite [N], for trees with leaves [N, ...]; integers always are."""
     leaves = [x for x in jax.tree.leaves(numbers) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return functools.reduce(operator.and_, (jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in leaves))
 
@@ -191,8 +191,7 @@ def advance(
 ) -> tuple[Rollout, Steps, Metrics]:
     """Returns the rollout after one decision, the steps for the ring, and sums over the episodes that ended.
 
-    An environment whose episode ended is replaced by a state drawn from the bank of resets, and its memory by one for
-    the start of an episode.
+    An environment whose episode ended is replaced by a random state from the bank of resets, with a new memory.
     """
     key_act, key_bank, key_memory = jax.random.split(key, 3)
     memory, actions, extras = policy.act(rollout.memory, rollout.states, key_act)
@@ -216,7 +215,7 @@ def advance(
 def unroll(
     env: Env, policy: Policy, rollout: Rollout, bank: EnvState, key: jax.Array, decisions: int
 ) -> tuple[Rollout, Unroll]:
-    """Returns the rollout after so many decisions, and all that happened in them."""
+    """Returns the rollout after `decisions` decisions, and their steps."""
 
     def decide(rollout: Rollout, key: jax.Array) -> tuple[Rollout, tuple[Steps, Metrics]]:
         rollout, steps, sums = advance(env, policy, rollout, bank, key)
@@ -232,7 +231,7 @@ def unrolled(steps: Steps, memory: PyTree, sums: Metrics) -> Unroll:
 
 
 def evaluate(env: Env, policy: Policy, key: jax.Array, episodes: int) -> Episodes:
-    """Returns the first episode of each of `episodes` environments. The same key gives the same starts to any agent."""
+    """Returns the first episode of each of `episodes` environments. Equal keys give equal starts for any agent."""
     key_start, key_act = jax.random.split(key)
     first = start(env, policy, key_start, episodes)
     no = jnp.zeros(episodes, bool)

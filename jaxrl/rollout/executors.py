@@ -1,11 +1,11 @@
-"""How chunks are executed: executors turn the policy that predicts chunks into the policy that the environments see.
+"""Execution of chunks: executors turn the policy that predicts chunks into the policy that acts in the environments.
 
 A policy predicts H actions at a time. An executor queries it every h <= H steps and determines which action is
-executed at each of these steps. What it needs for that is kept in memory per environment, which starts anew with each
-episode. Executors see `device.Policy` alone, so device and CPU simulators, collection and evaluation share them.
+executed at each of these steps. Its state is kept in memory per environment, which is reset with each episode.
+Executors depend only on `device.Policy`, so device and CPU simulators, collection and evaluation share them.
 
 Extras stored with steps are those of the decision made at the first of the steps (`Adaptive`: of the decision that
-predicted them), even where actions predicted earlier are executed.
+predicted them), even if actions predicted earlier are executed.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ Kind: TypeAlias = Literal["open_loop", "receding", "ensemble", "real_time", "ada
 
 
 class Executor(Protocol):
-    """What an executor is: a function of policies."""
+    """A function that transforms policies."""
 
     def __call__(self, policy: Policy) -> Policy:
         """Returns the policy with its chunks executed in this way; its `chunk` is the executed length."""
@@ -43,7 +43,7 @@ class OpenLoop:
 
 @pytree
 class RecedingHorizon:
-    """Executes the first h actions of each chunk and drops the others."""
+    """Executes the first h actions of each chunk and discards the others."""
 
     execute: Natural = 0  # h; 0: all
 
@@ -60,11 +60,11 @@ class RecedingHorizon:
 
 @pytree
 class Predicted:
-    """The last P chunks of N environments, the newest first."""
+    """The last P chunks of N environments, newest first."""
 
     policy: PyTree  # the policy's memory
     chunks: jax.Array  # [N, P, H, A]
-    count: jax.Array  # [N] int32, how many of them are of this episode
+    count: jax.Array  # [N] int32, how many of them belong to this episode
 
 
 @pytree
@@ -77,7 +77,7 @@ class TemporalEnsemble:
     """
 
     execute: Natural = 0  # h; 0: the whole chunk, and nothing overlaps
-    decay: Scalar = 0.1  # per step of age; 0 weighs all alike, below 0 the oldest counts most
+    decay: Scalar = 0.1  # per step of age; 0 gives equal weights, negative values favor the oldest
 
     def __call__(self, policy: Policy) -> Policy:
         """Returns the policy that is queried every h steps and keeps its last chunks."""
@@ -116,7 +116,7 @@ class TemporalEnsemble:
 
 @pytree
 class Queue:
-    """What is left of the last chunk of N environments."""
+    """The rest of the last chunk of N environments."""
 
     policy: PyTree  # the policy's memory
     rest: jax.Array  # [N, d, A], executed while the next chunk is computed
@@ -130,16 +130,16 @@ class RealTime:
     The policy is queried every h steps. A query at step t sees the observation of step t, predicts the actions of steps
     t, t + 1, ... and is answered at step t + d. Steps t to t + d - 1 execute the previous chunk's predictions for these
     steps, later ones the new chunk's; its first d actions are not executed. The first query of an episode is answered
-    at once. A chunk must last until the next one arrives and queries do not overlap: h + d <= H and d <= h, the setting
-    of real-time chunking (Black et al., arXiv 2506.07339). That paper also inpaints the new chunk to continue the old
-    one; here the policy does not see what is executed meanwhile.
+    immediately. A chunk must last until the next one arrives and queries must not overlap: h + d <= H and d <= h, the
+    setting of real-time chunking (Black et al., arXiv 2506.07339). That paper also inpaints the new chunk to continue
+    the old one; here the policy does not see what is executed meanwhile.
     """
 
     execute: Natural = 0  # h; 0: the whole chunk
     delay: Natural = 0  # d, steps from a query to its answer
 
     def __call__(self, policy: Policy) -> Policy:
-        """Returns the policy queried every h steps, with a delay. Raises UserError where chunks are too short."""
+        """Returns the policy queried every h steps, with a delay. Raises UserError if chunks are too short."""
         length, delay = executed(self.execute, policy.chunk), self.delay
         check_delay(delay, length, policy.chunk)
         if delay == 0:
@@ -167,18 +167,18 @@ class Following:
     policy: PyTree  # the policy's memory
     chunks: jax.Array  # [N, H, A]
     extras: dict[str, jax.Array]  # [N, ...], of the decisions that predicted them
-    agreed: jax.Array  # [N] int32, for how many steps the samples agree; 0 at the start of an episode
+    agreed: jax.Array  # [N] int32, number of steps on which the samples agree; 0 at the start of an episode
     done: jax.Array  # [N] int32, steps executed so far
 
 
 @pytree
 class Adaptive:
-    """Executes a chunk for as long as several samples agree on it, at least for h steps.
+    """Executes a chunk as long as several samples agree on it, for at least h steps.
 
-    A query draws K chunks, of which the first is executed. The samples agree on a step if no entry of the action has a
-    standard deviation over them above `threshold`. Every h steps an environment continues its chunk if the samples
-    agree on all of the next h steps, and queries the policy otherwise. At a `threshold` of 1 or more they always agree,
-    since actions lie in [-1, 1].
+    A query samples K chunks, of which the first is executed. The samples agree on a step if the standard deviation of
+    every action entry is at most `threshold`. Every h steps, an environment continues its chunk if the samples agree on
+    all of the next h steps, and queries the policy otherwise. With a `threshold` of 1 or more they always agree, since
+    actions lie in [-1, 1].
     """
 
     execute: Natural = 0  # h; 0: the whole chunk
@@ -206,7 +206,7 @@ class Adaptive:
         return Policy(start, act, length)
 
     def query(self, policy: Policy, memory: PyTree, states: EnvState, key: jax.Array) -> Following:
-        """Returns new chunks, and for how many steps the samples agree on them."""
+        """Returns new chunks, and the number of steps on which the samples agree."""
         keys = jax.random.split(key, self.samples)
         drawn = jax.vmap(policy.act, in_axes=(None, None, 0))(memory, states, keys)
         agreed = (drawn[1].std(axis=0) <= self.threshold).all(axis=-1)
@@ -215,7 +215,7 @@ class Adaptive:
 
 
 def executed(execute: int, chunk: int) -> int:
-    """Returns how many of `chunk` actions are executed, where 0 means all. Raises UserError for more than there are."""
+    """Returns how many of `chunk` actions are executed; 0 means all. Raises UserError for more than `chunk`."""
     if execute > chunk:
         raise UserError(
             f"execution.execute = {execute}: must be at most {chunk}, the actions that the agent predicts at a time "
@@ -225,7 +225,7 @@ def executed(execute: int, chunk: int) -> int:
 
 
 def check_delay(delay: int, length: int, chunk: int) -> None:
-    """Raises UserError where queries overlap, or a chunk ends before the next one arrives."""
+    """Raises UserError if queries overlap, or a chunk ends before the next one arrives."""
     if delay > length:
         raise UserError(
             f"execution.delay = {delay}: must be at most {length}, the steps between queries (execution.execute), "
@@ -258,23 +258,23 @@ USED: dict[str, tuple[str, ...]] = {
 
 @pytree
 class Execution:
-    """How the chunks of a run's agent are executed, in training and in evaluation: an executor, and its numbers."""
+    """Execution of the agent's chunks, in training and in evaluation: an executor, and its parameters."""
 
     kind: Kind = "open_loop"
-    """Whole chunks; their first steps; the mean of overlapping ones; with a delay; or as far as samples agree."""
+    """Execute whole chunks; the first steps; the mean of overlapping chunks; with a delay; or while samples agree."""
     execute: Natural = 0
     """Steps executed per decision; 0: the agent's whole chunk."""
     delay: Natural = 0
-    """real_time: steps until a decision arrives, which execute the previous chunk."""
+    """real_time: steps until a decision arrives, during which the previous chunk is executed."""
     decay: Scalar = 0.1
-    """ensemble: predictions have weight exp(-decay * age in steps); below 0 the oldest counts most."""
+    """ensemble: predictions have weight exp(-decay * age in steps); negative values favor the oldest."""
     samples: Annotated[int, Range(2)] = 4
-    """adaptive: chunks drawn per decision."""
+    """adaptive: chunks sampled per decision."""
     threshold: Annotated[Scalar, Range(0, math.inf)] = 1.0
     """adaptive: largest standard deviation over the samples that counts as agreement; at 1 they always agree."""
 
     def check(self) -> None:
-        """Raises UserError where a field is given that the kind does not use."""
+        """Raises UserError if a field is set that the kind does not use."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name == "kind" or field.name in USED[self.kind] or np.all(value == field.default):
@@ -286,11 +286,11 @@ class Execution:
             )
 
     def check_fits(self, chunk: int) -> None:
-        """Raises UserError where chunks of so many actions cannot be executed in this way."""
+        """Raises UserError if chunks of `chunk` actions cannot be executed in this way."""
         check_delay(self.delay, self.length(chunk), chunk)
 
     def length(self, chunk: int) -> int:
-        """Returns how many steps are executed per decision, of agents that predict `chunk` actions at a time."""
+        """Returns the number of executed steps per decision, for agents that predict `chunk` actions at a time."""
         return executed(self.execute, chunk)
 
     def executor(self) -> Executor:
@@ -316,7 +316,7 @@ OPEN_LOOP = Execution()
 
 
 def check_learning(agent: Agent, execution: Execution) -> None:
-    """Raises UserError where an on-policy agent would learn from chunks that are not executed as it chose them."""
+    """Raises UserError if an on-policy agent would learn from chunks that are not executed as chosen."""
     if isinstance(agent, OnPolicy) and execution.length(agent.chunk) < agent.chunk:
         raise UserError(
             f"execution.kind = {execution.kind!r}: {type(agent).__name__} learns from its own chunks, executed as they "

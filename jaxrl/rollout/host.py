@@ -1,7 +1,7 @@
-"""Simulators that step on the CPU: decisions on the device, steps in worker processes, and evaluation in them.
+"""CPU simulators: decisions on the device, steps in worker processes, and evaluation.
 
-The state of a simulator is not part of a run's carry: a run that is resumed starts new episodes. How a run trains in
-simulators is in `jaxrl.training.host_loop`.
+Simulator states are not part of a run's carry: a resumed run starts new episodes. Training with simulators is in
+`jaxrl.training.host_loop`.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from jaxrl.rollout.executors import OPEN_LOOP, Execution
 from jaxrl.rollout.workers import Pool
 from jaxrl.types import Agent, EnvState, HostEnv, Observation, PyTree, Recordable, Script
 
-FRAMES = 100  # pictures of an episode
-EVALUATED = 8  # episodes that are evaluated side by side, or two per worker if that is more
-STARTING = np.uint32(2**32 - 1)  # of an episode's keys, the one that its memory starts with; no decision counts so far
+FRAMES = 100  # frames rendered per episode
+EVALUATED = 8  # episodes evaluated in parallel, or two per worker if that is more
+STARTING = np.uint32(2**32 - 1)  # fold-in value of the key for an episode's initial memory; beyond decision numbers
 
 
 @dataclasses.dataclass
 class Flight:
-    """The environments that a run collects in, with their episodes under way."""
+    """The environments in which a run collects, with unfinished episodes."""
 
     obs: Observation  # [N, O], NumPy
     returns: np.ndarray  # [N], of the unfinished episodes
@@ -38,21 +38,21 @@ class Flight:
 
 
 class Simulators:
-    """What a run holds besides its carry: worker processes, and the episodes under way in them."""
+    """The state of a run outside its carry: worker processes, and their unfinished episodes."""
 
     def __init__(self, env: HostEnv, workers: int | None = None, picture: int = 0) -> None:
-        """Starts no process yet; by default there will be one worker per processor core."""
+        """Sets up the pool without starting processes; by default one worker per CPU core."""
         self.env, self.pool = env, Pool(env.builder(picture), env.horizon, workers)
         self.flight: Flight | None = None
 
     def close(self) -> None:
-        """Ends the worker processes."""
+        """Stops the worker processes."""
         self.pool.close()
 
     def begin(self, group: str, slots: np.ndarray, seeds: np.ndarray, tasks: np.ndarray) -> Observation:
-        """Returns the first observations [n, O] of new episodes, of the tasks with these numbers [n].
+        """Returns the first observations [n, O] of new episodes of the given tasks [n].
 
-        Numbers start from 0 and wrap around at the number of tasks.
+        Task numbers start from 0 and wrap around at the number of tasks.
         """
         numbers = tasks % self.env.tasks + 1 if self.env.tasks else np.zeros_like(tasks)
         return self.pool.reset(group, slots, seeds, numbers)
@@ -64,14 +64,14 @@ def seeds_of(random: np.random.Generator, count: int) -> np.ndarray:
 
 
 def generator(key: jax.Array) -> np.random.Generator:
-    """Returns a NumPy generator that depends on a key alone."""
+    """Returns a NumPy generator seeded by a key."""
     return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
 def start_greedily(
     agent: Agent, execution: Execution, state: PyTree, obs: Observation, key: jax.Array, at: jax.Array
 ) -> PyTree:
-    """Returns the memory [N, 1, ...] that `act_greedily` takes, at the start of N episodes."""
+    """Returns the memory [N, 1, ...] for `act_greedily` at the start of N episodes."""
     policy = execution(ro.policy_of(agent, state, greedy=True))
 
     def one(obs: Observation, at: jax.Array) -> PyTree:
@@ -89,10 +89,10 @@ def act_greedily(
     key: jax.Array,
     at: jax.Array,
 ) -> tuple[PyTree, jax.Array]:
-    """Returns memory and chunks [N, H, A] for observations [N, O], as in evaluation.
+    """Returns memory and greedy chunks [N, H, A] for observations [N, O].
 
-    Rows of `at` [N, 2] are (episode, decision). They determine what is random about a decision, so results do not
-    depend on which episodes run side by side. Decision 0 starts with a new memory.
+    Rows of `at` [N, 2] are (episode, decision). They determine the random key of a decision, so results do not depend
+    on which episodes run in parallel. Decision 0 starts with a new memory.
     """
     policy = execution(ro.policy_of(agent, state, greedy=True))
     memory = ro.where(at[:, 1] == 0, start_greedily(agent, execution, state, obs, key, at), memory)
@@ -106,7 +106,7 @@ def act_greedily(
 
 
 def alone(obs: Observation) -> EnvState:
-    """Returns the state [1, ...] of the environment with this observation."""
+    """Returns the state [1, ...] of a single environment with this observation."""
     return ro.observed(jax.tree.map(lambda x: x[None], obs))
 
 
@@ -122,7 +122,7 @@ def reset_all(simulators: Simulators, random: np.random.Generator, count: int) -
 
 
 def advance(simulators: Simulators, chunks: np.ndarray, random: np.random.Generator) -> tuple[Steps, dict[str, Any]]:
-    """Returns the steps for the ring, and sums over the episodes that ended; new ones start in their place."""
+    """Returns the steps for the ring, and sums over the ended episodes, which are replaced by new ones."""
     flight, slots = simulators.flight, np.arange(len(chunks))
     assert flight is not None
     result = simulators.pool.execute("training", slots, chunks)
@@ -158,10 +158,10 @@ def evaluate(
     episodes: int,
     execution: Execution = OPEN_LOOP,
 ) -> ro.Episodes:
-    """Returns `episodes` whole episodes; the same key gives the same starts and tasks to any agent.
+    """Returns `episodes` complete episodes; equal keys give equal starts and tasks for any agent.
 
-    Episodes go through the tasks in order. As many run side by side as there are slots; a slot whose episode ends
-    starts the next one. An episode counts as a success where the task was solved at any time, as OGBench counts.
+    Episodes cycle through the tasks in order. They run in parallel, one per slot; a slot whose episode ends starts the
+    next one. As in OGBench, an episode is a success if the task was solved at any time.
     """
     key_starts, key_act = jax.random.split(key)
     seeds, numbers = seeds_of(generator(key_starts), episodes), np.arange(episodes)
@@ -198,9 +198,9 @@ def render(
     size: int = 320,
     execution: Execution = OPEN_LOOP,
 ) -> list[Image.Image]:
-    """Returns about FRAMES pictures of the first episode that `evaluate` runs with the same key.
+    """Returns about FRAMES frames of the first episode that `evaluate` runs with the same key.
 
-    Raises UserError where the simulator cannot be rendered.
+    Raises UserError if the simulator cannot be rendered.
     """
     key_starts, key_act = jax.random.split(key)
     simulators, first, at, ended = Simulators(env, 1, size), np.zeros(1, np.int64), np.zeros((1, 2), np.int32), False
@@ -219,14 +219,14 @@ def render(
 
 
 def side_by_side(episodes: int, workers: int) -> int:
-    """Returns how many episodes are evaluated at a time."""
+    """Returns the number of episodes evaluated in parallel."""
     return min(episodes, max(EVALUATED, 2 * workers))
 
 
 def script_of(env: HostEnv, behaviour: str | None, steps: int) -> tuple[Script, int]:
-    """Returns an environment's scripted behaviour, and how many of its episodes have so many steps.
+    """Returns an environment's scripted behavior, and the number of its episodes for at least `steps` steps.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     if not isinstance(env, Recordable):
         raise UserError(f"{type(env).__name__} has no scripted behaviour to record")
@@ -242,14 +242,14 @@ def record(script: Script, episodes: int, seed: int) -> Dataset:
 
 
 def _no_episodes(count: int) -> Any:
-    """Returns the record of episodes that have not started, to be written into."""
+    """Returns a mutable record of episodes that have not started."""
     kinds = {"success": bool, "returns": np.float32, "lengths": np.int32, "broken": bool}
     columns: dict[str, Any] = {name: np.zeros(count, kind) for name, kind in kinds.items()}
     return ro.Episodes(**columns, track=jnp.zeros(0))
 
 
 def _record(result: Any, episodes: np.ndarray, steps: dict[str, np.ndarray]) -> None:
-    """Writes what happened in these episodes into their record."""
+    """Adds the steps of these episodes to their record."""
     result.success[episodes] |= steps["success"]
     result.returns[episodes] += steps["rewards"].sum(axis=1)
     result.lengths[episodes] += steps["taken"].sum(axis=1, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Recording of datasets: a scripted behaviour, executed on the device, in the compact layout of OGBench's files."""
+"""Recording of datasets: a scripted behavior, executed on the device, in the compact layout of OGBench's files."""
 
 import dataclasses
 
@@ -12,12 +12,12 @@ from jaxrl.replay.ring import Ring
 from jaxrl.rollout import device as ro
 from jaxrl.types import Behaviour, Env, EnvState, Explorable, HasBehaviours
 
-LANES = 256  # environments recorded side by side
+LANES = 256  # environments recorded in parallel
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """The behaviour that exists for any environment: actions uniform in [-1, 1]."""
+    """The random behavior, available for any environment: actions uniform in [-1, 1]."""
 
     size: int
 
@@ -31,7 +31,7 @@ class Uniform:
 
 
 def behaviour_of(env: Env, level: str) -> Behaviour:
-    """Returns the environment's scripted behaviour; "random" exists for every environment."""
+    """Returns the environment's scripted behavior; "random" exists for every environment."""
     if isinstance(env, HasBehaviours):
         return env.behaviour(level)
     if level == "random":
@@ -42,10 +42,10 @@ def behaviour_of(env: Env, level: str) -> Behaviour:
 
 
 def record(env: Env, level: str, steps: int, seed: int) -> Dataset:
-    """Returns at least `steps` transitions of a behaviour, recorded in up to 256 environments side by side.
+    """Returns at least `steps` transitions of a behavior, recorded in up to 256 parallel environments.
 
-    Of an environment that is `types.Explorable`, the version for recording is used: episodes start anywhere and last
-    for the horizon. In others an episode can end early, and the last one of each is cut where the recording stops.
+    For `types.Explorable` environments, the version for recording is used: episodes start anywhere and last for the
+    horizon. In others, episodes can end early, and the last episode of each is truncated when the recording stops.
     """
     return to_dataset(recording(*arguments(env, level, steps), jax.random.key(seed)))
 
@@ -82,7 +82,7 @@ recording = jax.jit(_record, static_argnames=("env", "policy", "lanes", "steps",
 
 
 def to_dataset(ring: Ring) -> Dataset:
-    """Returns the history of a ring that has not wrapped, lane by lane; unfinished episodes end as by a time limit."""
+    """Returns the history of a ring that has not wrapped, lane by lane; unfinished episodes are truncated."""
     host = jax.tree.map(np.asarray, ring)
     parts = []
     for lane, count in enumerate(host.count):
@@ -96,6 +96,6 @@ def to_dataset(ring: Ring) -> Dataset:
         "masks": 1 - host.terminated.astype(np.float32),
     }
     flat = {name: np.concatenate([column[part] for part in parts]) for name, column in columns.items()}
-    # A step that was not finite is closed like an episode; a row that follows such an end at once is no episode.
+    # A non-finite step ends an episode; a single row directly after such an end is not an episode.
     alone = flat["terminals"] & np.concatenate([[True], flat["terminals"][:-1]])
     return from_columns({name: column[~alone] for name, column in flat.items()})

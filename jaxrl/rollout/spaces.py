@@ -1,4 +1,4 @@
-"""Whether a simulator's actions fit, by the space in which it describes them as Gymnasium does. Imports no JAX."""
+"""Checks of a simulator's Gymnasium action space. Imports no JAX."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -10,11 +10,11 @@ CONTINUOUS = "an action is a vector of continuous numbers in [-1, 1]"
 
 @runtime_checkable
 class Described(Protocol):
-    """A simulator that describes its actions."""
+    """A simulator with an action space."""
 
     @property
     def action_space(self) -> Any:
-        """A space of Gymnasium's: with a dtype, and with bounds `low` and `high` where it is a box."""
+        """A Gymnasium space: with a dtype, and with bounds `low` and `high` if it is a box."""
         ...
 
 
@@ -24,17 +24,17 @@ class Box(Protocol):
 
     @property
     def low(self) -> np.ndarray:
-        """The least action [A]."""
+        """The lower bounds [A]."""
         ...
 
     @property
     def high(self) -> np.ndarray:
-        """The greatest action [A]."""
+        """The upper bounds [A]."""
         ...
 
 
 def discrete(simulator: Any) -> str:
-    """Returns why a simulator's actions are refused as discrete; empty where they are not, or none are described."""
+    """Returns an error message if a simulator's actions are discrete; empty if not, or without an action space."""
     if not isinstance(simulator, Described):
         return ""
     space = simulator.action_space
@@ -44,7 +44,7 @@ def discrete(simulator: Any) -> str:
 
 
 def unlike(builder: Callable[[], Any]) -> str:
-    """Returns what about the actions of the simulator that is built does not fit; empty where all fits."""
+    """Returns an error message if the built simulator's actions are unsupported; empty if supported."""
     simulator = builder()
     if (problem := discrete(simulator)) or not isinstance(simulator, Described):
         return problem

@@ -1,13 +1,13 @@
 """Simulators in worker processes: NumPy in, NumPy out. Neither this module nor a worker imports JAX.
 
-A worker is a fresh interpreter: a fork is unsafe, since JAX runs threads, and `multiprocessing` would run the user's
-script again. Each worker holds several simulators and executes a whole chunk in each before it answers, so a decision
-costs one message per worker, however long the chunk is.
+A worker is a fresh interpreter: fork is unsafe with JAX's threads, and `multiprocessing` would re-run the user's
+script. Each worker holds several simulators and executes a whole chunk in each before it answers, so a decision costs
+one message per worker, regardless of the chunk length.
 
-A simulator has the interface of a Gymnasium environment, though Gymnasium is not needed: `reset(seed=..., options=...)`
+A simulator has the interface of a Gymnasium environment, but Gymnasium is not required: `reset(seed=..., options=...)`
 returns (observation, info), `step(action)` returns (observation, reward, terminated, truncated, info). A task is
-chosen by `options={"task_id": n}`; `info["success"]`, if present, says whether the task is solved. An observation is an
-array, or a dict of arrays; floats become float32, other entries of a dict keep their dtype.
+selected by `options={"task_id": n}`; `info["success"]`, if present, tells whether the task is solved. An observation is
+an array, or a dict of arrays; floats become float32, other entries of a dict keep their dtype.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 Observation: TypeAlias = Any  # an array, or a dict of arrays
 
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # one per worker, as there is one per core
-PATIENCE = 5.0  # seconds that a worker has to exit before it is killed
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # 1 each: one worker per core
+PATIENCE = 5.0  # seconds until a worker that does not exit is killed
 
 
 class WorkerDied(UserError):  # noqa: N818
@@ -45,14 +45,14 @@ class SimulatorFailed(UserError):  # noqa: N818
 
 
 class Pool:
-    """Worker processes and the simulators in them, which `builder()` makes there when they are first reset.
+    """Worker processes and their simulators, created there by `builder()` at the first reset.
 
-    A simulator is identified by its group and its slot, a number; slot s is in worker s modulo the number of workers.
-    Processes start with the first command. Any failure ends all of them, and the next command starts new ones.
+    A simulator is identified by its group and its slot number; slot s is in worker s modulo the number of workers.
+    Processes start with the first command. Any failure stops all of them, and the next command starts new ones.
     """
 
     def __init__(self, builder: Callable[[], Any] | None = None, horizon: int = 0, workers: int | None = None) -> None:
-        """Takes a picklable builder of simulators, and the steps after which an episode is truncated."""
+        """Takes a picklable builder of simulators, and the number of steps after which an episode is truncated."""
         self.builder, self.horizon, self.workers = builder, horizon, workers or system.cores()
         self.processes: list[subprocess.Popen] = []
         self.connections: list[Connection] = []
@@ -82,9 +82,9 @@ class Pool:
             self._receive(worker)
 
     def close(self, patience: float = PATIENCE) -> None:
-        """Ends the processes, and kills those that have not exited after so many seconds."""
+        """Stops the processes, and kills those that have not exited after `patience` seconds."""
         for connection in self.connections:
-            connection.close()  # on which a worker exits
+            connection.close()  # makes the worker exit
         deadline = time.monotonic() + patience
         for process in self.processes:
             try:
@@ -102,7 +102,7 @@ class Pool:
         """Returns the steps of chunks [n, H, A] executed in n slots: the fields of `ring.Steps`, as arrays.
 
         In addition, "success" [n]: solved now or earlier in the episode. With `frames`, also "frames": for each slot a
-        list of pictures [height, width, 3], one every so many steps of the episode.
+        list of images [height, width, 3], one every `frames` steps of the episode.
         """
         return self._each("execute", group, slots, chunks, frames=frames)
 
@@ -127,7 +127,7 @@ class Pool:
                 at += 1
 
     def _each(self, command: str, group: str, slots: np.ndarray, *columns: np.ndarray, **options: Any) -> dict:
-        """Returns the answers about n slots, in the order of the slots."""
+        """Returns the answers for n slots, in the order of the slots."""
         self.start()
         slots = np.asarray(slots)
         mine = {w: rows for w in range(self.workers) if len(rows := np.flatnonzero(slots % self.workers == w))}
@@ -154,9 +154,9 @@ class Pool:
         return answer
 
     def _died(self, worker: int) -> WorkerDied:
-        """Returns the error for a worker that ended, after ending the others."""
+        """Stops the other workers and returns the error for a worker that died."""
         process = self.processes[worker]
-        with contextlib.suppress(subprocess.TimeoutExpired):  # its connection closes before its exit code is known
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the connection closes before the exit code is available
             process.wait(PATIENCE)
         self.close(patience=0)
         return WorkerDied(f"worker {worker} of {self.workers} (process {process.pid}) died, {_why(process.returncode)}")
@@ -187,7 +187,7 @@ def stacked(items: Sequence[Any]) -> Any:
 
 
 def observed(obs: Any) -> Observation:
-    """Returns a simulator's observation with its floats in float32; an array that is no dict is float32 throughout."""
+    """Returns a simulator's observation with floats as float32; an observation that is not a dict is always float32."""
     if not isinstance(obs, Mapping):
         return np.asarray(obs, np.float32)
     arrays = {name: np.asarray(value) for name, value in obs.items()}
@@ -206,7 +206,7 @@ class Slot:
     """One simulator and its episode."""
 
     def __init__(self, simulator: Any, horizon: int) -> None:
-        """Takes a simulator that has not been reset yet."""
+        """Stores a simulator that has not been reset yet."""
         self.simulator, self.horizon = simulator, horizon
 
     def reset(self, seed: int, task: int) -> Observation:
@@ -219,9 +219,9 @@ class Slot:
         return self.obs
 
     def execute(self, chunk: np.ndarray, frames: int) -> dict[str, Any]:
-        """Returns the steps of a chunk [H, A], which stops where the episode ends or a number is not finite.
+        """Returns the steps of a chunk [H, A], which stops if the episode ends or a number is not finite.
 
-        Simulators may draw from NumPy's global stream, so each has its own state of it.
+        Simulators may use NumPy's global random state, so each simulator has its own copy of it.
         """
         if frames and getattr(self.simulator, "render", None) is None:
             raise UserError("the simulator has no render()")
@@ -252,15 +252,15 @@ class Worker:
     """The state of a worker process; each method but the first is a command."""
 
     def __init__(self) -> None:
-        """Has no simulators yet."""
+        """Creates no simulators yet."""
         self.slots: dict[tuple[str, int], Slot] = {}
 
     def build(self, builder: Callable[[], Any], horizon: int) -> None:
-        """Takes the builder of simulators and their horizon."""
+        """Stores the builder of simulators and their horizon."""
         self.builder, self.horizon = builder, horizon
 
     def reset(self, group: str, slots: np.ndarray, seeds: np.ndarray, tasks: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the first observations of new episodes, in simulators that are built when first needed."""
+        """Returns the first observations of new episodes; simulators are built on first use."""
         for slot in slots:
             if (group, slot) not in self.slots:
                 self.slots[group, slot] = Slot(self.builder(), self.horizon)
@@ -282,7 +282,7 @@ class Worker:
 
 
 def serve(descriptor: int) -> None:
-    """Answers commands until the connection closes. Signals are left to the process that started this one."""
+    """Answers commands until the connection closes. Signals are handled by the parent process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     connection, worker = Connection(descriptor), Worker()

@@ -1,7 +1,7 @@
-"""Saving and loading the carry (orbax), so that a run that was stopped anywhere goes on bit for bit.
+"""Saving and loading the carry with orbax, so that an interrupted run resumes bit for bit.
 
 checkpoints/EPOCH/        the carry after that epoch, as orbax writes it
-checkpoints/EPOCH.json    the sha256 of each file in it, written last: a checkpoint that does not agree is not used
+checkpoints/EPOCH.json    the sha256 of each of its files, written last: a checkpoint that does not match is not used
 """
 
 import contextlib
@@ -21,34 +21,34 @@ from jaxrl.errors import UserError
 from jaxrl.runs.jsonlines import write_json
 from jaxrl.types import PyTree
 
-KEEP = 2  # the newest, and one to fall back on should a file of it be damaged
+KEEP = 2  # the latest, and a fallback in case it is damaged
 
 
 def save(folder: Path, epoch: int, carry: PyTree) -> None:
-    """Writes the carry after an epoch and removes all but the newest two; on return it is whole on disk.
+    """Writes the carry after an epoch and removes all but the latest two; on return it is completely on disk.
 
-    Raises UserError when the disk is full. The checkpoints from before are as they were, then.
+    Raises UserError when the disk is full, leaving earlier checkpoints unchanged.
     """
     (folder / f"{epoch}.json").unlink(missing_ok=True)
     try:
         with _quiet():
             ocp.save(str((folder / str(epoch)).absolute()), carry, overwrite=True)
         write_json(folder / f"{epoch}.json", checksums(folder / str(epoch)))
-    except Exception as error:  # orbax raises whatever its threads do
+    except Exception as error:  # orbax re-raises arbitrary exceptions of its threads
         keep(folder, [old for old in epochs(folder) if old != epoch])
         if any(reason in str(error) for reason in ("No space left", "Disk quota")):
-            raise UserError(f"no space left in {folder} for epoch {epoch}: make some, then use --resume") from error
+            raise UserError(f"no space left in {folder} for epoch {epoch}: free some, then use --resume") from error
         raise
     keep(folder, epochs(folder)[-KEEP:])
 
 
 def epochs(folder: Path) -> list[int]:
-    """Returns the epochs of which there is a checkpoint, whole or not, ascending."""
+    """Returns the epochs that have a checkpoint, complete or not, in ascending order."""
     return sorted({int(p.stem) for p in folder.glob("*") if p.stem.isdigit() and p.suffix in ("", ".json")})
 
 
 def keep(folder: Path, wanted: Iterable[int]) -> None:
-    """Removes the checkpoints of other epochs, and what a killed process left half written."""
+    """Removes the checkpoints of other epochs, and partial files of killed processes."""
     names = {name for epoch in wanted for name in (f"{epoch}", f"{epoch}.json")}
     for entry in folder.glob("*"):
         if entry.name not in names:
@@ -56,11 +56,11 @@ def keep(folder: Path, wanted: Iterable[int]) -> None:
 
 
 def load(folder: Path, abstract: Callable[[int], PyTree]) -> tuple[int, PyTree] | None:
-    """Returns (epoch, carry) of the newest whole checkpoint, or None where there is none.
+    """Returns (epoch, carry) of the latest intact checkpoint, or None without one.
 
-    `abstract(epoch)` gives the shapes that the carry has after that epoch, or a dict of some of its fields, to load
-    these alone. A damaged checkpoint is named on stderr and the one before it is used. A whole one of other shapes is
-    a UserError: it belongs to another agent or environment.
+    `abstract(epoch)` returns the shapes of the carry after that epoch, or a dict of some of its fields, to load only
+    these. A damaged checkpoint is reported on stderr and the previous one is used. Raises UserError for an intact
+    checkpoint with different shapes: it belongs to another agent or environment.
     """
     newest_first = epochs(folder)[::-1]
     for epoch, before in itertools.zip_longest(newest_first, newest_first[1:]):
@@ -78,7 +78,7 @@ def load(folder: Path, abstract: Callable[[int], PyTree]) -> tuple[int, PyTree] 
 
 
 def damage(folder: Path, epoch: int) -> str | None:
-    """Returns what is wrong with the files of a checkpoint, or None if nothing is."""
+    """Returns a description of the damage to a checkpoint's files, or None if intact."""
     try:
         recorded = json.loads((folder / f"{epoch}.json").read_text())
     except (FileNotFoundError, ValueError):
@@ -91,7 +91,7 @@ def damage(folder: Path, epoch: int) -> str | None:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Returns the sha256 of every file below a folder, by its path there."""
+    """Returns the sha256 of every file below a folder, by relative path."""
     result = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
@@ -100,7 +100,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def check_same_shapes(path: Path, expected: PyTree) -> None:
-    """Raises UserError where a checkpoint has other leaves than expected, naming the first that differs."""
+    """Raises UserError if a checkpoint's leaves are not the expected ones, naming the first that differs."""
     wanted, found = _shapes(expected), _shapes(ocp.metadata(str(path.absolute())).metadata)
     fields = {name.partition("/")[0] for name in wanted}
     for name in sorted(found.keys() | wanted.keys()):
@@ -112,7 +112,7 @@ def check_same_shapes(path: Path, expected: PyTree) -> None:
 
 
 def _shapes(tree: PyTree) -> dict[str, str]:
-    """Returns the shape of every leaf by its path; random keys as the numbers that they are stored as."""
+    """Returns the shape of every leaf by its path; random keys have the shape of their key data."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): str(_stored_shape(leaf)) for path, leaf in leaves}
 
@@ -123,14 +123,14 @@ def _stored_shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 
 def _placed(abstract: PyTree) -> PyTree:
-    """Returns the abstract carry with a place for each leaf: the default device."""
+    """Returns the abstract carry with every leaf placed on the default device."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
 
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Keeps orbax from printing the tracebacks of what it also raises."""
+    """Suppresses orbax's printing of tracebacks, since it also raises the errors."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

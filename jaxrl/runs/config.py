@@ -1,4 +1,4 @@
-"""What a run is: one typed dataclass that is the command line's flags, `--help`, and the run's `config.json`."""
+"""The configuration of a run: one typed dataclass that defines the flags, `--help`, and the run's `config.json`."""
 
 import dataclasses
 import math
@@ -19,29 +19,29 @@ A = TypeVar("A", bound=Agent)
 
 @dataclasses.dataclass(frozen=True)
 class Config(Generic[A]):
-    """A run, completely: repeating it needs this, the data file and the same versions."""
+    """A complete run configuration: together with the data file and the same versions, it reproduces the run."""
 
     agent: A
     env: str = "maze-medium"
-    """Environment, as `jaxrl list` names them; options follow a question mark, such as push?reward=dense."""
+    """Environment, a name from `jaxrl list`; options follow a question mark, such as push?reward=dense."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     execution: Execution = dataclasses.field(default_factory=Execution)
     data: str | None = None
-    """Dataset file, or a folder or quoted pattern of .npz files, one per epoch; else a behaviour is recorded, if the
-    run learns from a dataset."""
+    """Dataset file, or a folder or quoted pattern of .npz files, one per epoch; by default a behavior is recorded, if
+    the run learns from a dataset."""
     behaviour: str = "medium"
-    """Level of the scripted behaviour that is recorded, see `jaxrl list`."""
+    """Level of the scripted behavior to record, see `jaxrl list`."""
     data_steps: int = 200_000
-    """Steps that are recorded."""
+    """Number of steps to record."""
     reward_scale: float = 1.0
-    """Factor of all rewards that the agent learns from, those of the dataset and of the environment."""
+    """Scale of all training rewards, from the dataset and from the environment."""
     reward_shift: float = 0.0
-    """What is then added to them: 1 makes rewards of -1 and 0 into 0 and 1. Returns of evaluation stay as they are."""
+    """Added after scaling: 1 maps rewards of -1 and 0 to 0 and 1. Evaluation returns are not changed."""
     weighting: Weighting = dataclasses.field(default_factory=Weighting)
     order_seed: int = 0
-    """Seed of the order in which the files of a dataset of several are seen."""
+    """Seed of the order of files in a dataset of several files."""
     seed: int = 0
-    """Seed of everything but the data, their order and the evaluation episodes."""
+    """Seed of everything except the data, their order and the evaluation episodes."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
 
@@ -60,11 +60,11 @@ class Config(Generic[A]):
         for name, low in (("data_steps", 1), ("order_seed", 0), ("seed", 0), ("checkpoint_every", 1)):
             if not low <= getattr(self, name) < 2**63:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least {low} and below 2^63")
-        if has_dataset(self):  # which refuses phases that no run can have
+        if has_dataset(self):  # this also rejects impossible phases
             return
         if self.data is not None:
             raise UserError(
-                f"data = {self.data!r}: this run learns from no dataset: leave it out, or set "
+                f"data = {self.data!r}: this run does not learn from a dataset: omit it, or set "
                 "--schedule.offline-updates or --schedule.online-data both"
             )
         if self.weighting.kind != "uniform":
@@ -72,18 +72,18 @@ class Config(Generic[A]):
 
 
 def timeline_of(config: Config) -> Timeline:
-    """Returns the epochs of a run. Raises UserError where there is nothing to do."""
+    """Returns the epochs of a run. Raises UserError if there are none."""
     reward, length = (config.reward_scale, config.reward_shift), config.execution.length(config.agent.chunk)
     return Timeline(phases(config.schedule, config.agent, reward, config.data is not None, length))
 
 
 def has_dataset(config: Config) -> bool:
-    """Returns whether a run has a dataset: whether one of its phases learns from it."""
+    """Returns whether a run has a dataset, that is, whether one of its phases learns from one."""
     return any(reads_dataset(phase) for phase in timeline_of(config).phases)
 
 
 def records(config: Config) -> bool:
-    """Returns whether a run's dataset is a behaviour that is recorded for it."""
+    """Returns whether a run's dataset is a behavior that the run records."""
     return config.data is None and has_dataset(config)
 
 
@@ -94,13 +94,13 @@ def replaced(settings: Any, path: str, value: Any) -> Any:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Returns the configuration as JSON would hold it, the agent's name included."""
+    """Returns the configuration as a JSON-compatible dict, including the agent's name."""
     names = {kind: name for name, kind in AGENTS.items()}
     return {"agent_name": names[type(config.agent)], **dataclasses.asdict(config)}
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Returns the configuration that `to_dict` wrote. Raises UserError for fields that do not exist."""
+    """Returns the configuration written by `to_dict`. Raises UserError for unknown fields."""
     values = dict(values)
     name = values.pop("agent_name", None)
     if name not in AGENTS:
@@ -110,7 +110,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def _read(kind: Any, value: Any) -> Any:
-    """Returns a JSON value as the type that a field asks for: dataclasses from objects, tuples from lists."""
+    """Returns a JSON value converted to a field's type: dataclasses from objects, tuples from lists."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kind = next((part for part in typing.get_args(kind) if part is not type(None)), kind)
     if isinstance(value, dict) and dataclasses.is_dataclass(kind):

@@ -21,10 +21,9 @@ from jaxrl.types import Agent, ChecksData, Env, HostEnv, NamesDataset, requireme
 
 
 def load_data(config: Config, env: Env | HostEnv) -> Dataset | Shards | None:
-    """Returns the run's dataset: the file that it names, or the recorded behaviour, which is kept under datasets/.
+    """Returns the run's dataset: the file given by `data`, or the recorded behavior, which is stored under datasets/.
 
-    None for a run that learns from no dataset. Of a folder of files, or a pattern of their names, only the headers are
-    read.
+    None for a run that does not learn from a dataset. For a folder or a pattern of files, only the headers are read.
     """
     if not has_dataset(config):
         return None
@@ -42,11 +41,11 @@ def load_data(config: Config, env: Env | HostEnv) -> Dataset | Shards | None:
 
 
 def recorded(config: Config, env: Env | HostEnv) -> Path:
-    """Returns the file of the scripted behaviour, recorded now if it is not there yet."""
+    """Returns the file of the scripted behavior, recorded now if it does not exist yet."""
     assert not isinstance(env, HostEnv), "with_data names a file for these"
     path = data_path(config.env, config.behaviour, config.data_steps)
     if not path.exists():
-        record.behaviour_of(env, config.behaviour)  # refuses a level that does not exist
+        record.behaviour_of(env, config.behaviour)  # raises for an unknown level
         print(f"recording {config.data_steps} steps of the behaviour {config.behaviour!r} as {path}", file=sys.stderr)
         dataset = record.record(env, config.behaviour, config.data_steps, seed=0)
         path.parent.mkdir(exist_ok=True)
@@ -55,9 +54,9 @@ def recorded(config: Config, env: Env | HostEnv) -> Path:
 
 
 def with_data(config: Config, env: Env | HostEnv) -> Config:
-    """Returns the configuration with a dataset named: for a simulator on the CPU, one that is there already.
+    """Returns the configuration, with `data` set to an existing dataset file for simulators on the CPU.
 
-    Raises UserError where there is none, saying how to get one.
+    Raises UserError, with instructions, if there is no such file.
     """
     if not records(config) or not isinstance(env, HostEnv):
         return config
@@ -75,14 +74,14 @@ def with_data(config: Config, env: Env | HostEnv) -> Config:
 
 
 def data_path(env: str, behaviour: str, steps: int, seed: int = 0) -> Path:
-    """Returns where a recorded behaviour is kept."""
+    """Returns the path of a recorded behavior."""
     return Path("datasets") / f"{directory.plain(env)}-{behaviour}-{steps}-s{seed}.npz"
 
 
 def asks_trees(config: Config) -> bool:
-    """Returns whether the agent searches all of the data in KD-trees on the host: where its device is a CPU.
+    """Returns whether the agent searches the whole dataset with KD-trees on the host, used if the device is a CPU.
 
-    Not where the data come file by file: a program is made for its trees, and each file would need its own.
+    Not for datasets of several files: a program is compiled for its trees, so each file would need its own program.
     """
     return requirements(config.agent).kdtree and jax.default_backend() == "cpu"
 
@@ -90,7 +89,7 @@ def asks_trees(config: Config) -> bool:
 def in_memory(
     config: Config, env: Env | HostEnv, dataset: Dataset | Shards | None, epochs: int
 ) -> Ring | Stream | None:
-    """Returns the dataset in device memory, or what brings it there file by file; None where there is no dataset."""
+    """Returns the dataset in device memory, or a stream that loads it file by file; None without a dataset."""
     if dataset is None:
         return None
     place = functools.partial(
@@ -112,18 +111,18 @@ def in_memory(
 
 
 def check_sizes(agent: Agent, sizes: loading.Sizes) -> None:
-    """Raises UserError where a dataset is too small for an agent."""
+    """Raises UserError if a dataset is too small for an agent."""
     loading.check_window(sizes, requirements(agent).window)
     if isinstance(agent, ChecksData):
         agent.check_data(sizes.rows - sizes.episodes)
 
 
 def check_same_data(path: Path, dataset: Dataset | Shards | None, known: str | None) -> None:
-    """Raises UserError where the dataset is not the one that a run or a sweep began with, whose digest is `known`."""
+    """Raises UserError if the dataset is not the one that a run or a sweep began with, whose digest is `known`."""
     if digest_of(dataset) == known:
         return
     if dataset is None:
-        raise UserError(f"{path} began with a dataset, whose sha256 was {known}, and would learn from none now")
+        raise UserError(f"{path} began with a dataset, whose sha256 was {known}, but has none now")
     raise UserError(f"dataset {dataset.path} has changed since {path} began: its sha256 was {known}")
 
 
@@ -133,5 +132,5 @@ def known_digest(path: Path) -> str | None:
 
 
 def digest_of(dataset: Dataset | Shards | None) -> str | None:
-    """Returns the sha256 of a dataset; None where there is none."""
+    """Returns the sha256 of a dataset; None without one."""
     return None if dataset is None else dataset.digest

@@ -1,12 +1,12 @@
-"""A run's folder: what it was asked to do, what it ran on, and what it measured.
+"""A run's folder: configuration, software and hardware, and results.
 
 config.json       everything needed to repeat the run
 manifest.json     versions, device, precision, git commit, digest of the data, command line
 metrics.jsonl     one row per epoch; deterministic, so that a repetition can be compared byte by byte
-timings.jsonl     seconds per epoch and rates: what a repetition may change
-result.json       the last line that the run printed
-checkpoints/      the newest carries
-tensorboard/      the metrics again
+timings.jsonl     seconds per epoch and rates, which vary between repetitions
+result.json       the result that the run printed in its last line
+checkpoints/      the latest carries
+tensorboard/      the metrics for TensorBoard
 curves.png, rollout.gif
 """
 
@@ -30,18 +30,18 @@ from jaxrl.system import PACKAGES, jax_setting
 
 
 def default_path(name: str, env: str, seed: int) -> Path:
-    """Returns a folder name that says what runs, and when it began."""
+    """Returns a folder with name, environment, seed and start time in its name."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{name}-{plain(env)}-s{seed}-{stamp}"
 
 
 def plain(env: str) -> str:
-    """Returns an environment's name as part of a file name."""
+    """Returns an environment's name with only characters allowed in file names."""
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in env)
 
 
 def check_new(path: Path) -> None:
-    """Raises UserError where a new run's folder could not be made: it exists, or what it would lie in refuses."""
+    """Raises UserError if a new run's folder cannot be created: it exists, or its parent is not writable."""
     if path.exists():
         raise UserError(f"run directory {path} exists: continue it with --resume {path}, or name another with --out")
     above = next(parent for parent in path.absolute().parents if parent.exists())
@@ -52,7 +52,7 @@ def check_new(path: Path) -> None:
 
 
 def create(path: Path, config: Config, digest: str | None) -> None:
-    """Writes a new run's folder. Raises UserError where that fails."""
+    """Writes a new run's folder. Raises UserError if that fails."""
     try:
         path.mkdir(parents=True)
     except OSError as error:
@@ -62,12 +62,12 @@ def create(path: Path, config: Config, digest: str | None) -> None:
 
 
 def manifest(digest: str | None) -> dict[str, Any]:
-    """Returns what a run's numbers depend on besides its configuration; `digest` is its dataset's, if it has one."""
+    """Returns what a run's results depend on besides its configuration; `digest` is that of its dataset, if any."""
     device, mesh = jax.devices()[0], jax.sharding.get_abstract_mesh()
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "device": device.device_kind,
-        "devices": 1 if mesh.empty else mesh.size,  # that a run was spread over
+        "devices": 1 if mesh.empty else mesh.size,  # over which the run is sharded
         "platform": device.platform,
         "machine": platform.machine(),
         "cores": os.cpu_count(),
@@ -80,7 +80,7 @@ def manifest(digest: str | None) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> Config:
-    """Returns the configuration of the run in a folder. Raises UserError where there is none."""
+    """Returns the configuration of the run in a folder. Raises UserError if there is none."""
     values = read_json(path / "config.json", f"{path} is not a run directory")
     try:
         return from_dict(values)
@@ -89,7 +89,7 @@ def read_config(path: Path) -> Config:
 
 
 def rewind(path: Path, epoch: int) -> None:
-    """Drops what a run wrote after an epoch, from its metrics and its timings."""
+    """Removes the rows after an epoch from a run's metrics and timings."""
     for file in filter(Path.exists, (path / "metrics.jsonl", path / "timings.jsonl")):
         write(file, "".join(json.dumps(row) + "\n" for row in rows(file) if row["epoch"] <= epoch))
 
@@ -102,7 +102,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Returns the git commit of the source that runs, with a mark where files were changed; None outside git."""
+    """Returns the git commit of the running source, with a suffix if files were changed; None outside git."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)

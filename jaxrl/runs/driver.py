@@ -1,6 +1,6 @@
-"""The host's side of a run: data in, epochs driven one by one, everything recorded, stopped and resumed.
+"""The host side of a run: loading data, driving epochs, recording, stopping and resuming.
 
-Each compiled epoch is one call; evaluation, logging, checkpoint and the question whether to stop lie between two.
+Each compiled epoch is one call; evaluation, logging, checkpoints and stop requests are handled between calls.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from jaxrl.types import Agent, Drawable, Env, Fitting, HostEnv, Phase
 
 
 def row_of(index: int, phase: Phase, updates: Any, steps: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the row of the epoch with this index (from 0), of numbers on the host."""
+    """Returns the metrics row of the epoch with this index (from 0); all arguments are on the host."""
     row: dict[str, Any] = {"epoch": index + 1, "phase": phase.name, "updates": int(updates), "steps": int(steps)}
     return row | {name: value.item() for name, value in sorted(metrics.items())}
 
@@ -48,16 +48,16 @@ class Run:
     agent: Agent
     execution: Execution
     timeline: Timeline
-    data: Ring | Stream | None  # None where no phase learns from a dataset
-    simulators: host.Simulators | None = None  # of an environment that steps on the CPU
+    data: Ring | Stream | None  # None if no phase learns from a dataset
+    simulators: host.Simulators | None = None  # for an environment that steps on the CPU
 
     @property
     def recorded(self) -> Env | None:
-        """The environment whose scripted behaviour the dataset holds; None where it comes from elsewhere."""
+        """The environment whose scripted behavior is the dataset; None if the dataset has another source."""
         return self.env if records(self.config) and not isinstance(self.env, HostEnv) else None
 
     def close(self) -> None:
-        """Ends the processes of the simulators, if there are any."""
+        """Stops the simulator processes, if any."""
         if self.simulators is not None:
             self.simulators.close()
 
@@ -70,7 +70,7 @@ class Run:
         return on_devices(carry)
 
     def restore(self, folder: Path) -> tuple[Carry, int]:
-        """Returns the carry to go on from and how many epochs it has seen: the newest checkpoint's, or the first."""
+        """Returns the carry to resume from and its number of epochs: the latest checkpoint's, or the initial one."""
         loaded = checkpoint.load(folder, self.abstract)
         return (self.first(), 0) if loaded is None else (on_devices(loaded[1]), loaded[0])
 
@@ -79,7 +79,7 @@ class Run:
         return abstract_carry(self.agent, self.env, self.config.schedule, self.timeline, done, self.execution)
 
     def dataset(self, index: int) -> Ring | None:
-        """Returns the dataset as the epoch with this index (from 0) sees it, on every device."""
+        """Returns the dataset for the epoch with this index (from 0), on every device."""
         return sharding.shared(self.data.at(index) if isinstance(self.data, Stream) else self.data)
 
     def epoch(self, carry: Carry, index: int) -> tuple[Carry, dict[str, Any]]:
@@ -100,12 +100,12 @@ class Run:
 
 
 def on_devices(carry: Carry) -> Carry:
-    """Returns the carry bound to its devices, as a restored one is: lying otherwise, it would make another program."""
+    """Returns the carry committed to its devices like a restored one; other placements would trigger a recompile."""
     return loop.placed(carry) if sharding.several() else jax.device_put(carry, jax.devices()[0])
 
 
 def prepare(config: Config, env: Env | HostEnv, dataset: Dataset | Shards | None) -> Run:
-    """Returns the run of a configuration. Raises UserError where no episode is as long as the agent's windows."""
+    """Returns the run of a configuration. Raises UserError if no episode is as long as the agent's windows."""
     check_learning(config.agent, config.execution)
     agent, execution, timeline = loop.on_device(config.agent), loop.on_device(config.execution), timeline_of(config)
     data, simulators = in_memory(config, env, dataset, timeline.epochs), simulators_of(config, env)
@@ -113,7 +113,7 @@ def prepare(config: Config, env: Env | HostEnv, dataset: Dataset | Shards | None
 
 
 def start(config: Config, env: Env | HostEnv, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
-    """Returns the result of a new run, driven to its end in a new folder. Raises StopRequested where asked to stop."""
+    """Runs a new run to its end in a new folder and returns its result. Raises StopRequested on a stop request."""
     directory.check_new(path)
     dataset = load_data(config, env)
     run = prepare(config, env, dataset)
@@ -122,14 +122,14 @@ def start(config: Config, env: Env | HostEnv, path: Path, stop: StopRequests, wa
 
 
 def resume(config: Config, env: Env | HostEnv, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
-    """Returns the result of a run that goes on from its newest checkpoint, bit for bit as if it had never stopped."""
+    """Resumes a run from its latest checkpoint, bit for bit identical to an uninterrupted run; returns its result."""
     dataset = load_data(config, env)
     check_same_data(path, dataset, known_digest(path))
     return drive(prepare(config, env, dataset), path, stop, wandb)
 
 
 def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, Any]:
-    """Returns the run's result, after the epochs still before it. Raises StopRequested where asked to stop."""
+    """Runs the remaining epochs and returns the run's result. Raises StopRequested on a stop request."""
     folder = path / "checkpoints"
     carry, done = run.restore(folder)
     checkpoint.keep(folder, [epoch for epoch in checkpoint.epochs(folder) if epoch <= done])
@@ -143,11 +143,11 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, An
                 log.start(phase, before, run.execution.length(run.agent.chunk), run.config.schedule.envs)
             try:
                 carry, row = run.epoch(carry, index)
-            except Interrupted as broken:  # the epoch will be repeated, with what it has learned so far
-                if before:  # else the newest checkpoint is from before the phase, maybe of another shape
+            except Interrupted as broken:  # the epoch will be repeated, starting with what was learned so far
+                if before:  # else the latest checkpoint precedes the phase and may have other shapes
                     checkpoint.save(folder, index, broken.carry)
                 raise stopped_by(broken.__cause__) from broken
-            except workers.WorkerDied as error:  # in an evaluation: the newest checkpoint is what can be resumed
+            except workers.WorkerDied as error:  # in an evaluation: resume from the latest checkpoint
                 raise stopped_by(error) from error
             log.row(row)
             last = index + 1 == run.timeline.epochs
@@ -161,13 +161,13 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, An
 
 
 def stopped_by(error: BaseException | None) -> StopRequested:
-    """Returns what stops a run that can go on later, having said in one line why."""
+    """Prints the error and returns the exception that stops a resumable run."""
     print(error, file=sys.stderr)
     return StopRequested()
 
 
 def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
-    """Returns the result of a finished run, having written it, the learning curve and an episode."""
+    """Returns the result of a finished run, after writing it, the learning curve and an episode."""
     rows = jsonlines.rows(path / "metrics.jsonl")
     result: dict[str, Any] = {
         "agent": to_dict(run.config)["agent_name"],
@@ -192,7 +192,7 @@ def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns the result's success rates as people read them."""
+    """Returns the result's success rates as a text table."""
     lines = [f"{'':<12}{'success':>8}   95 % interval"]
     for phase in (name.removesuffix("_interval") for name in result if name.endswith("_interval")):
         low, high = result[f"{phase}_interval"]
@@ -200,18 +200,18 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"pictures, metrics and checkpoints are in {result['run']}"])
 
 
-# What is done with a run afterwards
+# After a run
 
 
 def replay(config: Config, env: Env | HostEnv, path: Path, epochs: int) -> str | None:
-    """Returns None where the first epochs, repeated, give the recorded metrics bit for bit, else what differs first."""
+    """Returns None if repeating the first epochs gives the recorded metrics bit for bit, else the first difference."""
     dataset = load_data(config, env)
     check_same_data(path, dataset, known_digest(path))
     run = prepare(config, env, dataset)
     first = 1 if run.recorded is None else 0  # the behaviour's row comes before the first epoch's
     recorded = jsonlines.rows(path / "metrics.jsonl")[: min(epochs, run.timeline.epochs) + 1 - first]
     if len(recorded) + first < 2:
-        raise UserError(f"{path} has no epoch yet that could be repeated")
+        raise UserError(f"{path} has no epoch to repeat yet")
     carry = run.first()
     with contextlib.closing(run):
         for epoch, was in enumerate(recorded, start=first):
@@ -222,5 +222,5 @@ def replay(config: Config, env: Env | HostEnv, path: Path, epochs: int) -> str |
             now = as_json(row)
             for name in was | now:
                 if was.get(name) != now.get(name):
-                    return f"epoch {epoch}, {name}: {was.get(name)} is recorded, {now.get(name)} is repeated"
+                    return f"epoch {epoch}, {name}: {was.get(name)} in the record, {now.get(name)} in the repetition"
     return None

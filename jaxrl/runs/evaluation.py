@@ -1,4 +1,4 @@
-"""Evaluation and rendering of an agent's state, during a run and afterwards."""
+"""Evaluation and rendering of an agent's state, during and after a run."""
 
 import contextlib
 from pathlib import Path
@@ -19,7 +19,7 @@ from jaxrl.types import Agent, Drawable, Env, HostEnv, Observation, PyTree
 
 
 def evaluation(episodes: ro.Episodes) -> dict[str, float]:
-    """Returns success with its interval, mean return and length of evaluated episodes."""
+    """Returns success rate with its interval, mean return and mean length of evaluated episodes."""
     successes, count = int(episodes.success.sum()), len(episodes.success)
     low, high = stats.success_interval(successes, count)
     return {
@@ -33,7 +33,7 @@ def evaluation(episodes: ro.Episodes) -> dict[str, float]:
 
 
 def evaluate_behaviour(config: Config, env: Env) -> dict[str, Any]:
-    """Returns the row of the scripted behaviour, judged on the same episodes as the agent."""
+    """Returns the metrics row of the scripted behavior, evaluated on the same episodes as the agent."""
     policy = ro.scripted(record.behaviour_of(env, config.behaviour))
     key = jax.random.key(config.schedule.eval_seed)
     row = {"epoch": 0, "phase": "behaviour", "updates": 0, "steps": 0}
@@ -44,7 +44,7 @@ jitted_behaviour = jax.jit(ro.evaluate, static_argnames=("env", "policy", "episo
 
 
 def newest_state(config: Config, agent: Agent, env: Env | HostEnv, path: Path) -> PyTree:
-    """Returns the agent's state in a run's newest checkpoint. Raises UserError where there is none that fits."""
+    """Returns the agent's state in a run's latest checkpoint. Raises UserError if there is no matching checkpoint."""
     timeline = timeline_of(config)
 
     def abstract(done: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def newest_state(config: Config, agent: Agent, env: Env | HostEnv, path: Path) -
 
 
 def evaluate(config: Config, env: Env | HostEnv, path: Path) -> dict[str, Any]:
-    """Returns the evaluation of a run's newest checkpoint, on the episodes that the configuration names."""
+    """Returns the evaluation of a run's latest checkpoint, on the episodes set by the configuration."""
     agent = loop.on_device(config.agent)
     state = newest_state(config, agent, env, path)
     simulators = simulators_of(config, env)
@@ -66,13 +66,13 @@ def evaluate(config: Config, env: Env | HostEnv, path: Path) -> dict[str, Any]:
 
 
 def render(config: Config, env: Env | HostEnv, path: Path, out: Path) -> None:
-    """Writes an episode of a run's newest checkpoint, the first that the configuration's evaluation begins."""
+    """Writes an animation of a run's latest checkpoint: the first evaluation episode."""
     agent = loop.on_device(config.agent)
     animate(config, agent, env, newest_state(config, agent, env, path), out)
 
 
 def animate(config: Config, agent: Agent, env: Env | HostEnv, state: PyTree, out: Path) -> None:
-    """Writes the first evaluation episode as an animation. Raises UserError where a simulator cannot be rendered."""
+    """Writes the first evaluation episode as an animation. Raises UserError if the environment cannot be rendered."""
     if isinstance(env, HostEnv):
         execution, key = loop.on_device(config.execution), jax.random.key(config.schedule.eval_seed)
         plots.animation(host.render(env, agent, state, key, execution=execution), out)
@@ -100,6 +100,6 @@ def episodes_of(
 
 
 def simulators_of(config: Config, env: Env | HostEnv) -> host.Simulators | None:
-    """Returns the simulators of an environment that steps on the CPU; they start when they are first needed."""
+    """Returns the simulators of an environment that steps on the CPU; they start on first use."""
     most = max(config.schedule.envs, config.schedule.eval_episodes)
     return host.Simulators(env, min(system.cores(), most)) if isinstance(env, HostEnv) else None

@@ -1,4 +1,4 @@
-"""JSON files and files of one JSON object per line, written so that a reader finds them whole or not at all."""
+"""Atomic writing of JSON files, and files with one JSON object per line."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from jaxrl.errors import UserError
 
 
 def read_json(path: Path, otherwise: str) -> dict[str, Any]:
-    """Returns the JSON object in a file, or raises UserError: `otherwise`, and why."""
+    """Returns the JSON object in a file, or raises UserError with the message `otherwise` and the reason."""
     try:
         value = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -18,17 +18,17 @@ def read_json(path: Path, otherwise: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{otherwise}: {path.name} cannot be read ({error})") from error
     if not isinstance(value, dict):
-        raise UserError(f"{otherwise}: {path.name} holds no JSON object")
+        raise UserError(f"{otherwise}: {path.name} is not a JSON object")
     return value
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON that a reader either finds whole or not at all."""
+    """Writes JSON atomically."""
     write(path, json.dumps(value, indent=2) + "\n")
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a text file that a reader either finds whole or not at all."""
+    """Writes a text file atomically."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
@@ -43,12 +43,12 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def as_json(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the row as JSON can hold it, and as reading it back gives it."""
+    """Returns the row as reading it back from JSON gives it: non-finite floats are None."""
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics file; a last line that a killed run left unfinished is passed over."""
+    """Returns the rows of a metrics file, without an incomplete last line left by a killed run."""
     if not path.exists():
         return []
     result = []

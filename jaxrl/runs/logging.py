@@ -1,4 +1,4 @@
-"""Where a run's numbers go while it runs: the terminal, metrics.jsonl, TensorBoard, optionally Weights & Biases."""
+"""Logging of a run: terminal, metrics.jsonl, TensorBoard, optionally Weights & Biases."""
 
 import importlib
 import importlib.util
@@ -18,10 +18,10 @@ from jaxrl.types import Phase
 
 
 class Log:
-    """Writes each epoch's row everywhere. `metrics.jsonl` holds nothing that differs between equal runs."""
+    """Writes each epoch's row to all logs. `metrics.jsonl` is identical for identical runs."""
 
     def __init__(self, path: Path, wandb: bool = False, epoch: int = 0) -> None:
-        """Opens the log of the run in `path`, after so many epochs."""
+        """Opens the log of the run in `path`, after `epoch` epochs."""
         self.path = path
         self.wandb = _wandb(path) if wandb else None
         self.board = _tensorboard(path / "tensorboard", epoch)
@@ -29,7 +29,7 @@ class Log:
         self.clock = time.perf_counter()
 
     def start(self, phase: Phase, done: int, chunk: int, envs: int) -> None:
-        """Opens the progress bar of a phase, `done` epochs of which are behind it. Only a terminal shows it."""
+        """Opens the progress bar of a phase after `done` of its epochs. It is shown only on terminals."""
         self.close_bar()
         self.unit = phase.iterations * (chunk * envs if phase.collects else phase.updates)
         self.bar = tqdm(
@@ -42,7 +42,7 @@ class Log:
         )
 
     def row(self, row: dict[str, Any]) -> None:
-        """Writes one epoch's metrics, and apart from them the seconds since the row before."""
+        """Writes one epoch's metrics, and separately the seconds since the previous row."""
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         append(self.path / "metrics.jsonl", row)
         rate = None if self.bar is None else self.unit / seconds
@@ -74,7 +74,7 @@ class Log:
 
 
 def evaluation_line(row: dict[str, Any]) -> str:
-    """Returns what an evaluation found, in one line."""
+    """Returns a one-line summary of an evaluation."""
     return (
         f"{row['phase']:<9} epoch {row['epoch']:>4}  updates {row['updates']:>8}  steps {row['steps']:>8}  "
         f"success {row['eval/success']:.2f} [{row['eval/success_low']:.2f}, {row['eval/success_high']:.2f}]  "
@@ -83,15 +83,15 @@ def evaluation_line(row: dict[str, Any]) -> str:
 
 
 def check_wandb() -> None:
-    """Raises UserError where Weights & Biases is not installed."""
+    """Raises UserError if Weights & Biases is not installed."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install 'jaxrl[wandb]'")
 
 
 def _tensorboard(folder: Path, epoch: int) -> EventsWriter:
-    """Returns a writer of TensorBoard events; the first tells to forget what an interrupted run wrote after `epoch`.
+    """Returns a TensorBoard writer; its first event discards what an interrupted run wrote after `epoch`.
 
-    It writes in this thread, so that a full disk is an error here and a process that is stopped leaves nothing behind.
+    It writes in this thread, so that a full disk raises here and no events stay queued when the process is stopped.
     """
     folder.mkdir(exist_ok=True)
     board = EventsWriter(str(folder / "events"), filename_suffix=f".{epoch}")

@@ -1,4 +1,4 @@
-"""What a run will take in memory, before it takes it: `jaxrl train --plan`."""
+"""Memory requirements of a run, estimated before it starts: `jaxrl train --plan`."""
 
 import os
 import resource
@@ -28,7 +28,7 @@ from jaxrl.training.host_loop import lowered
 from jaxrl.training.schedule import Timeline, reads_dataset
 from jaxrl.types import Agent, Env, HostEnv, Leaf, PyTree, requirements
 
-KNOBS = {  # what takes memory, and what it grows with
+KNOBS = {  # memory consumers, and the settings that determine their size
     "agent": "the agent's hidden sizes",
     "dataset": "data_steps",
     "replay": "schedule.replay",
@@ -39,14 +39,14 @@ KNOBS = {  # what takes memory, and what it grows with
 
 
 def check(config: Config, env: Env | HostEnv) -> None:
-    """Raises UserError where what a run holds cannot fit in the memory that is there. Nothing of it is allocated."""
+    """Raises UserError if a run's state does not fit in the available memory. Allocates nothing."""
     require(held(config, env))
 
 
 def plan(config: Config, env: Env | HostEnv) -> str:
-    """Returns a table of the run's memory, from the compiled programs themselves; nothing of it is allocated.
+    """Returns a table of the run's memory, from the compiled programs, without allocating it.
 
-    "working memory" is what the largest of them needs besides its arguments. Raises UserError where it cannot fit.
+    "working memory" is what the largest program needs besides its arguments. Raises UserError if it does not fit.
     """
     check(config, env)
     amounts = held(config, env) | {"working memory": max(temporary(program) for program in programs(config, env))}
@@ -59,7 +59,7 @@ def plan(config: Config, env: Env | HostEnv) -> str:
 
 
 def held(config: Config, env: Env | HostEnv) -> dict[str, int]:
-    """Returns the bytes on the device that a run holds from its first epoch to its last, by what they are for."""
+    """Returns the bytes on the device that a run holds from its first to its last epoch, by purpose."""
     *_, carry = abstract(config, env)
     dataset, copies = abstract_data(config, env)
     amounts = {
@@ -75,7 +75,7 @@ def held(config: Config, env: Env | HostEnv) -> dict[str, int]:
 
 
 def require(amounts: dict[str, int]) -> None:
-    """Raises UserError where so many bytes are not there, naming what to lower."""
+    """Raises UserError if the total is not available, naming the settings to lower."""
     needed, there = sum(amounts.values()), available()
     if needed > there:
         large = {name: amount for name, amount in amounts.items() if amount > needed / 10}
@@ -84,7 +84,7 @@ def require(amounts: dict[str, int]) -> None:
 
 
 def available() -> int:
-    """Returns the bytes that are free: of the device's own memory, or on the CPU of this machine's."""
+    """Returns the free bytes of the device's memory, or on the CPU of the machine's."""
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -99,16 +99,16 @@ def available() -> int:
 
 
 def abstract(config: Config, env: Env | HostEnv) -> tuple[Agent, Timeline, loop.Carry]:
-    """Returns the shapes of the agent, the run's epochs, and the shapes of the carry at its end."""
+    """Returns the shapes of the agent, the run's timeline, and the shapes of the carry at its end."""
     agent, execution, timeline = jax.eval_shape(loop.on_device, config.agent), config.execution, timeline_of(config)
     return agent, timeline, driver.abstract_carry(agent, env, config.schedule, timeline, timeline.epochs, execution)
 
 
 def abstract_data(config: Config, env: Env | HostEnv) -> tuple[Ring | None, int]:
-    """Returns the shapes of the run's dataset in device memory, and how many such datasets are there at a time.
+    """Returns the shapes of the run's dataset in device memory, and how many copies are in memory at a time.
 
-    Of a dataset of several files that is the largest of them, and two: the one in use, and the next. None and 0 for a
-    run that learns from no dataset.
+    For a dataset of several files: the shapes of the largest file, and two copies, the file in use and the next. None
+    and 0 for a run that does not learn from a dataset.
     """
     needs = requirements(config.agent)
     if records(config):
@@ -125,7 +125,7 @@ def abstract_data(config: Config, env: Env | HostEnv) -> tuple[Ring | None, int]
 
 
 def recorded_sizes(config: Config, env: Env | HostEnv) -> Sizes:
-    """Returns the sizes of a behaviour's recording, before there is one."""
+    """Returns the sizes of a behavior's recording before it is recorded."""
     each, lanes = record.lanes_of(config.data_steps, env.horizon)
     episodes, seen = lanes * (each // env.horizon), env.spec.observation
     leaves = (Leaf("", (seen,)),) if isinstance(seen, int) else seen
@@ -136,7 +136,7 @@ def recorded_sizes(config: Config, env: Env | HostEnv) -> Sizes:
 
 
 def programs(config: Config, env: Env | HostEnv) -> Iterator[Any]:
-    """Yields the run's programs, compiled, in the order in which it needs them."""
+    """Yields the run's compiled programs, in the order in which it needs them."""
     (agent, timeline, carry), execution = abstract(config, env), jax.eval_shape(loop.on_device, config.execution)
     data, _ = abstract_data(config, env)
     key, episodes = jax.eval_shape(lambda: jax.random.key(0)), config.schedule.eval_episodes
@@ -167,7 +167,7 @@ def programs(config: Config, env: Env | HostEnv) -> Iterator[Any]:
 
 
 def size(tree: PyTree) -> int:
-    """Returns the bytes of a tree's leaves, random keys included."""
+    """Returns the bytes of a tree's leaves, including random keys."""
     leaves = (jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x for x in jax.tree.leaves(tree))
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
@@ -177,12 +177,12 @@ def _is_key(leaf: Any) -> bool:
 
 
 def temporary(program: Any) -> int:
-    """Returns the bytes that a compiled program needs besides its arguments: scratch, and results not in place."""
+    """Returns the bytes that a compiled program needs besides its arguments: scratch, and non-aliased results."""
     memory = program.memory_analysis()
     return memory.temp_size_in_bytes + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
 
 
 def peak_rss() -> int:
-    """Returns the most memory that this process has held so far, in bytes."""
+    """Returns the peak memory (RSS) of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""The pictures of a run, its learning curve and an episode of its agent, and of a dataset."""
+"""Figures of a run (learning curve, episode animation) and of a dataset."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,22 +6,22 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # without pyplot, which would choose how a notebook shows its figures
+from matplotlib.figure import Figure  # not pyplot, which would change how notebooks display figures
 from PIL import Image
 
 from jaxrl.data.quality import Measures
 from jaxrl.types import Drawable
 
-CLOCKS = {  # what a phase is plotted over: its label, color
+CLOCKS = {  # x axis of a phase: its label, color
     "updates": ("gradient steps", "tab:blue"),
     "steps": ("steps in the environment", "tab:orange"),
 }
 
 
 def clocks(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Returns what each phase is plotted over, in the order of the phases: "steps" where it takes some, or "updates".
+    """Returns the x axis of each phase, in the order of the phases: "steps" if it steps the environment, or "updates".
 
-    `rows` are a run's metrics, or those with an evaluation.
+    `rows` are a run's metrics, or only those with an evaluation.
     """
     found, before = {}, 0
     for phase in dict.fromkeys(row["phase"] for row in rows if row["phase"] != "behaviour"):
@@ -32,7 +32,7 @@ def clocks(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Writes success with its 95 % interval, a panel for each phase, and the behaviour's for comparison."""
+    """Writes success with its 95 % interval, one panel per phase, and the behavior's success for comparison."""
     evaluated = [row for row in rows if row.get("eval/success") is not None]
     behaviour = [row for row in evaluated if row["phase"] == "behaviour"]
     shown = {
@@ -63,20 +63,20 @@ def panel(axis: Axes, phase: str, clock: str, rows: list[dict[str, Any]]) -> Non
 
 
 def gif(env: Drawable, episode: np.ndarray, path: Path, size: int = 320, per_second: int = 25) -> None:
-    """Writes an episode, observations [T, O], as an animation drawn by the environment."""
+    """Writes an episode, observations [T, O], as an animation rendered by the environment."""
     animation([env.draw(obs, size) for obs in np.asarray(episode)], path, per_second)
 
 
 def animation(frames: list[Image.Image], path: Path, per_second: int = 25) -> None:
-    """Writes pictures as an animation, which rests for a while at its end."""
+    """Writes frames as an animation that pauses at its end."""
     frames = frames + frames[-1:] * (per_second // 2)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // per_second, loop=0)
 
 
 def dataset(measures: Measures, path: Path) -> None:
-    """Writes four histograms: returns, lengths, distances of nearest neighbours, differences of actions around a state.
+    """Writes four histograms: returns, lengths, nearest-neighbor distances, action variance around a state.
 
-    What was not measured is said in its panel.
+    Panels without data say why.
     """
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     ((returns, lengths), (nearest, actions)) = figure.subplots(2, 2)
@@ -103,14 +103,14 @@ def dataset(measures: Measures, path: Path) -> None:
 
 
 def histogram(axis: Axes, values: np.ndarray, colour: str, log: bool = False, **marks: float) -> None:
-    """Draws the distribution of values in 40 bins, with named marks on the abscissa.
+    """Draws a histogram of values in 40 bins, with labeled vertical lines.
 
-    On a logarithmic one, zeros count as the smallest value that is none; it stays linear where all values are equal.
+    On a log axis, zeros count as the smallest nonzero value; the axis is linear if all values are equal.
     """
     low, high = float(np.min(values, where=values > 0, initial=np.inf) if log else values.min()), float(values.max())
     if low < high:
         edges = np.geomspace(low, high, 41) if log else np.linspace(low, high, 41)
-        edges[0], edges[-1] = low, high  # without rounding
+        edges[0], edges[-1] = low, high  # undo rounding
         axis.set_xscale("log" if log else "linear")
     else:
         edges = high + max(abs(high) / 10, 0.5) * np.linspace(-1, 1, 42)

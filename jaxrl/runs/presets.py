@@ -1,4 +1,4 @@
-"""Named configurations of every agent: sizes for minutes on a CPU, and the published ones."""
+"""Preset configurations of every agent: small ones that take minutes on a CPU, and the published ones."""
 
 import dataclasses
 from typing import Any, Literal, TypeVar
@@ -34,7 +34,7 @@ def _small(agent: A) -> A:
 
 
 def _published(agent: Any, schedule: Schedule = _LONG, reward_shift: float = 0.0) -> Config:
-    """Returns the configuration of an agent with its published sizes, by default for offline training alone."""
+    """Returns the configuration of an agent with its published sizes, by default for offline training only."""
     return Config(agent, schedule=schedule, data_steps=1_000_000, reward_shift=reward_shift)
 
 
@@ -77,31 +77,31 @@ PRESETS: dict[str, dict[str, Config]] = {
 }
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "dqc": {  # the special cases that its paper compares with, all without the chunk critic
+    "dqc": {  # special cases compared in the paper, all without the chunk critic
         name: {"chunk_critic": False, "kappa_d": 0.5, "windows": {"chunk": chunk, "backup": backup}}
         for name, chunk, backup in (("qc", 5, 5), ("qc-ns", 5, 25), ("ns", 1, 25), ("os", 1, 1))
     },
-    "qgf": {  # what its paper compares the gradient at the one-step denoised action with
+    "qgf": {  # the paper's alternatives to the gradient at the one-step denoised action
         "jacobian": {"guide": {"gradient": "jacobian"}},
         "noisy": {"guide": {"gradient": "noisy"}},
         "bptt": {"guide": {"gradient": "bptt"}},
         "grad-step": {"guide": {"gradient": "after"}},
     },
     "qc": {"distill": {"actor": "distill"}},
-    "cfpi": {  # one Gaussian, from which the critic chooses how far to go; or a mixture, one distance, both bounds
+    "cfpi": {  # one Gaussian, with the step size selected by the critic; or a mixture with one step size, both bounds
         "single": {"actor": {"components": 1}, "operator": _DRAWN},
         "mixture": {"actor": {"components": 4}, "operator": ClosedForm()},
     },
-    "cql": {  # as their papers have them for tasks with sparse rewards, which go on to learn online
+    "cql": {  # the papers' settings for tasks with sparse rewards, with online fine-tuning
         "antmaze": {"conservatism": 5.0, "lagrange": True, "gap": 0.8, "max_target": True, "lowest_gap": -200.0},
         "cal-ql": {"conservatism": 5.0, "lagrange": True, "gap": 0.8, "max_target": True, "calibrated": True},
     },
 }
-"""Named settings of an agent's fields, and of its parts', by agent: `jaxrl train AGENT --variant NAME`."""
+"""Named settings of the fields of an agent and its parts, by agent: `jaxrl train AGENT --variant NAME`."""
 
 
 def preset(name: str, agent: str, variant: str | None = None) -> Config:
-    """Returns the configuration that a preset holds for an agent, or for a variant of it."""
+    """Returns a preset's configuration of an agent, or of a variant of it."""
     if agent not in AGENTS:
         raise unknown("agent", agent, AGENTS)
     if name not in PRESETS:
@@ -118,6 +118,6 @@ def preset(name: str, agent: str, variant: str | None = None) -> Config:
 
 
 def _replaced(settings: Any, values: dict[str, Any]) -> Any:
-    """Returns settings with other values of some fields; a dict stands for values of the fields of a part."""
+    """Returns settings with some fields replaced; a dict holds values for the fields of a part."""
     parts = {name: _replaced(getattr(settings, name), value) for name, value in values.items() if type(value) is dict}
     return dataclasses.replace(settings, **values | parts)

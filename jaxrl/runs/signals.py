@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks a run to save and stop, the second stops it at once."""
+"""Ctrl-C and SIGTERM: the first requests a run to save and stop, the second stops it immediately."""
 
 import os
 import signal
@@ -14,8 +14,8 @@ class StopRequests:
     """A context in which SIGINT and SIGTERM are counted instead of raising.
 
     Python runs signal handlers only between bytecodes, so never while the main thread waits for a compiled program.
-    The second signal must not wait for that: a thread listens on the descriptor that the interpreter writes each
-    signal to at once. Leaving the process there is safe, since checkpoints are written whole or not at all.
+    The second signal must take effect immediately: a thread listens on the wakeup descriptor, to which the interpreter
+    writes each signal without delay. Exiting there is safe, since checkpoints are written atomically.
     """
 
     count = 0
@@ -56,4 +56,4 @@ class StopRequests:
 
 
 class StopRequested(Exception):  # noqa: N818  (not an error)
-    """The run saved its carry and stopped because it was asked to."""
+    """Raised when the run saved its carry and stopped on request."""

@@ -1,1 +1,1 @@
-"""Many runs as one program: what is swept, the lifted functions, and the processes that share them."""
+"""Many runs as one program: the sweep's space, the lifted functions, and multi-process execution."""

@@ -1,4 +1,4 @@
-"""A cohort at work: the members of a sweep that are one program, driven epoch by epoch, each recorded on its own."""
+"""Execution of a cohort: the members of a sweep that share a program, run epoch by epoch, with separate records."""
 
 import dataclasses
 import sys
@@ -31,22 +31,22 @@ Make = Callable[[str], Env | HostEnv]  # an environment from its name
 
 @dataclasses.dataclass(frozen=True)
 class Cohort:
-    """Members that are one program, and where they are written about."""
+    """Members that share one program, and their folders."""
 
     number: int
     members: tuple[Member, ...]
     layout: Layout
-    room: int  # members that its program has place for: as many as those of other cohorts of its shape
-    dataset_digest: str | None  # None where nothing is learned from a dataset
+    room: int  # number of members that its program has room for, equal to that of other cohorts of its shape
+    dataset_digest: str | None  # None if no dataset is used
     path: Path  # of the sweep
 
     @property
     def folder(self) -> Path:
-        """Its checkpoints and timings."""
+        """The folder of its checkpoints and timings."""
         return self.path / "cohorts" / str(self.number)
 
     def mark(self, stage: int) -> Path:
-        """Returns the file that says that it is through with a stage, and how its members did."""
+        """Returns the file that marks a finished stage and holds the members' scores."""
         return self.folder / f"stage-{stage}.json"
 
     def home(self, member: Member) -> Path:
@@ -55,12 +55,12 @@ class Cohort:
 
 
 class CohortRunner:
-    """A cohort's programs and data, and who of it is in them."""
+    """A cohort's programs and data, and which members are active."""
 
     def __init__(self, cohort: Cohort, ends: tuple[float, ...], seconds: float, make: Make, devices: list) -> None:
-        """Loads the data and compiles nothing yet. Raises UserError where the data have changed.
+        """Loads the data without compiling. Raises UserError if the data have changed.
 
-        Stages end after the shares `ends` of the run; checkpoints are `seconds` apart, or more.
+        Stages end after the fractions `ends` of the run; checkpoints are at least `seconds` apart.
         """
         self.cohort, self.seconds = cohort, seconds
         config = cohort.members[0].config
@@ -82,19 +82,19 @@ class CohortRunner:
             write_json(home / "config.json", to_dict(member.config))
 
     def close(self) -> None:
-        """Ends the processes of the simulators, if there are any."""
+        """Stops the simulator processes, if any."""
         self.run.close()
 
     def evaluated_from(self, share: float) -> int:
-        """Returns the first number of epochs, from a share of them on, after which members are evaluated."""
+        """Returns the first evaluated epoch count at or after a fraction of the run."""
         timeline, every = self.run.timeline, self.run.config.schedule.eval_every
         first = max(round(share * timeline.epochs), 1)
         return next(e for e in range(first, timeline.epochs + 1) if timeline.evaluates(e - 1, every))
 
     def work(self, stage: int, gone: list[set[int]], stop: StopRequests, watch: Watch) -> None:
-        """Drives the members to the end of a stage. Raises StopRequested where asked to stop, having saved.
+        """Runs the members to the end of a stage. On a stop request, saves and raises StopRequested.
 
-        `gone[s]` are the indices of those that were dropped before stage s, for all stages up to this one.
+        `gone[s]` are the indices of the members dropped before stage s, for all stages up to this one.
         """
         population, done = self.restore(stage, gone)
         end, last = self.ends[stage], stage + 1 == len(self.ends)
@@ -118,12 +118,12 @@ class CohortRunner:
         }
         write_json(self.cohort.mark(stage), {"scores": scores})
 
-    # Who is in the program
+    # Active members
 
     def select(self, stage: int, gone: list[set[int]]) -> None:
-        """Takes the members that the program has in a stage.
+        """Selects the members that the program has in a stage.
 
-        One after the other, those that were dropped cost nothing. All at once, the program is made anew without them.
+        With layout "map", dropped members cost nothing. With "vmap", the program is recompiled without them.
         """
         out = gone[stage] if self.cohort.layout == "vmap" else set()
         self.members = [member for member in self.cohort.members if member.index not in out]
@@ -132,7 +132,7 @@ class CohortRunner:
             self.agents = self.programs.place(stacked([member.config.agent for member in self.members]), self.room)
 
     def running(self, population: Population) -> np.ndarray:
-        """Returns which members are still in it, [M] bool."""
+        """Returns which members are still running, [M] bool."""
         return np.asarray(population.stopped)[: len(self.members)] == RUNNING
 
     def first(self) -> Population:
@@ -145,7 +145,7 @@ class CohortRunner:
         return self.programs.pad(population, len(self.members))
 
     def abstract(self, done: int) -> Any:
-        """Returns the shapes of a checkpoint of the members after so many epochs."""
+        """Returns the shapes of a checkpoint of the members after `done` epochs."""
         run, count = self.run, len(self.members)
         one = driver.abstract_carry(run.agent, run.env, run.config.schedule, run.timeline, done, run.execution)
         carry = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
@@ -153,13 +153,13 @@ class CohortRunner:
         return Population(carry, stopped)
 
     def save(self, done: int, population: Population) -> None:
-        """Writes a checkpoint of the members, without those that only fill up the devices."""
+        """Writes a checkpoint of the members, without those that only pad the devices."""
         tree = jax.tree.map(lambda x: x[: len(self.members)], population)
         checkpoint.save(self.cohort.folder / "checkpoints", done, tree)
         self.saved = time.perf_counter()
 
     def restore(self, stage: int, gone: list[set[int]]) -> tuple[Population, int]:
-        """Returns the members as a stage finds them, and the epochs behind them; those that were dropped have left."""
+        """Returns the members at the start of a stage, without dropped ones, and the number of completed epochs."""
 
         def abstract(done: int) -> Any:
             self.select(next(s for s, end in enumerate(self.ends) if done <= end), gone)
@@ -187,11 +187,11 @@ class CohortRunner:
     # An epoch
 
     def data(self, index: int) -> Ring | None:
-        """Returns the dataset as an epoch sees it, on every device."""
+        """Returns the dataset for an epoch, on every device."""
         return self.programs.share(self.run.data.at(index)) if isinstance(self.run.data, Stream) else self.run.data
 
     def epoch(self, population: Population, index: int) -> Population:
-        """Returns the members after the epoch with this index (from 0), and writes a row of each that still runs."""
+        """Returns the members after the epoch with this index (from 0), and writes a row for each running member."""
         phase, before = self.run.timeline.at(index)
         if before == 0:
             population = self.programs.enter(self.agents, phase=phase, population=population)
@@ -232,7 +232,7 @@ class CohortRunner:
         return [evaluation(episodes) for episodes in each]
 
     def line(self, rows: list[dict[str, Any]]) -> str:
-        """Returns how the members that still run did in an evaluation, in one line."""
+        """Returns a one-line summary of the running members' evaluation."""
         success = sorted(row["eval/success"] for row in rows)
         middle, row = float(np.median(success)), rows[0]
         return (
@@ -242,7 +242,7 @@ class CohortRunner:
         )
 
     def rewind(self, done: int) -> None:
-        """Drops what was written after an epoch; where it is the first, the behaviour of the data is judged."""
+        """Removes rows after an epoch; evaluates the behavior of the data if nothing is recorded yet."""
         directory.rewind(self.cohort.folder, done)
         row = None
         for member in self.cohort.members:
@@ -263,7 +263,7 @@ class CohortRunner:
     def finish(self, population: Population) -> None:
         """Writes the result and the state of every member that no rung has dropped.
 
-        Members are judged on other episodes than those on which they can be compared and chosen.
+        Members are evaluated on different episodes from those used for comparison and selection.
         """
         schedule = self.run.config.schedule
         judged = self.judge(population, schedule.eval_seed + 1)
@@ -275,7 +275,7 @@ class CohortRunner:
                 self.finalize(population, i, about | numbers if stopped[i] == RUNNING else None)
 
     def finalize(self, population: Population, i: int, judged: dict[str, Any] | None) -> None:
-        """Writes the result of a member, and the state of its agent as a checkpoint that other commands can use."""
+        """Writes the result of a member, and its agent's state as a checkpoint for other commands."""
         member, stopped = self.members[i], int(population.stopped[i])
         home = self.cohort.home(member)
         rows = jsonlines.rows(home / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""What a sweep will take, before it takes it: `jaxrl sweep --plan`."""
+"""Memory and time of a sweep, estimated before it starts: `jaxrl sweep --plan`."""
 
 import dataclasses
 import time
@@ -19,12 +19,12 @@ from jaxrl.training import loop
 from jaxrl.training.schedule import reads_dataset
 from jaxrl.types import Agent, Env, HostEnv, Phase
 
-ITERATIONS = 20  # of an epoch that are timed, where it does not collect; else 1
+ITERATIONS = 20  # timed iterations of an epoch without collection; else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """What the cohorts of a group take, each of `members` members at most."""
+    """Memory and time of the cohorts of a group."""
 
     members: int  # of the group
     cohorts: int
@@ -37,9 +37,9 @@ class Forecast:
 
 
 def forecast(space: Space, settings: Settings, make: Make) -> str:
-    """Returns a table of a sweep's programs, their memory and their time, from the programs themselves.
+    """Returns a table of a sweep's programs with their memory and time, measured on the programs.
 
-    Each is compiled and a few of its iterations are run, on a dataset of zeros.
+    Each is compiled and run for a few iterations, on a dataset of zeros.
     """
     everyone = space.members()
     rows = [group_forecast(group, settings, make) for group in members.groups(everyone)]
@@ -63,14 +63,14 @@ def forecast(space: Space, settings: Settings, make: Make) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns seconds as people read them."""
+    """Returns a duration as text in s, min or h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def group_forecast(group: list[Member], settings: Settings, make: Make) -> Forecast:
-    """Returns what a group takes, having compiled its programs and run a part of them."""
+    """Compiles a group's programs, runs some iterations, and returns the forecast."""
     config = group[0].config
     env = make(config.env)
     config = with_data(config, env)
@@ -95,7 +95,7 @@ def group_forecast(group: list[Member], settings: Settings, make: Make) -> Forec
 
 
 def measured(some: list[Member], lifted: Programs, env: Env | HostEnv) -> tuple[int, float]:
-    """Returns the bytes that the largest program of some members needs besides what they hold, and a run's seconds."""
+    """Returns the working memory of the members' largest program in bytes, and the seconds of a run."""
     config = some[0].config
     agents = lifted.place(stacked([member.config.agent for member in some]))
     dataset, _ = plan.abstract_data(config, env)
@@ -129,7 +129,7 @@ def measured(some: list[Member], lifted: Programs, env: Env | HostEnv) -> tuple[
 def timed(
     lifted: Programs, agents: Agent, population: Population, phase: Phase, given: dict[str, Any]
 ) -> tuple[Population, int, float]:
-    """Returns the members after two short epochs, the bytes that one needs, and the seconds of the second."""
+    """Returns the members after two short epochs, the working memory of one in bytes, and the seconds of the second."""
     program = lifted.epoch.lower(agents, phase=phase, population=population, **given).compile()
     population, _ = jax.block_until_ready(program(agents, population=population, **given))
     start = time.perf_counter()

@@ -17,27 +17,27 @@ from jaxrl.types import Agent, Env, HostEnv, PyTree
 MEASURED = 8  # members whose updates are timed
 
 
-UPDATES = 10  # of each
+UPDATES = 10  # timed updates per member
 
 
 def members_that_fit(config: Config, env: Env | HostEnv, devices: int = 1) -> int:
-    """Returns how many members of a configuration's shape can be one program, at least 1.
+    """Returns how many members of a configuration's shape fit in one program, at least 1.
 
-    Counted twice are what each of them holds, for what the program needs besides, and the dataset on each device.
+    Each member's state and each device's dataset are counted twice, to allow for the program's working memory.
     """
     amounts = held(config, env)
     each = sum(amounts[name] for name in ("agent", "replay", "environments"))
     shared = sum(amounts.values()) - each
-    on_cpu = jax.default_backend() == "cpu"  # where all devices have one memory
+    on_cpu = jax.default_backend() == "cpu"  # where all devices share one memory
     room = (available() - 2 * shared) // (2 * each)
     return max(room if on_cpu else room * devices, 1)
 
 
 def seconds_per_layout(agents: Agent, keys: jax.Array, config: Config, env: Env | HostEnv) -> dict[Layout, float]:
-    """Returns the seconds that an update of one member takes in each layout, measured on meaningless numbers.
+    """Returns the seconds per update of one member in each layout, measured on dummy data.
 
-    The data are a dataset of zeros, or a replay where there is none. Agents that search trees on the host, where
-    members wait for each other, and those that learn from neither are not measured.
+    The data are a dataset of zeros, or a replay buffer of zeros without a dataset. Not measured are agents that search
+    trees on the host, where members wait for each other, and agents that learn from neither.
     """
     data, _ = abstract_data(config, env)
     if data is None:
@@ -62,13 +62,13 @@ def seconds_per_layout(agents: Agent, keys: jax.Array, config: Config, env: Env 
 
 
 def replay_of(config: Config, env: Env | HostEnv) -> Ring | None:
-    """Returns the shapes of a run's replay; None where no phase learns from one."""
+    """Returns the shapes of a run's replay buffer; None if no phase learns from one."""
     *_, carry = abstract(config, env)
     return None if carry.world is None else carry.world.replay
 
 
 def zeros(ring: Ring) -> Ring:
-    """Returns a dataset of the shapes of one, all of whose rows are zero and valid, in one long episode."""
+    """Returns a dataset of the given shapes whose rows are all zero and valid, as one long episode."""
     full = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ring)
     last = jnp.full_like(full.head, full.valid.shape[1] - 1)
     return dataclasses.replace(full, valid=full.valid.at[:, :-1].set(True), head=last, count=last)

@@ -1,8 +1,8 @@
 """A sweep: many runs as one program, each with its own Scalars and seed, over one dataset.
 
-The functions of `jaxrl.training.loop` are lifted over a leading axis of members, by `vmap` or one member after the
-other, and that axis lies across the devices. What is particular to a sweep is here and nowhere below: who is still in
-it, what is written about each member, and how a stopped sweep goes on.
+The functions of `jaxrl.training.loop` are lifted over a leading axis of members, by `vmap` or sequentially, and that
+axis is sharded over the devices. Everything specific to sweeps is in this package, not in the layers below: which
+members are active, the record of each member, and resuming.
 """
 
 import dataclasses
@@ -34,17 +34,17 @@ Layout = Literal["vmap", "map"]
 
 @dataclasses.dataclass(frozen=True)
 class Lift:
-    """How a function of one member becomes one of M members, whose trees have a leading axis [M].
+    """Lifts a function of one member to M members, whose trees have a leading axis [M].
 
-    "vmap" computes all at once, which fills a large device; "map" one member after the other, which on a CPU can be
-    faster, and skips members that have left. On D devices, each has M / D members.
+    "vmap" computes all at once, which fills a large device; "map" computes one member after the other, which can be
+    faster on a CPU, and skips stopped members. On D devices, each has M / D members.
     """
 
     layout: Layout
     devices: int = 1
 
     def __call__(self, function: Callable[..., PyTree], *members: PyTree) -> PyTree:
-        """Returns what the function returns for each member, stacked."""
+        """Returns the stacked results of the function for each member."""
         if self.layout == "vmap":
             return jax.vmap(function)(*members)
         if self.devices == 1:
@@ -56,10 +56,10 @@ class Lift:
 
 @pytree
 class Population:
-    """All that changes in the members that run together, leaves [M, ...]. A checkpoint is this tree."""
+    """The full state of the members that run together, leaves [M, ...]. A checkpoint is this tree."""
 
     carry: Carry
-    stopped: jax.Array  # [M] int32: 0 while a member runs; e after epoch e, in which it diverged; -e where dropped then
+    stopped: jax.Array  # [M] int32: 0 while running; e if it diverged in epoch e; -e if it was dropped after epoch e
 
 
 def begin(
@@ -76,7 +76,7 @@ def begin(
 
 
 def fit(agents: Fitting, population: Population, dataset: Ring, lift: Lift) -> Population:
-    """Returns the members with what their states hold of the data, see `loop.fit`."""
+    """Returns the members with their states fitted to the data, see `loop.fit`."""
     return dataclasses.replace(
         population, carry=lift(lambda agent, c: loop.fit(agent, c, dataset), agents, population.carry)
     )
@@ -98,10 +98,10 @@ def epoch(
     lift: Lift,
     execution: Execution = OPEN_LOOP,
 ) -> tuple[Population, Metrics]:
-    """Returns the members after one epoch, and their metrics [M], which mean nothing for those that have left.
+    """Returns the members after one epoch, and their metrics [M], which are meaningless for stopped members.
 
-    A member whose state is no longer finite leaves, with its agent as it was before the epoch: what it went on to
-    compute could harm no other, but its simulator could take long over it.
+    A member whose agent state becomes non-finite is stopped, with its agent reset to that before the epoch. Continuing
+    would not affect other members, but its simulator could become slow.
     """
 
     @jax.jit  # so that it is traced once, not again for the shapes of its metrics
@@ -141,7 +141,7 @@ def evaluate(
     lift: Lift,
     execution: Execution = OPEN_LOOP,
 ) -> ro.Episodes:
-    """Returns every member's evaluation episodes, leaves [M, episodes], the same ones for each; no track of them."""
+    """Returns every member's evaluation episodes, leaves [M, episodes], same seeds for each; without tracks."""
 
     def one(agent: Agent, state: PyTree) -> ro.Episodes:
         found = loop.evaluate(agent, env, episodes, state, key, execution)
@@ -151,10 +151,10 @@ def evaluate(
 
 
 class Programs:
-    """These functions compiled for a set of devices: members across them, what members share on each."""
+    """These functions compiled for a set of devices: members are sharded, shared data are replicated."""
 
     def __init__(self, env: Env | HostEnv, layout: Layout, devices: list[jax.Device] | None = None) -> None:
-        """Compiles nothing yet; by default for the first device of this process."""
+        """Sets up the functions without compiling; by default for the first device of this process."""
         self.layout, self.devices = layout, devices or jax.local_devices()[:1]
         mesh = Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
         self.spread, self.whole = NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
@@ -173,9 +173,9 @@ class Programs:
         self.evaluate = jax.jit(functools.partial(evaluate, env=env, **lifted), static_argnames=("episodes",), **here)
 
     def place(self, tree: PyTree, room: int = 0) -> PyTree:
-        """Returns trees [M, ...] across the devices, as many members on each and `room` at least.
+        """Returns trees [M, ...] sharded over the devices, padded to equal counts per device and at least `room`.
 
-        The last member is repeated for that; what the repetitions compute is never looked at.
+        The last member is repeated as padding; its results are ignored.
         """
 
         def one(x: Any) -> jax.Array:
@@ -185,11 +185,11 @@ class Programs:
         return jax.tree.map(one, tree)
 
     def size(self, room: int) -> int:
-        """Returns how many members the program has where there is to be room for so many: as many on each device."""
+        """Returns `room` rounded up to a multiple of the number of devices."""
         return -(-room // len(self.devices)) * len(self.devices)
 
     def pad(self, population: Population, count: int, room: int = 0) -> Population:
-        """Returns `count` members across the devices, with the repetitions marked as having left."""
+        """Returns `count` members sharded over the devices, with the padding marked as stopped."""
         population = self.place(population, room)
         stopped = np.where(np.arange(len(population.stopped)) < count, np.asarray(population.stopped), -1).astype(
             np.int32
@@ -197,12 +197,12 @@ class Programs:
         return dataclasses.replace(population, stopped=jax.device_put(stopped, self.spread))
 
     def share(self, tree: PyTree) -> PyTree:
-        """Returns a tree that all members share, on every device."""
+        """Returns a tree shared by all members, replicated on every device."""
         return jax.device_put(tree, self.whole)
 
 
 def programs(env: Env | HostEnv, layout: Layout, devices: tuple[jax.Device, ...]) -> Programs:
-    """Returns the compiled functions of an environment; the same ones when they are asked for again."""
+    """Returns the compiled functions of an environment, cached."""
     return _programs(env, layout, devices)  # ty: ignore[invalid-argument-type]  (environments are static arguments)
 
 
@@ -212,10 +212,10 @@ def _programs(env: Env | HostEnv, layout: Layout, devices: tuple[jax.Device, ...
 
 
 def stacked(agents: list[T]) -> T:
-    """Returns agents of one shape as one, whose Scalars are arrays [M] in float32."""
+    """Returns agents of equal structure stacked into one, whose Scalars are arrays [M] in float32."""
     return jax.tree.map(lambda *x: jnp.asarray(np.array(x, np.float32)), *agents)
 
 
 def keys_of(seeds: Iterable[int]) -> jax.Array:
-    """Returns the keys [M] of runs with these seeds, as they would have them alone."""
+    """Returns the keys [M] of runs with these seeds, equal to those of single runs."""
     return jnp.stack([jax.random.key(seed) for seed in seeds])

@@ -1,9 +1,9 @@
-"""Several processes, on one machine or many, that carry out one sweep together.
+"""Several processes, on one machine or many, that execute one sweep together.
 
-Members have nothing to say to each other, so neither have the programs of different processes: `jax.distributed`
-brings the processes together, they agree on what is to be done, and then each is a JAX of its own, over its own
-devices. What they still need to know of each other goes through the sweep's folder, which all of them see: each writes
-every few seconds that it lives. A process that is lost takes no other with it unsaved, and no collective can hang.
+Members are independent, so the programs of different processes do not communicate: `jax.distributed` is used for a
+rendezvous in which the processes agree on the sweep; afterwards each runs JAX on its own devices only. All further
+communication uses files in the sweep's shared folder, with a heartbeat every few seconds. If a process is lost, the
+others save before stopping, and no collective can hang.
 """
 
 import contextlib
@@ -23,26 +23,26 @@ import jax
 from jaxrl.errors import UserError
 from jaxrl.runs.jsonlines import write_json
 
-BEAT = 2.0  # seconds between two signs of life
+BEAT = 2.0  # seconds between heartbeats
 TOGETHER = 120  # seconds that processes wait for each other at the start
-VISIBLE = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")  # SLURM may give each process GPUs of its own
+VISIBLE = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")  # SLURM may assign separate GPUs to each process
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """One process among several; which of the sweep's parts are its own follows from the two numbers."""
+    """One process among several; its index and the number of processes determine its share of the sweep."""
 
     process: int = 0
     processes: int = 1
-    meeting: str = ""  # tells one start of the processes from the one before
+    meeting: str = ""  # identifies one launch of the processes
 
     def share(self, parts: int) -> range:
-        """Returns the parts, of so many, that are this process's own."""
+        """Returns the indices, out of `parts`, that are assigned to this process."""
         return range(self.process, parts, self.processes)
 
 
 def asked_by_environment() -> bool:
-    """Whether a scheduler says that this process is one of several: SLURM, MPI, Kubernetes or a slice of TPUs."""
+    """Returns whether a scheduler started this process as one of several: SLURM, MPI, Kubernetes or a TPU slice."""
     environ = os.environ
     return (
         (int(environ.get("SLURM_NTASKS", 1)) > 1 and {"SLURM_STEP_NODELIST", "SLURM_PROCID"} <= environ.keys())
@@ -53,17 +53,17 @@ def asked_by_environment() -> bool:
 
 
 def job() -> str | None:
-    """Returns the name of the scheduler's job, which stays the same when it is queued again; None without one."""
+    """Returns the scheduler's job ID or name, which is kept when the job is requeued; None without one."""
     return os.environ.get("SLURM_JOB_ID") or os.environ.get("JOB_NAME")
 
 
 def rendezvous(coordinator: str | None, processes: int | None, process: int | None, asked: dict[str, Any]) -> Machine:
-    """Returns this process's place among the others, once all are there and want the same.
+    """Waits for all processes to request the same sweep, and returns this process's place among them.
 
-    Without a coordinator's address the scheduler's environment tells all three. Raises UserError where a process does
-    not come or is lost meanwhile, within twice `TOGETHER`, or asks for something else, naming the first field.
+    Without a coordinator's address, the scheduler's environment provides all three arguments. Raises UserError if a
+    process is missing or lost (within twice `TOGETHER`), or requests something else, naming the first differing field.
 
-    JAX ends a process that waits for another in vain by a signal, so another one is sent to meet in our place.
+    JAX aborts a process on timeout, so a subprocess does the rendezvous.
     """
     words = [
         sys.executable,
@@ -73,9 +73,9 @@ def rendezvous(coordinator: str | None, processes: int | None, process: int | No
     ]
     sent = subprocess.run(words, capture_output=True, text=True)
     if sent.returncode:
-        lost = f"not all were there within {TOGETHER} s, or one was lost"
+        lost = f"not all connected within {TOGETHER} s, or one was lost"
         said = lost if sent.returncode < 0 else sent.stderr.splitlines()[-1]
-        raise UserError(f"processes cannot come together: {said}")
+        raise UserError(f"processes cannot connect: {said}")
     met = json.loads(sent.stdout.splitlines()[-1])
     others = met["asked"]
     for i, other in enumerate(others):
@@ -90,11 +90,11 @@ def rendezvous(coordinator: str | None, processes: int | None, process: int | No
 def exchange(
     coordinator: str | None, processes: int | None, process: int | None, asked: Any, seconds: int
 ) -> dict[str, Any]:
-    """Returns the place of this process, what each process asks for, and the devices that the scheduler gave to it."""
+    """Returns this process's place, the requests of all processes, and the devices assigned by the scheduler."""
     jax.distributed.initialize(
         coordinator, processes, process, initialization_timeout=seconds, heartbeat_timeout_seconds=seconds
     )
-    from jax._src import distributed  # where alone JAX keeps, before a backend is there, who we are and what all share
+    from jax._src import distributed  # the only source of process index and key-value store before backends exist
 
     state: Any = distributed.global_state
     client, me = state.client, state.process_id
@@ -112,30 +112,30 @@ def exchange(
 
 
 def difference(one: Any, other: Any) -> str | None:
-    """Returns the first field, dotted, in which two JSON objects differ, None where they are equal."""
+    """Returns the first field, dotted, in which two JSON objects differ, None if they are equal."""
     a, b = flat(one), flat(other)
     return next((name for name in a | b if a.get(name, "absent") != b.get(name, "absent")), None)
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns nested JSON objects as one, with dotted names."""
+    """Returns nested JSON objects flattened to dotted names."""
     if not isinstance(value, dict):
         return {prefix.removesuffix("."): value}
     return {name: leaf for key, part in value.items() for name, leaf in flat(part, f"{prefix}{key}.").items()}
 
 
 class Watch:
-    """Signs of life: this process's are written, the others' are read."""
+    """Heartbeats: writes those of this process, reads those of the others."""
 
     def __init__(self, folder: Path, machine: Machine, patience: float) -> None:
-        """Begins nothing yet; `patience` is the seconds without a sign after which a process counts as lost."""
+        """Starts nothing yet; a process without a heartbeat for `patience` seconds counts as lost."""
         self.folder, self.machine, self.patience = folder, machine, patience
         self.heard = {i: (time.monotonic(), "") for i in range(machine.processes) if i != machine.process}
         self.state, self.beats, self.over = "running", 0, threading.Event()
 
     @contextlib.contextmanager
     def kept(self) -> Generator["Watch"]:
-        """A context in which signs are written; how it is left is the last of them."""
+        """A context in which heartbeats are written; the last one records whether it finished or stopped."""
         if self.machine.processes == 1:
             yield self
             return
@@ -163,21 +163,21 @@ class Watch:
         write_json(self.folder / f"{self.machine.process}.json", sign)
 
     def gone(self) -> bool:
-        """Whether another process has stopped or is lost, which is then said on stderr."""
+        """Returns whether another process has stopped or is lost, and reports it on stderr."""
         lost = self.lost()
         if lost:
             print(f"{lost}: saving and stopping", file=sys.stderr)
         return lost is not None
 
     def lost(self) -> str | None:
-        """Returns which other process has stopped, or was not heard of for too long, None where there is none."""
+        """Returns a message about a process that stopped or sent no heartbeat for too long, None if there is none."""
         for i, (since, known) in self.heard.items():
             try:
                 text = (self.folder / f"{i}.json").read_text()
                 sign = json.loads(text)
             except (OSError, ValueError):
                 text, sign = known, {}
-            if sign.get("meeting") != self.machine.meeting:  # of an earlier start
+            if sign.get("meeting") != self.machine.meeting:  # of an earlier launch
                 text = known
             elif sign["state"] == "stopped":
                 return f"process {i} of {self.machine.processes} has stopped"

@@ -1,7 +1,7 @@
-"""Who takes part in a sweep: values of fields, crossed, paired or drawn at random, each with several seeds.
+"""The space of a sweep: values of fields, crossed, paired or drawn at random, each with several seeds.
 
-Members that differ in Scalars of the agent and in seeds alone are one group, and one program. Any other field shapes
-the program or the data: its values make groups, which run one after the other.
+Members that differ only in Scalars of the agent and in seeds form one group and share one program. Any other field
+changes the program or the data: its values form separate groups, which run one after the other.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ import numpy as np
 from jaxrl.errors import UserError, unknown
 from jaxrl.runs.config import Config, replaced
 
-APART = {  # fields that are no axis, and what to do instead
-    "seed": "--seeds says how many, from --seed on",
+APART = {  # fields that cannot be axes, and why or what to use instead
+    "seed": "use --seeds for the number of seeds, starting at --seed",
     "order_seed": "members share their data",
-    "checkpoint_every": "a sweep saves by the clock, see --checkpoint-seconds",
+    "checkpoint_every": "a sweep saves at time intervals, see --checkpoint-seconds",
     "schedule.eval_every": "members are compared on equal evaluations",
     "schedule.eval_episodes": "members are compared on equal evaluations",
     "schedule.eval_seed": "members are compared on equal evaluations",
@@ -28,21 +28,21 @@ APART = {  # fields that are no axis, and what to do instead
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """A distribution of a Scalar: uniform in [low, high], or with a uniform logarithm there."""
+    """A distribution of a Scalar: uniform or log-uniform in [low, high]."""
 
     kind: Literal["uniform", "log"]
     low: float
     high: float
 
     def check(self, path: str) -> None:
-        """Raises UserError where nothing can be drawn."""
+        """Raises UserError if the bounds are invalid."""
         floor = 0 if self.kind == "log" else -math.inf
         if not (floor < self.low < self.high < math.inf):
             above = "0 < LOW < HIGH" if self.kind == "log" else "LOW < HIGH"
             raise UserError(f"{path} = {self.kind}:{self.low:g}:{self.high:g}: needs {above}, both finite")
 
     def values(self, count: int, random: np.random.Generator) -> list[float]:
-        """Returns so many values, of four digits, so that what is read is what was used."""
+        """Returns `count` values rounded to four digits, so that printed values are exact."""
         if self.kind == "log":
             drawn = np.exp(random.uniform(math.log(self.low), math.log(self.high), count))
         else:
@@ -52,23 +52,23 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """What is swept. Every combination of the grid's values, of the pairs and of the draws is one setting."""
+    """The space of a sweep. Every combination of grid values, pairs and draws is one setting."""
 
     base: Config
     grid: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)  # dotted field: its values
-    paired: tuple[str, ...] = ()  # fields of the grid whose values go side by side, not crossed
+    paired: tuple[str, ...] = ()  # fields of the grid whose values are paired, not crossed
     drawn: Mapping[str, Draw] = dataclasses.field(default_factory=dict)
-    draws: int = 0  # settings per combination of the grid, where anything is drawn
+    draws: int = 0  # random settings per combination of the grid, if any field is drawn
     draw_seed: int = 0
-    seeds: int = 1  # of each setting, from the configuration's own on
+    seeds: int = 1  # number of seeds per setting, starting at the configuration's
 
     def check(self) -> None:
-        """Raises UserError for an axis that cannot be one, before anything is built."""
+        """Raises UserError for an invalid axis, before anything is built."""
         if self.seeds < 1:
             raise UserError(f"seeds = {self.seeds}: must be at least 1")
         if bool(self.drawn) != (self.draws > 0):
             raise UserError(
-                f"draws = {self.draws}: say how many with --draws, at least 1, where a field is drawn, "
+                f"draws = {self.draws}: drawn fields require --draws, at least 1, "
                 "as in --agent.lr log:1e-5:1e-3 --draws 16"
             )
         for path in (*self.grid, *self.drawn):
@@ -76,23 +76,23 @@ class Space:
         for path, draw in self.drawn.items():
             draw.check(path)
             if not is_scalar(self.base, path):
-                raise UserError(f"{path} = {draw.kind}:...: only a Scalar is drawn, name the values of this field")
+                raise UserError(f"{path} = {draw.kind}:...: only Scalars can be drawn, list the values of this field")
         for path, values in self.grid.items():
             if not values:
-                raise UserError(f"{path}: names no value")
+                raise UserError(f"{path}: has no values")
             if len(set(map(str, values))) < len(values):
-                raise UserError(f"{path} = {' '.join(map(str, values))}: names a value twice")
+                raise UserError(f"{path} = {' '.join(map(str, values))}: has duplicate values")
         self.check_pairs()
 
     def check_pairs(self) -> None:
-        """Raises UserError where fields that are to go side by side are not swept, or have unequally many values."""
+        """Raises UserError if paired fields are not swept, or have different numbers of values."""
         for path in self.paired:
             if path not in self.grid:
                 raise unknown("swept field", path, self.grid)
         counts = {path: len(self.grid[path]) for path in self.paired}
         if len(set(counts.values())) > 1:
             said = ", ".join(f"{path} has {count}" for path, count in counts.items())
-            raise UserError(f"paired: fields side by side need equally many values: {said}")
+            raise UserError(f"paired: paired fields need equal numbers of values: {said}")
 
     def settings(self) -> Iterator[dict[str, Any]]:
         """Yields the values of every setting, by field."""
@@ -108,7 +108,7 @@ class Space:
             yield {path: value for part in parts for path, value in part.items()}
 
     def members(self) -> "tuple[Member, ...]":
-        """Returns all members, the seeds of a setting side by side. Raises UserError where a value is out of range."""
+        """Returns all members, ordered by setting, then seed. Raises UserError if a value is out of range."""
         self.check()
         found = []
         for setting, values in enumerate(self.settings()):
@@ -123,29 +123,29 @@ class Space:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a sweep is carried out, besides what is swept."""
+    """How a sweep is executed."""
 
     layout: Literal["auto", "vmap", "map"] = "auto"
-    """All members of a program at once, or one after the other on each device; auto measures which is faster."""
+    """All members of a program at once (vmap), or one after the other on each device (map); auto measures both."""
     max_members_per_program: int | None = None
-    """Most members in one program; by default as many as fit in memory."""
+    """Maximum number of members per program; by default as many as fit in memory."""
     devices: int | None = None
-    """Devices of each process that members are spread over; by default all."""
+    """Number of devices per process to distribute members over; by default all."""
     rungs: tuple[float, ...] = ()
-    """Successive halving: shares of the run, such as 0.25 0.5, after which the worst settings leave."""
+    """Successive halving: fractions of the run, such as 0.25 0.5, after which the worst settings are dropped."""
     keep: float = 0.5
-    """Share of the settings that each rung keeps."""
+    """Fraction of the settings kept at each rung."""
     checkpoint_seconds: float = 60.0
-    """Seconds between checkpoints, at the least; they are written at the ends of epochs."""
+    """Minimum seconds between checkpoints, which are written at the end of an epoch."""
     patience: float = 60.0
-    """Seconds without a sign of life after which another process counts as lost; then all save and stop."""
+    """Seconds without a heartbeat after which another process counts as lost; then all save and stop."""
 
     def check(self) -> None:
         """Raises UserError for the first value that is out of range."""
         if self.max_members_per_program is not None and self.max_members_per_program < 1:
             raise UserError(f"max_members_per_program = {self.max_members_per_program}: must be at least 1")
         if list(self.rungs) != sorted(set(self.rungs)) or not all(0 < rung < 1 for rung in self.rungs):
-            raise UserError(f"rungs = {' '.join(map(str, self.rungs))}: must ascend, between 0 and 1")
+            raise UserError(f"rungs = {' '.join(map(str, self.rungs))}: must be ascending, between 0 and 1")
         if not 0 < self.keep < 1:
             raise UserError(f"keep = {self.keep}: must lie between 0 and 1")
         for name in ("checkpoint_seconds", "patience"):
@@ -153,7 +153,7 @@ class Settings:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 0, and finite")
 
     def local(self) -> list[jax.Device]:
-        """Returns the devices of this process that members are spread over. Raises UserError where there are fewer."""
+        """Returns the devices of this process to distribute members over. Raises UserError if there are fewer."""
         here = jax.local_devices()
         if self.devices is not None and not 1 <= self.devices <= len(here):
             raise UserError(f"devices = {self.devices}: there are {len(here)}")
@@ -167,16 +167,16 @@ class Member:
     index: int
     setting: int
     values: Mapping[str, Any]  # of the swept fields
-    config: Config  # all of it, as if it ran alone
+    config: Config  # complete, as for a single run
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """The name of its folder."""
         return f"{self.index:03d}"
 
 
 def check_axis(config: Config, path: str) -> None:
-    """Raises UserError where a dotted path is no field of the configuration, or one that cannot be swept."""
+    """Raises UserError if a dotted path is not a field of the configuration, or one that cannot be swept."""
     known = dict(fields(config))
     if path not in known:
         raise unknown("field", path, known)
@@ -185,7 +185,7 @@ def check_axis(config: Config, path: str) -> None:
 
 
 def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted path, value) of every field, those of nested dataclasses included."""
+    """Yields (dotted path, value) of every field, including those of nested dataclasses."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -195,7 +195,7 @@ def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def is_scalar(config: Config, path: str) -> bool:
-    """Whether a field is a Scalar of the agent: a leaf of its tree, so that no value of it is another program."""
+    """Returns whether a field is a Scalar of the agent: a pytree leaf, so its value does not change the program."""
     root, _, rest = path.partition(".")
     if root != "agent":
         return False
@@ -204,7 +204,7 @@ def is_scalar(config: Config, path: str) -> bool:
 
 
 def groups(members: Iterable[Member]) -> list[list[Member]]:
-    """Returns the members that can be one program, group by group."""
+    """Returns the members grouped by program."""
     found: list[tuple[Any, list[Member]]] = []
     for member in members:
         shape = shape_of(member.config)
@@ -218,12 +218,12 @@ def groups(members: Iterable[Member]) -> list[list[Member]]:
 
 
 def shape_of(config: Config) -> Any:
-    """Returns what two configurations have in common where one program and one dataset serve both."""
+    """Returns a key that is equal for configurations that can share one program and one dataset."""
     return jax.tree.structure(config.agent), dataclasses.replace(config, agent=None, seed=0)
 
 
 def cohorts(group: list[Member], most: int, lots: int = 1) -> list[list[Member]]:
-    """Returns a group cut into as few parts as keep to `most` members each, but no fewer than `lots`; sizes are even.
+    """Returns a group split evenly into the fewest parts of at most `most` members each, but at least `lots` parts.
 
     Raises:
         ValueError: `most` below 1.

@@ -1,11 +1,11 @@
-"""A sweep in its folder: what was asked for, who runs with whom, and driving it all to the end.
+"""A sweep and its folder: the request, the assignment of members to programs, and execution.
 
-sweep.json      what was asked for, and what was decided before the first epoch: who is one program with whom
-manifest.json   versions, device, data, as of a run
-members/007/    config.json, metrics.jsonl, result.json and in the end a checkpoint, as of a run
-cohorts/0/      members that are one program: checkpoints while they run, timings.jsonl, stage-N.json in the end
-processes/      signs of life, where several processes work on it
-report/         what `jaxrl report` makes of it
+sweep.json      the request, and the assignment of members to programs, made before the first epoch
+manifest.json   versions, device, data, as for a run
+members/007/    config.json, metrics.jsonl, result.json and finally a checkpoint, as for a run
+cohorts/0/      members that share one program: checkpoints while they run, timings.jsonl, stage-N.json at the end
+processes/      heartbeats, if several processes work on it
+report/         the output of `jaxrl report`
 """
 
 import collections
@@ -37,7 +37,7 @@ from jaxrl.sweeps.space import Draw, Member, Settings, Space
 from jaxrl.types import Env, HostEnv
 
 BEGUN = {"processes", *(name + end for name in ("manifest.json", "sweep.json") for end in ("", ".partial"))}
-"""What a folder may hold in which a sweep was begun, and stopped before it was one."""
+"""What a folder may contain if a sweep was stopped before it was fully created."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +50,18 @@ class Sweep:
 
     @property
     def everyone(self) -> list[Member]:
-        """All members, in the order in which they were asked for."""
+        """All members, in the requested order."""
         return sorted((member for cohort in self.cohorts for member in cohort.members), key=lambda m: m.index)
 
     def is_over(self, stage: int) -> bool:
-        """Whether all cohorts are through with a stage."""
+        """Returns whether all cohorts have finished a stage."""
         return all(cohort.mark(stage).exists() for cohort in self.cohorts)
 
     def dropped_at(self, stage: int) -> set[int]:
-        """Returns the indices of the members that leave at the end of a stage: those of its worst settings.
+        """Returns the indices of the members dropped at the end of a stage: those of its worst settings.
 
-        A setting is worth its members' mean success, then their mean return; one of which a member diverged is worse
-        than all others. Equal ones stay in the order in which they were asked for.
+        Settings are ranked by mean success of their members, then by mean return; settings with a diverged member rank
+        below all others. Ties keep the requested order.
         """
         settings = {member.index: member.setting for member in self.everyone}
         each: dict[int, list[list[float] | None]] = {}
@@ -79,11 +79,11 @@ class Sweep:
         return {index for index, setting in settings.items() if setting in each and setting not in kept}
 
 
-# What was asked for, as JSON
+# The request, as JSON
 
 
 def asked_for(space: Space, settings: Settings) -> dict[str, Any]:
-    """Returns all that says which sweep this is, as `sweep.json` keeps it."""
+    """Returns the complete description of a sweep, as stored in `sweep.json`."""
     drawn = {path: dataclasses.asdict(draw) for path, draw in space.drawn.items()}
     rest = {name: getattr(space, name) for name in ("grid", "paired", "draws", "draw_seed", "seeds")}
     halving = {name: getattr(settings, name) for name in ("rungs", "keep")}
@@ -91,7 +91,7 @@ def asked_for(space: Space, settings: Settings) -> dict[str, Any]:
 
 
 def space_of(asked: dict[str, Any]) -> Space:
-    """Returns the space that `asked_for` wrote."""
+    """Returns the space written by `asked_for`."""
     values = {path: tuple(tuple(x) if isinstance(x, list) else x for x in axis) for path, axis in asked["grid"].items()}
     drawn = {path: Draw(**draw) for path, draw in asked["drawn"].items()}
     rest = {name: asked[name] for name in ("draws", "draw_seed", "seeds")}
@@ -99,7 +99,7 @@ def space_of(asked: dict[str, Any]) -> Space:
 
 
 def read(path: Path, settings: Settings) -> Sweep:
-    """Returns the sweep in a folder. Raises UserError where there is none."""
+    """Returns the sweep in a folder. Raises UserError if there is none."""
     known = read_json(path / "sweep.json", f"{path} is not the folder of a sweep")
     asked, everyone = known["asked"], space_of(known["asked"]).members()
     cohorts = tuple(
@@ -112,7 +112,7 @@ def read(path: Path, settings: Settings) -> Sweep:
 
 
 def check_same(path: Path, asked: dict[str, Any]) -> None:
-    """Raises UserError where the sweep in a folder is not the one that is asked for, naming what differs first."""
+    """Raises UserError if the sweep in a folder is not the requested one, naming the first difference."""
     known = read_json(path / "sweep.json", f"{path} exists and is not the folder of a sweep")["asked"]
     if name := difference(known, asked):
         was, now = (flat(x).get(name, "absent") for x in (known, asked))
@@ -123,7 +123,7 @@ def check_same(path: Path, asked: dict[str, Any]) -> None:
 
 
 def create(path: Path, space: Space, settings: Settings, make: Make, processes: int = 1) -> None:
-    """Writes a new sweep's folder. What the sweep is lies in sweep.json, written last: until then there is none."""
+    """Writes a new sweep's folder. sweep.json, which defines the sweep, is written last."""
     rows = []
     for group in members.groups(space.members()):
         config, env = group[0].config, make(group[0].config.env)
@@ -140,18 +140,17 @@ def create(path: Path, space: Space, settings: Settings, make: Make, processes: 
 
 
 def check_env(config: Config, env: Env | HostEnv) -> None:
-    """Raises UserError where a sweep cannot collect in an environment."""
+    """Raises UserError if a sweep cannot collect in an environment."""
     if isinstance(env, HostEnv) and any(phase.collects for phase in timeline_of(config).phases):
         raise UserError(
-            f"environment {config.env!r}: its simulators step on the CPU, where a sweep trains offline only: "
-            "--schedule.online-steps 0"
+            f"environment {config.env!r}: for simulators on the CPU, sweeps are offline only: --schedule.online-steps 0"
         )
 
 
 def arranged(
     group: list[Member], env: Env | HostEnv, settings: Settings, processes: int = 1
 ) -> tuple[list[list[Member]], Layout]:
-    """Returns a group's cohorts and their layout. Raises UserError where more is asked for than fits in memory."""
+    """Returns a group's cohorts and their layout. Raises UserError if the request does not fit in memory."""
     fit = members_that_fit(group[0].config, env, len(settings.local()))
     most = settings.max_members_per_program or fit
     if most > fit:
@@ -161,9 +160,9 @@ def arranged(
 
 
 def fastest(group: list[Member], env: Env | HostEnv, settings: Settings) -> Layout:
-    """Returns the layout in which updates of some of the group's members take less time here, having measured both.
+    """Measures updates of some of the group's members in both layouts and returns the faster layout.
 
-    That is not worth its time for the few members of a small group.
+    For small groups the measurement does not pay off.
     """
     if len(group) < MEASURED:
         return "map" if jax.default_backend() == "cpu" and len(group) > len(settings.local()) else "vmap"
@@ -180,9 +179,9 @@ def fastest(group: list[Member], env: Env | HostEnv, settings: Settings) -> Layo
 
 
 def start(space: Space, settings: Settings, path: Path, make: Make, stop: StopRequests, machine: Machine) -> Sweep:
-    """Returns a sweep, driven to its end: a new one, or the one in the folder where that is the same.
+    """Runs a sweep to its end and returns it: a new one, or the one in the folder if it is the same.
 
-    Raises StopRequested where asked to stop.
+    Raises StopRequested on a stop request.
     """
     asked = asked_for(space, settings)
     if path.exists() and not (path / "sweep.json").exists() and {entry.name for entry in path.iterdir()} - BEGUN:
@@ -196,14 +195,14 @@ def start(space: Space, settings: Settings, path: Path, make: Make, stop: StopRe
 
 
 def resume(path: Path, settings: Settings, make: Make, stop: StopRequests, machine: Machine) -> Sweep:
-    """Returns the sweep in a folder, driven on to its end, bit for bit as if it had never stopped."""
+    """Resumes the sweep in a folder, runs it to its end and returns it, bit for bit equal to an uninterrupted sweep."""
     sweep = read(path, settings)
     with Watch(path / "processes", machine, settings.patience).kept() as watch:
         return drive(sweep, make, stop, watch)
 
 
 def drive(sweep: Sweep, make: Make, stop: StopRequests, watch: Watch) -> Sweep:
-    """Returns the sweep once all processes are through with it. Raises StopRequested where asked to stop."""
+    """Returns the sweep once all processes have finished it. Raises StopRequested on a stop request."""
     own = [sweep.cohorts[number] for number in watch.machine.share(len(sweep.cohorts))]
     ends, gone = (*sweep.settings.rungs, 1.0), [set[int]()]
     runner: CohortRunner | None = None
@@ -213,14 +212,14 @@ def drive(sweep: Sweep, make: Make, stop: StopRequests, watch: Watch) -> Sweep:
                 if cohort.mark(stage).exists():
                     continue
                 if runner is None or runner.cohort is not cohort:
-                    runner = runner and runner.close()  # and lets go of its data before others are loaded
+                    runner = runner and runner.close()  # free its data before the next is loaded
                     runner = CohortRunner(cohort, ends, sweep.settings.checkpoint_seconds, make, sweep.settings.local())
                 runner.work(stage, gone, stop, watch)
             wait(watch, lambda stage=stage: sweep.is_over(stage), stop)
             if stage + 1 < len(ends):
                 gone.append(gone[stage] | sweep.dropped_at(stage))
         for cohort in own:
-            shutil.rmtree(cohort.folder / "checkpoints", ignore_errors=True)  # each member has its own by now
+            shutil.rmtree(cohort.folder / "checkpoints", ignore_errors=True)  # each member now has its own
     finally:
         if runner is not None:
             runner.close()
@@ -228,18 +227,18 @@ def drive(sweep: Sweep, make: Make, stop: StopRequests, watch: Watch) -> Sweep:
 
 
 def wait(watch: Watch, ready: Callable[[], bool], stop: StopRequests) -> None:
-    """Returns once something is there that another process makes. Raises StopRequested where there is no point."""
+    """Waits for a result of another process. Raises StopRequested on a stop request or if a process is lost."""
     while not ready():
         if stop.requested or watch.gone():
             raise StopRequested
         time.sleep(0.2)
 
 
-# What came of it
+# Results
 
 
 def finish(sweep: Sweep) -> dict[str, Any]:
-    """Returns how many members finished, diverged and were dropped, and the best setting, having written the report."""
+    """Writes the report; returns how many members finished, diverged and were dropped, and the best setting."""
     results = [
         read_json(sweep.path / "members" / member.name / "result.json", f"{sweep.path} is damaged")
         for member in sweep.everyone

@@ -1,4 +1,4 @@
-"""How programs that make many updates are compiled."""
+"""Compiler options of programs with many updates."""
 
 import functools
 from collections.abc import Callable
@@ -8,11 +8,11 @@ import jax
 
 
 def options() -> dict[str, bool | int]:
-    """Returns compiler options of `jax.jit` for programs that make many updates. This starts the backend.
+    """Returns the compiler options of `jax.jit` for programs with many updates. Initializes the backend.
 
-    On a CPU, XLA copies every weight once per update by default, as it does not see that the optimizer comes after the
-    last product that reads it, and computes on half of the widest registers. Together that costs 3 to 11 % of an
-    epoch's time, on an AMD EPYC. Other backends get no options: one that a backend does not know is an error there.
+    By default, XLA on CPU copies every weight once per update, since it does not see that the optimizer runs after the
+    last product that reads it, and uses vectors of half the maximum width. Together that costs 3 to 11 % of an epoch's
+    time on an AMD EPYC. Other backends get no options, since unknown options are errors.
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -20,10 +20,10 @@ def options() -> dict[str, bool | int]:
 
 
 class Jitted:
-    """`jax.jit` with these options, which are asked for at the first call: importing a module starts no backend."""
+    """`jax.jit` with these options, evaluated at the first call so that importing a module initializes no backend."""
 
     def __init__(self, function: Callable[..., Any], **settings: Any) -> None:
-        """Takes the function and the arguments of `jax.jit`; compiles nothing yet."""
+        """Stores the function and the arguments of `jax.jit` without compiling."""
         self.function, self.settings = function, settings
 
     @functools.cached_property
@@ -32,9 +32,9 @@ class Jitted:
         return jax.jit(self.function, compiler_options=options(), **self.settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the function returns, compiled."""
+        """Returns the result of the compiled function."""
         return self.program(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the function ready to be compiled for arguments of these shapes."""
+        """Returns the function lowered for arguments of these shapes."""
         return self.program.lower(*args, **kwargs)

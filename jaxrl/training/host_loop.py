@@ -22,11 +22,11 @@ from jaxrl.training.schedule import reads_dataset
 from jaxrl.types import Agent, HostEnv, Metrics, Observation, Phase, PyTree
 
 
-class Interrupted(Exception):  # noqa: N818  (a run that can be resumed is no error)
+class Interrupted(Exception):  # noqa: N818  (a resumable run is not an error)
     """A worker died during an epoch. Holds the carry after the last iteration."""
 
     def __init__(self, carry: Carry) -> None:
-        """Keeps the carry."""
+        """Stores the carry."""
         super().__init__()
         self.carry = carry
 
@@ -46,20 +46,20 @@ def act(
     key: jax.Array,
     key_start: jax.Array,
 ) -> tuple[PyTree, ro.Decision]:
-    """Returns the memory before a decision, started anew where an episode `began`, and the decision on obs [N, O]."""
+    """Returns the memory before a decision, reset where an episode `began`, and the decision for obs [N, O]."""
     policy, states = execution(ro.policy_of(agent, state)), ro.observed(obs)
     memory = ro.where(began, policy.start(states, key_start), memory)
     return memory, policy.act(memory, states, key)
 
 
 def resume(carry: Carry) -> Carry:
-    """Returns the carry for environments that start anew: an episode that was under way ends as by a time limit."""
+    """Returns the carry for restarted environments: unfinished episodes are marked as truncated."""
     if carry.world is None or carry.world.replay is None:
         return carry
     ring = carry.world.replay
     lanes, rows = ring.valid.shape
     before = (jnp.arange(lanes), (ring.head - 1) % rows)
-    cut = (ring.count > 0) & ring.valid[before]  # else the row before the head has closed an episode
+    cut = (ring.count > 0) & ring.valid[before]  # else the row before the head already ends an episode
     replay = dataclasses.replace(
         ring,
         truncated=ring.truncated.at[before].set(ring.truncated[before] | cut),
@@ -98,7 +98,7 @@ def epoch(
 ) -> tuple[Carry, Metrics]:
     """Returns the carry after one epoch that collects in `envs` environments, and its metrics, as `loop.epoch` does.
 
-    Raises Interrupted, with the carry as it was then, where a worker dies.
+    Raises Interrupted, with the carry after the last iteration, if a worker dies.
     """
     key, key_starts, key_iterations = jax.random.split(carry.key, 3)
     random = host.generator(key_starts)
@@ -126,7 +126,7 @@ def epoch(
 
 
 def means(history: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """Returns the mean of each metric over the iterations that measured it; NaN where none did."""
+    """Returns the mean of each metric over the iterations that measured it; NaN if none did."""
     result = {}
     for name in history[0]:
         values = np.stack([metrics[name] for metrics in history])
@@ -185,7 +185,7 @@ def decide(
 
 
 def total(sums: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the sums of sums, name by name."""
+    """Returns the totals of the sums, by name."""
     return {name: np.sum([values[name] for values in sums]) for name in sums[0]}
 
 
@@ -199,7 +199,7 @@ def lowered(
     envs: int,
     execution: Execution = OPEN_LOOP,
 ) -> Iterator[Any]:
-    """Yields the programs of an epoch that collects, ready to be compiled, from the shapes of its arguments."""
+    """Yields the lowered programs of an epoch that collects, from the shapes of its arguments."""
     count, length = envs, execution.length(agent.chunk)
     obs = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), env.spec.example())
     memory = jitted_start.eval_shape(agent, execution, carry.agent, obs, key)

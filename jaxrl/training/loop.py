@@ -1,8 +1,8 @@
 """Training as three nested functions: `iteration` (collect, store, update), `epoch` (a scan of iterations), `run`
-(a scan of epochs, phase after phase). Everything that changes is in one carry.
+(a scan of epochs, phase after phase). All state is in one carry.
 
-Two drivers use them. A sweep vmaps `run` or `epoch`. A logged run calls `jitted_epoch` from Python, with its carry
-donated, so that progress, checkpoints and signals happen between compiled calls and nothing calls back from inside.
+Two drivers use them. A sweep vmaps `run` or `epoch`. A logged run calls `jitted_epoch` from Python, with a donated
+carry, and handles progress, checkpoints and signals between compiled calls, without host callbacks.
 """
 
 import dataclasses
@@ -40,15 +40,15 @@ T = TypeVar("T")
 
 @pytree
 class World:
-    """What collecting adds: the environments in flight, and what was seen in them."""
+    """The state that collection adds: the environments in flight, and the replay buffer."""
 
-    rollout: ro.Rollout | None  # None where the simulators live in worker processes
-    replay: Ring | None  # None where no phase learns from it
+    rollout: ro.Rollout | None  # None if the simulators are in worker processes
+    replay: Ring | None  # None if no phase learns from it
 
 
 @pytree
 class Carry:
-    """All that changes in a run. A checkpoint is this tree; resuming is loading it."""
+    """The full state of a run. A checkpoint is this tree; resuming is loading it."""
 
     agent: PyTree
     key: jax.Array
@@ -61,7 +61,7 @@ class Carry:
 def begin(
     agent: Agent, env: Env | HostEnv, schedule: Schedule, key: jax.Array, execution: Execution = OPEN_LOOP
 ) -> Carry:
-    """Returns the carry before the first epoch, with room for what the run's phases need and no more."""
+    """Returns the carry before the first epoch, containing only the state that the run's phases need."""
     key, key_agent, key_envs = jax.random.split(key, 3)
     state, world = agent.init(key_agent, env.spec), None
     plan = phases(schedule, agent, length=execution.length(agent.chunk))
@@ -78,26 +78,26 @@ def begin(
 
 
 def placed(carry: Carry) -> Carry:
-    """Returns the carry as it lies on the devices of a run on several: environments and replay across them."""
+    """Returns the carry placed on the run's devices: environments and replay are sharded, the rest is replicated."""
     return dataclasses.replace(shared(dataclasses.replace(carry, world=None)), world=spread(carry.world))
 
 
 def fit(agent: Fitting, carry: Carry, dataset: Ring) -> Carry:
-    """Returns the carry with an agent's state that knows the data."""
+    """Returns the carry with the agent's state fitted to the data, see `types.Fitting`."""
     return dataclasses.replace(carry, agent=agent.fit(carry.agent, (dataset,)))
 
 
 def derived(agent: Agent, data: rings.Rings) -> rings.Rings:
     """Returns the data with the columns that an agent derives from the others, see `types.Deriving`.
 
-    That happens within the program, as the columns may depend on numbers of the agent that are swept: to a dataset once
-    per epoch, to the replay, in which the end of an episode tells of the rows before it, in every iteration.
+    This runs inside the program, since the columns may depend on swept Scalars of the agent: once per epoch for a
+    dataset, in every iteration for the replay, where the end of an episode affects the rows before it.
     """
     return agent.derive_columns(data) if isinstance(agent, Deriving) else data
 
 
 def enter(agent: Agent, phase: Phase, carry: Carry) -> Carry:
-    """Returns the carry at the start of a phase, which means something to agents that are `types.Staged`."""
+    """Returns the carry at the start of a phase; only agents that are `types.Staged` change."""
     if not isinstance(agent, Staged):
         return carry
     return placed(dataclasses.replace(carry, agent=agent.enter(carry.agent, phase)))
@@ -130,12 +130,12 @@ def iteration(
 
 
 def on_policy(agent: Agent, phase: Phase) -> TypeGuard[OnPolicy]:
-    """Returns whether an agent learns in a phase from what it has just done, and from nothing that is stored."""
+    """Returns whether an agent learns on-policy in a phase: from the latest unroll, not from stored data."""
     return isinstance(agent, OnPolicy) and phase.collects and phase.data == "none"
 
 
 def learn_from(agent: OnPolicy, phase: Phase, carry: Carry, unroll: ro.Unroll, key: jax.Array) -> tuple[Carry, Metrics]:
-    """Returns the carry after an on-policy agent has learned from an unroll, unless the phase makes no updates."""
+    """Returns the carry after an on-policy agent's update on an unroll, if the phase makes updates."""
     scale, shift = phase.reward
     steps = dataclasses.replace(unroll.steps, rewards=scale * unroll.steps.rewards + shift)
     carry = dataclasses.replace(carry, updates=carry.updates + phase.updates, steps=carry.steps + steps.taken.sum())
@@ -148,7 +148,7 @@ def learn_from(agent: OnPolicy, phase: Phase, carry: Carry, unroll: ro.Unroll, k
 def learn(
     agent: Agent, phase: Phase, carry: Carry, dataset: Ring | None, steps: rings.Steps | None, key: jax.Array
 ) -> tuple[Carry, Metrics]:
-    """Returns the carry with what was collected stored and an iteration's updates made, and their mean metrics."""
+    """Stores the collected steps and makes an iteration's updates; returns the carry and the updates' mean metrics."""
     world = carry.world
     if world is not None and world.replay is not None and steps is not None:
         scale, shift = phase.reward
@@ -167,21 +167,21 @@ def learn(
 
 
 def chosen(phase: Phase, dataset: Ring | None, replay: Ring | None) -> rings.Rings:
-    """Returns what a phase learns from. Raises UserError where that does not exist."""
+    """Returns the data that a phase learns from. Raises UserError if they do not exist."""
     found: rings.Rings = ()
     for name, wanted, ring in (("dataset", reads_dataset(phase), dataset), ("replay", reads_replay(phase), replay)):
         if wanted and ring is None:
-            raise UserError(f"phase {phase.name!r} learns from the {name}, and there is none")
+            raise UserError(f"phase {phase.name!r} learns from the {name}, but there is none")
         if wanted and ring is not None:
             found += (ring,)
     return found
 
 
 def updates(learner: Learner, state: PyTree, data: Any, key: jax.Array, count: int) -> tuple[PyTree, Metrics]:
-    """Returns a learner's state after `count` updates, each on a batch of its own, and the means of their metrics.
+    """Returns a learner's state after `count` updates, each on its own batch, and the means of their metrics.
 
-    This is the one training loop: agents, models of dynamics and models of data all learn in it. A metric is NaN in
-    updates that do not measure it, and does not count there.
+    This training loop is shared by agents, dynamics models and models of data. A metric is NaN in updates that do not
+    measure it; the mean ignores these.
     """
 
     def update(state: PyTree, key: jax.Array) -> tuple[PyTree, Metrics]:
@@ -195,7 +195,7 @@ def updates(learner: Learner, state: PyTree, data: Any, key: jax.Array, count: i
 
 
 def mean(values: jax.Array) -> jax.Array:
-    """Returns the mean over the first axis of what was measured: NaN stands for what was not."""
+    """Returns the mean over the first axis, ignoring NaN, which marks updates without a measurement."""
     return jnp.nanmean(values, axis=0)
 
 
@@ -232,7 +232,7 @@ def close(carry: Carry) -> tuple[Carry, jax.Array]:
 
 
 def episode_metrics(sums: Metrics) -> Metrics:
-    """Returns the means over the episodes that ended in an epoch (NaN when none did), and what went wrong."""
+    """Returns the means over the episodes that ended in an epoch (NaN if none did), and the count of broken steps."""
     if not sums:
         return {}
     ended = jnp.where(sums["episodes"] > 0, sums["episodes"], jnp.nan)
@@ -252,7 +252,7 @@ def run(
     dataset: Ring | None,
     execution: Execution = OPEN_LOOP,
 ) -> tuple[Carry, list[Metrics]]:
-    """Returns the carry at the end of a whole run and each phase's metrics [epochs, ...]; pure, to be vmapped."""
+    """Returns the carry at the end of a whole run and each phase's metrics [epochs, ...]; pure, for vmap."""
     carry, history = begin(agent, env, schedule, key, execution), []
     if dataset is not None and isinstance(agent, Fitting):
         carry = fit(agent, carry, dataset)
@@ -270,12 +270,12 @@ def run(
 def evaluate(
     agent: Agent, env: Env, episodes: int, state: PyTree, key: jax.Array, execution: Execution = OPEN_LOOP
 ) -> ro.Episodes:
-    """Returns the agent's first episodes in fresh environments, acting as in evaluation."""
+    """Returns the agent's first episodes in fresh environments, with greedy actions."""
     return ro.evaluate(env, execution(ro.policy_of(agent, state, greedy=True)), key, episodes)
 
 
 def digest(tree: PyTree) -> jax.Array:
-    """Returns a uint32 that depends on every bit of every leaf and on its place: a sum of hashes modulo 2^32."""
+    """Returns a uint32 that depends on every bit of every leaf and its position: a sum of hashes modulo 2^32."""
     total = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(tree):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -288,16 +288,16 @@ def digest(tree: PyTree) -> jax.Array:
 
 
 def _scramble(x: jax.Array) -> jax.Array:
-    """Returns uint32 with every bit spread over all others (the finaliser of MurmurHash3)."""
+    """Returns uint32 with every bit mixed into all others (the finalizer of MurmurHash3)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def on_device(settings: T) -> T:
-    """Returns settings with their Scalars as float32 arrays, so that changing one is not another program.
+    """Returns settings with their Scalars as float32 arrays, so that changing one does not recompile.
 
-    These may be an agent's, or those of any other pytree: a model of data, a sampler.
+    Settings may be an agent or any other pytree: a model of data, a sampler.
     """
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), settings)
 

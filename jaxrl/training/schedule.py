@@ -1,4 +1,4 @@
-"""How long a run is: a schedule, and the phases that follow from it, of which agents may have their own."""
+"""The schedule of a run and the phases derived from it; agents may define their own phases."""
 
 import dataclasses
 import math
@@ -13,23 +13,23 @@ FROM_ZERO = ("offline_updates", "online_steps", "utd", "warmup_steps", "eval_see
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How long a run is, and how it is cut into compiled epochs."""
+    """The length of a run, and its division into compiled epochs."""
 
     offline_updates: int = 1_000_000
-    """Gradient steps on the dataset alone."""
+    """Gradient steps on the dataset only."""
     online_steps: int = 1_000_000
-    """Environment steps after that, in all environments together."""
+    """Environment steps after that, summed over all environments."""
     online_data: OnlineData = "auto"
-    """What online updates learn from: the dataset and the replay, or the replay alone; auto: both in a run that has a
-    dataset, which a run without offline updates has only where a file is named."""
+    """Data of online updates: dataset and replay, or replay only; auto: both if the run has a dataset (without offline
+    updates, only if a file is given)."""
     utd: float = 1.0
     """Gradient steps per online environment step."""
     warmup_steps: int = 5_000
     """Online environment steps before the first online gradient step."""
     envs: int = 64
-    """Environments that run side by side."""
+    """Number of parallel environments."""
     replay: int = 1_000_000
-    """Online transitions kept, in all environments together."""
+    """Capacity of the replay in transitions, summed over all environments."""
     updates_per_epoch: int = 5_000
     """Offline gradient steps per compiled call."""
     steps_per_epoch: int = 20_000
@@ -39,10 +39,10 @@ class Schedule:
     eval_episodes: int = 100
     """Episodes per evaluation."""
     eval_seed: int = 12345
-    """Seed of the evaluation's episodes, shared by all runs that are to be compared."""
+    """Seed of the evaluation episodes; use the same for all compared runs."""
 
     def check(self) -> None:
-        """Raises UserError where a value is out of range."""
+        """Raises UserError if a value is out of range."""
         if self.online_data not in get_args(OnlineData):
             raise UserError(f"schedule.online_data = {self.online_data!r}: must be one of {get_args(OnlineData)}")
         for field in dataclasses.fields(self):
@@ -55,17 +55,17 @@ class Schedule:
                 )
 
     def offline(self, name: str = "offline") -> tuple[Phase, ...]:
-        """Returns the phase of the updates on the dataset alone; nothing where there are none."""
+        """Returns the phase of updates on the dataset only; empty without such updates."""
         if not self.offline_updates:
             return ()
         per_epoch = min(self.updates_per_epoch, self.offline_updates)
         return (Phase(name, -(-self.offline_updates // per_epoch), per_epoch, False, 1, data="dataset"),)
 
     def online(self, length: int, reward: tuple[float, float] = (1.0, 0.0)) -> tuple[Phase, ...]:
-        """Returns the phases that collect: a warm-up without updates, and then as many updates as `utd` says.
+        """Returns the phases that collect: a warm-up without updates, then one with updates at the ratio `utd`.
 
-        Sizes are rounded up to whole iterations, of one decision of `length` actions in every environment. `reward` is
-        (scale, shift) of rewards on their way into the replay.
+        Sizes are rounded up to whole iterations of one decision of `length` actions in every environment. `reward` is
+        the (scale, shift) of rewards written to the replay.
         """
         if not self.online_steps:
             return ()
@@ -80,9 +80,9 @@ class Schedule:
         return (warmup, online) if self.warmup_steps else (online,)
 
     def on_policy(self, length: int, unroll: int, reward: tuple[float, float] = (1.0, 0.0)) -> tuple[Phase, ...]:
-        """Returns the phase of an agent that learns from what it has just done; nothing where there are no steps.
+        """Returns the phase of an on-policy agent; empty without online steps.
 
-        An iteration is `unroll` decisions of `length` actions in every environment, and learning from them once.
+        An iteration is `unroll` decisions of `length` actions in every environment, and one update on them.
         """
         if not self.online_steps:
             return ()
@@ -99,11 +99,11 @@ def phases(
     dataset: bool = False,
     length: int | None = None,
 ) -> tuple[Phase, ...]:
-    """Returns the phases of a run, in order: those that its agent names (`types.Scheduling`), or offline, then online.
+    """Returns the phases of a run, in order: those defined by its agent (`types.Scheduling`), or offline, then online.
 
-    They depend on no Scalar of the agent. `dataset` says that there is one, though no update learns from it alone;
-    `length` is how many actions are executed per decision, by default whole chunks. Raises UserError where nothing is
-    to be done, or what a phase learns from does not exist.
+    They do not depend on Scalars of the agent. `dataset` means that there is a dataset even without offline updates;
+    `length` is the number of executed actions per decision, by default the whole chunk. Raises UserError if there are
+    no phases, or if the data of a phase do not exist.
     """
     length = length or agent.chunk
     if dataset and schedule.online_data == "auto":
@@ -124,19 +124,19 @@ def phases(
 
 
 def check(found: tuple[Phase, ...], agent: Agent) -> None:
-    """Raises UserError for phases that no run can have, such as those that an agent of one's own names."""
+    """Raises UserError for invalid phases, which a custom agent may define."""
     collected = False
     for phase in found:
         collected |= phase.collects
         wrong = None
         if phase.name == "behaviour":
-            wrong = "this name stands for the behaviour that the data come from"
+            wrong = "this name is reserved for the behavior of the data"
         elif min(phase.epochs, phase.iterations) < 1 or phase.updates < 0:
             wrong = "needs at least one epoch of one iteration, and no negative number of updates"
         elif reads_replay(phase) and phase.updates and not collected:
-            wrong = "learns from the replay, and nothing was collected before"
+            wrong = "learns from the replay, but nothing was collected before"
         elif phase.data == "none" and phase.updates and not (phase.collects and isinstance(agent, OnPolicy)):
-            wrong = "makes updates, and has no data to learn from"
+            wrong = "makes updates, but has no data to learn from"
         elif requirements(agent).dataset and phase.updates and not reads_dataset(phase):
             wrong = f"{type(agent).__name__} looks up the dataset in every update: set --schedule.online-data both"
         if wrong is not None:
@@ -146,17 +146,17 @@ def check(found: tuple[Phase, ...], agent: Agent) -> None:
 
 
 def reads_dataset(phase: Phase) -> bool:
-    """Whether a phase learns from the dataset."""
+    """Returns whether a phase learns from the dataset."""
     return phase.data in ("dataset", "both")
 
 
 def reads_replay(phase: Phase) -> bool:
-    """Whether a phase learns from the replay."""
+    """Returns whether a phase learns from the replay."""
     return phase.data in ("replay", "both")
 
 
 def capacity(schedule: Schedule, found: tuple[Phase, ...], length: int) -> int:
-    """Returns how many transitions the replay of a run keeps; 0 where no phase learns from one."""
+    """Returns the replay capacity of a run in transitions; 0 if no phase learns from the replay."""
     if not any(reads_replay(phase) for phase in found):
         return 0
     iterations = sum(phase.epochs * phase.iterations for phase in found if phase.collects)
@@ -165,17 +165,17 @@ def capacity(schedule: Schedule, found: tuple[Phase, ...], length: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """The epochs of a run in a row."""
+    """The sequence of epochs of a run."""
 
     phases: tuple[Phase, ...]
 
     @property
     def epochs(self) -> int:
-        """How many there are."""
+        """The number of epochs."""
         return sum(phase.epochs for phase in self.phases)
 
     def at(self, epoch: int) -> tuple[Phase, int]:
-        """Returns the phase of an epoch (counted from 0), and how many epochs of that phase lie before it."""
+        """Returns the phase of an epoch (counted from 0), and the number of earlier epochs in that phase."""
         for phase in self.phases:
             if epoch < phase.epochs:
                 return phase, epoch
@@ -183,16 +183,16 @@ class Timeline:
         raise IndexError(epoch)
 
     def begun(self, epochs: int) -> tuple[Phase, ...]:
-        """Returns the phases that have begun after so many epochs: those in which at least one of them lies."""
+        """Returns the phases that contain at least one of the first `epochs` epochs."""
         before = [sum(phase.epochs for phase in self.phases[:i]) for i in range(len(self.phases))]
         return tuple(phase for phase, first in zip(self.phases, before, strict=True) if first < epochs)
 
     def closes_phase(self, epoch: int) -> bool:
-        """Whether an epoch is the last of its phase."""
+        """Returns whether an epoch is the last of its phase."""
         phase, before = self.at(epoch)
         return before + 1 == phase.epochs
 
     def evaluates(self, epoch: int, every: int) -> bool:
-        """Whether the agent is evaluated after an epoch: after every so many, and at the end of each phase."""
+        """Returns whether the agent is evaluated after an epoch: after every `every`-th, and at each phase's end."""
         phase, _ = self.at(epoch)
         return phase.evaluated and ((epoch + 1) % every == 0 or self.closes_phase(epoch))

@@ -1,20 +1,23 @@
 """Facts about CFPI: the operators' closed forms, what may not happen, and the agent that learns what they need."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl import ranges
 from jaxrl.agents import IQL
 from jaxrl.agents.cfpi import CFPI, levels
+from jaxrl.agents.parts import MixturePolicy, QuantileCritic, Transitions
 from jaxrl.errors import UserError
-from jaxrl.networks import apply, repeat_for
+from jaxrl.networks import repeat_for
 from jaxrl.ops import closed_form, losses
 from jaxrl.ops.closed_form import ClosedForm, Mixture
-from jaxrl.types import Spec, pytree
-from tests.known import KEY, WIDE, Formula, quick_to_compile, random_batch, same, state_of
+from jaxrl.types import Spec
+from tests.known import KEY, WIDE, formula, jitted, quick_to_compile, random_batch, same, state_of, with_fields
 
 SLOPE = np.array([0.3, -1.1], np.float32)
 MEAN, STD = np.array([[0.2, -0.4]], np.float32), np.array([[0.5, 0.9]], np.float32)
@@ -43,9 +46,9 @@ def mixture(weights, means, stds) -> Mixture:
 ONE = Mixture(jnp.zeros((1, 1)), jnp.asarray(MEAN[:, None]), jnp.asarray(STD[:, None]))
 
 
-def moved(operator: ClosedForm, behaviour: Mixture = ONE, value=linear, key=KEY) -> np.ndarray:
+def moved(operator: ClosedForm, behavior: Mixture = ONE, value=linear, key=KEY) -> np.ndarray:
     """Returns u of the improved action."""
-    return np.arctanh(np.asarray(improve(operator, key, behaviour, value)))[0]
+    return np.arctanh(np.asarray(improve(operator, key, behavior, value)))[0]
 
 
 def mahalanobis(u) -> float:
@@ -119,13 +122,13 @@ def test_jensens_radius_shrinks_by_how_far_the_means_lie_apart():
     stds[1] = 0.4
     precision = np.array(weights)[:, None] / (stds**2 + closed_form.VARIANCE)
     total = precision.sum(axis=0)
-    centre = (precision * means).sum(axis=0) / total
-    plain = 4.0 - (precision * means**2).sum() + (total * centre**2).sum()
+    center = (precision * means).sum(axis=0) / total
+    plain = 4.0 - (precision * means**2).sum() + (total * center**2).sum()
     several = mixture(weights, means, stds)
     assert float(jensen_squared_radius(several, jnp.array([[2.0]]))[0, 0]) == pytest.approx(plain, rel=1e-4)
     u = moved(dataclasses.replace(JENSEN, delta=2.0, delta_high=2.0), several)
     direction = np.asarray(SLOPE) / total / np.sqrt(np.sum(np.square(SLOPE) / total))
-    np.testing.assert_allclose(u, centre + np.sqrt(plain) * direction, rtol=1e-3)
+    np.testing.assert_allclose(u, center + np.sqrt(plain) * direction, rtol=1e-3)
 
 
 def test_equal_components_are_one():
@@ -205,16 +208,16 @@ def test_a_lower_bound_is_less_by_the_unbiased_spread():
 
 
 def test_any_agents_actions_are_improved_about_what_it_would_do():
-    agent = IQL(chunk=2, backup=2, actor_hidden=(8,), critic_hidden=(8,))
-    state = jax.jit(agent.init, static_argnums=1)(KEY, Spec(observation=2, action=2))
+    agent = with_fields(IQL(), chunk=2, backup=2, hidden=(8,))
+    state = init(agent, Spec(observation=2, action=2))
 
     def heads(obs, actions):
-        return apply(agent.critic(), state.params["critic"], repeat_for(actions, obs), actions)
+        return agent.critic.values(state.params["critic"], repeat_for(actions, obs), actions)
 
-    def behaviour(obs, key):
+    def behavior(obs, key):
         return closed_form.around(closed_form.flat(agent.act(state, obs, key, greedy=True)), std=0.3)
 
-    act = closed_form.improved(behaviour, heads, ClosedForm(delta=1e-3, delta_high=1e-3), action=2)
+    act = closed_form.improved(behavior, heads, ClosedForm(delta=1e-3, delta_high=1e-3), action=2)
 
     @jax.jit
     def gain(obs):
@@ -259,17 +262,14 @@ def test_levels_lie_in_the_middles_of_shares_that_fill_the_interval():
 
 # The agent
 
-
-@pytree
-class Known(CFPI):
-    """One whose critics are bias_k + the sum of the action + the level."""
-
-    def critic(self):  # ty: ignore[invalid-method-override]
-        return Formula(
-            lambda bias, obs, action, level: (
-                (bias.reshape(2, *[1] * level.ndim)) + action.sum(-1)[None, ..., None] + level[None]
-            )
-        )
+KNOWN = CFPI(
+    Transitions(discount=0.5),
+    critic=formula(
+        QuantileCritic(),
+        lambda bias, s, a, level: bias.reshape(2, *[1] * level.ndim) + a.sum(axis=-1)[None, ..., None] + level[None],
+    ),
+)
+"""One whose critics are bias_k + the sum of the action + the level."""
 
 
 def taken(count=6, **fields):
@@ -281,15 +281,12 @@ def taken(count=6, **fields):
     return dataclasses.replace(batch, **(never | more | fields))
 
 
-def critic_loss(batch, bias=(0.0, 0.0), target=(0.0, 0.0)) -> float:
+def critic_loss(batch, target=(0.0, 0.0)) -> float:
     """Returns the loss with one level, which is one half."""
     zero = jnp.zeros((len(batch.obs), 1))
-    target = {"critic": jnp.asarray(target, jnp.float32)}
-    state, draws = state_of({"critic": jnp.asarray(bias)}, target), {"levels": zero, "target_levels": zero}
-    return float(loss_of(Known(discount=0.5), jnp.asarray(bias), state, batch, draws)[0])
-
-
-loss_of = jax.jit(Known.critic_loss)
+    state = state_of({"critic": np.zeros(2)}, {"critic": np.array(target)}, spec=WIDE)
+    draws = {"levels": zero, "target_levels": zero}
+    return float(jitted(CFPI.critic_loss)(KNOWN, state.params["critic"], state, batch, draws)[0])
 
 
 def test_each_critic_learns_from_its_own_copy_at_the_action_that_the_data_take_next():
@@ -297,7 +294,7 @@ def test_each_critic_learns_from_its_own_copy_at_the_action_that_the_data_take_n
     y = np.asarray(batch.rewards)[:, 0][None] + 0.5 * (target[:, None] + 0.5 + 0.5)  # of the level 1/2
     error = y - (np.asarray(batch.actions)[:, 0].sum(-1) + 0.5)[None]
     huber = np.where(np.abs(error) < 1, 0.5 * error**2, np.abs(error) - 0.5)
-    assert critic_loss(batch, target=target) == pytest.approx(huber.sum(axis=0).mean() / 2, rel=1e-5)
+    assert critic_loss(batch, target) == pytest.approx(huber.sum(axis=0).mean() / 2, rel=1e-5)
 
 
 def test_the_end_of_the_task_counts_without_bootstrap_and_the_end_of_the_clock_not_at_all():
@@ -311,44 +308,44 @@ def test_the_end_of_the_task_counts_without_bootstrap_and_the_end_of_the_clock_n
 
 def test_an_agent_without_the_next_action_is_told_so():
     with pytest.raises(UserError, match="a batch needs next_action and followed"):
-        critic_loss(random_batch_without(6))
-
-
-def random_batch_without(count):
-    return dataclasses.replace(random_batch(0, count, 1), next_action=None, followed=None)
+        critic_loss(taken(next_action=None, followed=None))
 
 
 def init(agent, spec):
-    return jax.jit(lambda: agent.init(KEY, spec))()
+    return jax.jit(agent.init, static_argnums=1)(KEY, spec)
 
 
 def small(**fields) -> CFPI:
-    return CFPI(actor_hidden=(16,), critic_hidden=(16,), components=3, **fields)
+    return with_fields(CFPI(), hidden=(16,), **({"components": 3, "levels": 4} | fields))
+
+
+def values(agent, state, obs, actions):
+    """Returns each critic's value [K, B, N] of actions [B, N, A]."""
+    return agent.critic.values(state.params["critic"], state.spec.critic(repeat_for(actions, obs)), actions)
 
 
 def test_the_values_of_an_untrained_agent_are_means_over_its_quantiles():
-    agent = small(quantiles=4)
+    agent = small()
     obs, actions = jax.random.normal(KEY, (5, 3)), jax.random.uniform(KEY, (5, 7, 2))
 
     @jax.jit
-    def values():
-        critic = agent.init(KEY, WIDE).params["critic"]
+    def found(state):
         level = jnp.broadcast_to(jnp.array([0.125, 0.375, 0.625, 0.875]), (5, 7, 4))
-        z = apply(agent.critic(), critic, repeat_for(actions, obs), actions, level)
-        return agent.heads(critic, obs, actions), z
+        z = agent.critic.quantiles(state.params["critic"], repeat_for(actions, obs), actions, level)
+        return values(agent, state, obs, actions), z
 
-    heads, z = map(np.asarray, values())
+    heads, z = map(np.asarray, found(init(agent, WIDE)))
     np.testing.assert_allclose(heads, z.mean(axis=-1), rtol=1e-5)
     assert np.ptp(z, axis=-1).min() > 1e-4 and not np.allclose(z[0], z[1], atol=1e-3)
 
 
-def test_it_acts_above_the_value_of_its_behaviours_means():
-    agent = dataclasses.replace(small(quantiles=4, operator=ClosedForm(delta=1e-3, delta_high=1e-3)), components=1)
+def test_it_acts_above_the_value_of_its_behaviors_means():
+    agent = small(components=1, operator=ClosedForm(delta=1e-3, delta_high=1e-3))
 
     @jax.jit
     def gain(state, obs):
-        density = agent.behaviour(state.params["actor"], obs, WIDE)
-        score = lambda actions: closed_form.lower_bound(agent.heads(state.params["critic"], obs, actions), 1.0)  # noqa: E731
+        density = agent.actor.density(state.params["actor"], obs)
+        score = lambda actions: closed_form.lower_bound(values(agent, state, obs, actions), 1.0)  # noqa: E731
         chosen = agent.act(state, obs, KEY, greedy=True)
         return score(chosen)[:, 0] - score(jnp.tanh(density.mean)).max(axis=1), chosen
 
@@ -356,29 +353,38 @@ def test_it_acts_above_the_value_of_its_behaviours_means():
     assert float((gains > 0).mean()) > 0.9 and float(jnp.abs(chosen).max()) <= 1
 
 
-def test_the_behaviour_does_not_see_the_goal_and_the_critic_does():
-    agent, tasks = small(), Spec(observation=3, action=2, goal=1)
+def test_the_behavior_does_not_see_the_goal_and_the_critic_does():
+    agent = small(components=1)
+    still = with_fields(agent, operator=ClosedForm(delta=0.0, delta_high=0.0))  # acts on the behavior's mean
+    state = init(agent, Spec(observation=3, action=2, goal=1))
 
     @jax.jit
-    def seen(obs):
-        params = agent.init(KEY, tasks).params
-        return agent.behaviour(params["actor"], obs, tasks), agent.heads(params["critic"], obs, jnp.zeros((4, 1, 2)))
+    def seen(goal):
+        batch = taken(obs=taken().obs.at[:, 2].set(goal))
+        draws = agent.draw(state.spec, batch, KEY)
+        behavior = agent.actor_loss(state.params["actor"], state, batch), still.act(state, batch.obs, KEY, greedy=True)
+        return (
+            behavior,
+            agent.critic_loss(state.params["critic"], state, batch, draws),
+            agent.act(state, batch.obs, KEY, greedy=True),
+        )
 
-    (behaviour, value), (other, other_value) = (seen(jnp.zeros((4, 3)).at[:, 2].set(goal)) for goal in (0.0, 5.0))
-    assert same(behaviour, other) and not same(value, other_value)
+    (behavior, loss, action), (other, other_loss, other_action) = seen(0.0), seen(5.0)
+    assert same(behavior, other) and not same(loss, other_loss) and not same(action, other_action)
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("agent", "message"),
     [
-        ({"components": 0}, "CFPI.components = 0: must be at least 1"),
-        ({"quantiles": 0}, "CFPI.quantiles = 0"),
-        ({"operator": ClosedForm(delta=-0.1)}, "ClosedForm.delta = -0.1: must be at least 0"),
-        ({"operator": ClosedForm(delta=1.0)}, "ClosedForm.delta_high = 0.5: must be at least 1.0"),
-        ({"operator": ClosedForm(threshold=1.1)}, "ClosedForm.threshold = 1.1"),
-        ({"operator": ClosedForm(draws=0)}, "ClosedForm.draws = 0"),
+        (CFPI(actor=MixturePolicy(components=0)), "CFPI.actor.components = 0: must be at least 1"),
+        (CFPI(critic=QuantileCritic(levels=0)), "CFPI.critic.levels = 0: must be at least 1"),
+        (CFPI(critic=QuantileCritic(heads=1)), "CFPI.critic.heads = 1: must be at least 2"),
+        (CFPI(operator=ClosedForm(delta=-0.1)), "CFPI.operator.delta = -0.1: must be at least 0"),
+        (CFPI(operator=ClosedForm(delta=1.0)), "CFPI.operator.delta_high = 0.5: must be at least 1.0"),
+        (CFPI(operator=ClosedForm(threshold=1.1)), "CFPI.operator.threshold = 1.1: must be in [0, 1]"),
+        (CFPI(operator=ClosedForm(draws=0)), "CFPI.operator.draws = 0: must be at least 1"),
     ],
 )
-def test_a_setting_out_of_range_is_refused(fields, message):
-    with pytest.raises(UserError, match=message):
-        CFPI(**fields).check()
+def test_a_setting_out_of_range_is_refused(agent, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        ranges.check(agent)

@@ -8,29 +8,37 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import scipy.optimize
 import scipy.special
 import scipy.stats
 
-from jaxrl.agents import common
-from jaxrl.agents.cql import CQL, RETURN, multiplier
+from jaxrl import ranges
+from jaxrl.agents.cql import CQL, RETURN
+from jaxrl.agents.parts import Adam, Critic, Net, SquashedGaussianPolicy, Transitions
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
+from jaxrl.ops.normalizer import Normalizer
 from jaxrl.replay import loading
 from jaxrl.replay.loading import from_dataset
-from jaxrl.types import Spec, pytree
+from jaxrl.types import Spec
 from tests.known import (
     KEY,
     NARROW,
-    Formula,
+    Descent,
     batch_of,
-    gradient_of,
+    formula,
     jitted,
-    linear_heads,
+    leaning,
+    lines,
+    metrics_of,
+    pull_of,
     quick_to_compile,
+    reached,
     same,
+    slopes_of,
+    state_of,
+    with_fields,
 )
 
 
@@ -40,42 +48,29 @@ def _quick():
         yield
 
 
-@pytree
-class Known(CQL):
-    """CQL with Q_j(s, a) = b_j + c_j (sum of the action) + s, and a policy of mean m + l s and width exp(w)."""
-
-    samples: int = 2
-
-    def critic(self):
-        return Formula(lambda p, s, a: linear_heads(p["bias"], p["slope"], a.sum(axis=-1)) + s[None, ..., 0])
-
-    def actor(self, spec):
-        def gaussian(p, s):
-            mean = jnp.broadcast_to(p["mean"] + p["lean"] * s[..., :1], (*s.shape[:-1], spec.action))
-            return mean, jnp.broadcast_to(p["width"], mean.shape)
-
-        return Formula(gaussian)
-
-    def optimizers(self):  # plain gradient descent
-        rates = {"actor": self.actor_lr, "entropy": self.actor_lr, "critic": self.critic_lr, "lagrange": self.critic_lr}
-        return {name: optax.sgd(rate) for name, rate in rates.items()}
+KNOWN = CQL(
+    actor=formula(SquashedGaussianPolicy(), leaning, "moments"),
+    critic=formula(Critic(agg="min"), lines),
+    actor_adam=Descent(3e-5),
+    critic_adam=Descent(3e-4),
+    samples=2,
+)
+"""CQL with Q_j(s, a) = b_j + c_j (sum of the action) + s, and a policy of mean m + l s and width exp(w)."""
+LEARNED = dataclasses.replace(KNOWN, lagrange=True)
+CALIBRATED = dataclasses.replace(KNOWN, calibrated=True)
 
 
 def known(bias=(0.0, 0.0), slope=(0.0, 0.0), target=None, spec=NARROW, **scalars):
-    """Returns the state of `Known` with these parameters, 0 where none is given; `target` is a bias and a slope."""
-    scalars = dict.fromkeys(("mean", "lean", "width", "entropy", "lagrange"), 0.0) | scalars
+    """Returns the state of `KNOWN` with these parameters, 0 where none is given; `target` is a bias and a slope."""
+    scalars = {"mean": np.zeros(spec.action)} | dict.fromkeys(("lean", "width", "entropy", "lagrange"), 0.0) | scalars
     params = {
         "actor": {name: scalars[name] for name in ("mean", "lean", "width")},
         "entropy": scalars["entropy"],
         "critic": {"bias": np.array(bias), "slope": np.array(slope)},
         "lagrange": scalars["lagrange"],
     }
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    state = common.start_each(spec, params, Known().optimizers(), "critic")
-    if target is None:
-        return state
-    slow = dict(zip(("bias", "slope"), (jnp.asarray(x, jnp.float32) for x in target), strict=True))
-    return dataclasses.replace(state, target={"critic": slow})
+    slow = None if target is None else {"critic": dict(zip(("bias", "slope"), map(np.array, target), strict=True))}
+    return state_of(params, slow, LEARNED.optimizers(), spec)
 
 
 def drawn(count=1, samples=1, size=1, **named):
@@ -93,12 +88,12 @@ def log_density(u, mean=0.0, width=0.0):
 # The conservative term
 
 
-def out_of_data(agent, state, batch, draws):
-    return jitted(Known.out_of_data)(agent, state.params["critic"], state, batch, draws)
+def soft_maximum(agent, state, batch, draws):
+    return jitted(CQL.soft_maximum)(agent, state.params["critic"], state, batch, draws)
 
 
 def excess(agent, state, batch, draws):
-    return jitted(Known.excess)(agent, state.params["critic"], state, batch, draws)
+    return jitted(CQL.excess)(agent, state.params["critic"], state, batch, draws)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -108,7 +103,7 @@ def test_a_flat_critic_and_a_uniform_policy_are_over_by_the_logarithm_of_all_sam
     draws = drawn(2, 10, size, uniform=np.zeros((2, 10, size)), here=noise, next=-noise)
     batch = dataclasses.replace(batch_of(np.zeros((2, 1))), actions=jnp.zeros((2, 1, size)))
     state = known(bias=(7.0, -2.0), spec=spec)
-    found = out_of_data(Known(samples=10), state, batch, draws)
+    found = soft_maximum(dataclasses.replace(KNOWN, samples=10), state, batch, draws)
     wanted = np.array([7.0, -2.0])[:, None] + math.log(30 * 2**size)
     np.testing.assert_allclose(found, np.broadcast_to(wanted, (2, 2)), rtol=1e-5)
 
@@ -130,7 +125,8 @@ def mixed():
 def test_actions_count_for_less_the_more_often_they_are_sampled_and_all_are_judged_at_the_state(soft):
     action, density = mixed()
     assert density[2:].min() < density[0] < density[2:].max()  # so that the sign of the correction matters
-    found = out_of_data(Known(soft=soft), known(**MIXED), batch_of([[0.0]], **BATCH), drawn(samples=2, **NOISE))
+    agent = dataclasses.replace(KNOWN, soft=soft)
+    found = soft_maximum(agent, known(**MIXED), batch_of([[0.0]], **BATCH), drawn(samples=2, **NOISE))
     q = np.array([[1.0], [2.0]]) + np.array([[1.0], [-3.0]]) * action + 0.5
     np.testing.assert_allclose(found[:, 0], soft * scipy.special.logsumexp((q - density) / soft, axis=1), rtol=1e-5)
 
@@ -148,11 +144,11 @@ def pull_of_term(agent, state, batch, draws):
 
 def test_the_term_pulls_the_soft_maximum_down_and_the_datas_value_up_and_leaves_the_policy_alone():
     action, density = mixed()
-    pull, policy = pull_of_term(Known(), known(**MIXED), batch_of([[0.0]], **BATCH), drawn(samples=2, **NOISE))
+    pull, policy = pull_of_term(KNOWN, known(**MIXED), batch_of([[0.0]], **BATCH), drawn(samples=2, **NOISE))
     share = scipy.special.softmax(np.array([[1.0], [-3.0]]) * action - density, axis=1)
     np.testing.assert_allclose(pull["slope"], share @ action - 0.2, rtol=1e-4)
     np.testing.assert_allclose(pull["bias"], [0, 0], atol=1e-6)
-    assert all(float(leaf) == 0 for leaf in policy.values())
+    assert not any(np.any(leaf) for leaf in policy.values())
 
 
 def test_an_excess_below_its_bound_is_the_bound_and_has_no_gradient():
@@ -160,9 +156,9 @@ def test_an_excess_below_its_bound_is_the_bound_and_has_no_gradient():
     state, draws = known(slope=(9.0, 9.0)), drawn(2, 2)
     soft = scipy.special.logsumexp(np.repeat([-math.log(0.5), -log_density(0.0), -log_density(0.0)], 2))
     for bound, wanted in ((-1e9, soft), (-5.0, (-5 + soft + 9) / 2)):
-        found = excess(Known(lowest_gap=bound), state, batch, draws)
+        found = excess(dataclasses.replace(KNOWN, lowest_gap=bound), state, batch, draws)
         np.testing.assert_allclose(found, [wanted, wanted], rtol=1e-5)
-    pull, _ = pull_of_term(Known(lowest_gap=-5.0), state, batch, draws)
+    pull, _ = pull_of_term(dataclasses.replace(KNOWN, lowest_gap=-5.0), state, batch, draws)
     np.testing.assert_allclose(pull["slope"], [0.5, 0.5], rtol=1e-5)  # of the second row alone
 
 
@@ -175,12 +171,10 @@ def test_returns_of_minus_infinity_calibrate_nothing_bit_for_bit():
         [[1.0]] * 16, obs=jax.random.normal(keys[0], (16, 1)), next_obs=jax.random.normal(keys[1], (16, 1))
     )
     batch = dataclasses.replace(batch, extra={RETURN: jnp.full(16, -jnp.inf)})
-    state, loss = known(**MIXED), jax.value_and_grad(Known.critic_loss, argnums=1, has_aux=True)
-    draws = Known().draw(NARROW, batch, keys[2])
-    plain, calibrated = (
-        jitted(loss)(Known(calibrated=on), state.params["critic"], state, batch, draws) for on in (False, True)
-    )
-    assert same(plain, calibrated) and np.isfinite(plain[0][0]) and np.any(plain[1]["slope"])
+    state, draws = known(**MIXED), KNOWN.draw(NARROW, batch, keys[2])
+    loss = jax.jit(jax.value_and_grad(CQL.loss, argnums=1, has_aux=True))
+    plain, calibrated = (loss(agent, state.params, state, batch, draws) for agent in (KNOWN, CALIBRATED))
+    assert same(plain, calibrated) and np.isfinite(plain[0][0]) and np.any(plain[1]["critic"]["slope"])
 
 
 def test_under_a_high_return_only_uniform_actions_are_pushed_down():
@@ -193,30 +187,25 @@ def test_under_a_high_return_only_uniform_actions_are_pushed_down():
     assert q.max() < 6
     high = np.where(np.arange(6) < 2, q, 6.0)
 
-    agent, state = Known(calibrated=True), known(**MIXED)
-    found = out_of_data(agent, state, batch, draws)
+    state = known(**MIXED)
+    found = soft_maximum(CALIBRATED, state, batch, draws)
     for row, values in enumerate((high, q, q)):
         np.testing.assert_allclose(found[:, row], scipy.special.logsumexp(values - density, axis=1), rtol=1e-5)
 
-    @jax.jit
-    def pull_of(state, batch, draws):
-        soft_maximum = lambda critic: agent.out_of_data(critic, state, batch, draws)[:, 0].sum()  # noqa: E731
-        return jax.grad(soft_maximum)(state.params["critic"])
-
     share = scipy.special.softmax(high - density, axis=1)[:, :2]
-    pull = pull_of(state, batch, draws)
+    first = lambda critic: CALIBRATED.soft_maximum(critic, state, batch, draws)[:, 0].sum()  # noqa: E731
+    pull = jax.jit(jax.grad(first))(state.params["critic"])
     np.testing.assert_allclose(pull["slope"], share @ action[:2], rtol=1e-4)
     np.testing.assert_allclose(pull["bias"], share.sum(axis=1), rtol=1e-4)
     assert share.sum() > 0.02
-    plain = out_of_data(dataclasses.replace(agent, calibrated=False), state, batch, draws)
+    plain = soft_maximum(KNOWN, state, batch, draws)
     np.testing.assert_allclose(plain[:, 0], plain[:, 1], rtol=1e-6)
 
 
 def test_a_low_return_changes_nothing():
     batch, draws, state = batch_of([[0.0]], **BATCH), drawn(samples=2, **NOISE), known(**MIXED)
     low = dataclasses.replace(batch, extra={RETURN: jnp.array([-9.0])})
-    agent = Known(calibrated=True)
-    assert same(pull_of_term(agent, state, low, draws), pull_of_term(agent, state, batch, draws))
+    assert same(pull_of_term(CALIBRATED, state, low, draws), pull_of_term(CALIBRATED, state, batch, draws))
 
 
 def data_and_replay():
@@ -231,8 +220,8 @@ def data_and_replay():
 
 
 def test_data_and_finished_episodes_of_the_replay_know_their_returns():
-    agent = Known(calibrated=True, discount=0.9, batch_size=64)
-    batch = jitted(Known.sample)(agent, agent.annotate(data_and_replay()), KEY)
+    agent = with_fields(CALIBRATED, discount=0.9, batch=64)
+    batch = jitted(CQL.sample)(agent, agent.derive_columns(data_and_replay()), KEY)
     obs, found = np.asarray(batch.obs[:, 0]), np.asarray(batch.extra[RETURN])
     wanted = np.array([sum((2 * k - 1) * 0.9 ** (k - t) for k in range(t, 10)) for t in range(10)])
     np.testing.assert_allclose(found[obs < 50], wanted[obs[obs < 50].astype(int)], rtol=1e-5)
@@ -241,22 +230,23 @@ def test_data_and_finished_episodes_of_the_replay_know_their_returns():
     assert np.isnan(found[obs == 60]).all() and (obs == 60).sum() > 5
 
 
-def test_what_is_annotated_stays_as_it_is_and_plain_cql_asks_for_no_column():
-    agent, (data, replay) = Known(calibrated=True), data_and_replay()
-    (known,) = agent.annotate((data,))
+def test_returns_that_are_there_stay_as_they_are_and_plain_cql_asks_for_none():
+    data, replay = data_and_replay()
+    (known,) = CALIBRATED.derive_columns((data,))
     marked = dataclasses.replace(known, extra={RETURN: known.extra[RETURN] + 1})
-    again, fresh = agent.annotate((marked, replay))
+    again, fresh = CALIBRATED.derive_columns((marked, replay))
     assert again is marked and fresh.extra.keys() == {RETURN} and replay.extra == {}
-    assert Known().annotate((data, replay)) == (data, replay)
+    assert KNOWN.derive_columns((data, replay)) == (data, replay)
 
 
 @pytest.mark.parametrize(("mixing", "from_data"), [(0.5, 32), (0.25, 16), (0.0, 0), (1.0, 64)])
 def test_a_batch_has_its_share_of_the_data_whatever_their_sizes(mixing, from_data):
     data, replay = data_and_replay()
-    batch = jitted(Known.sample)(Known(mixing=mixing, batch_size=64), (data, replay), KEY)
+    agent, sample = with_fields(KNOWN, mixing=mixing, batch=64), jitted(CQL.sample)
+    batch = sample(agent, (data, replay), KEY)
     assert (batch.obs < 50).sum() == from_data
-    one, other = (jitted(Known.sample)(Known(mixing=share), (replay,), KEY) for share in (mixing, 0.3))
-    assert same(one, other)  # one ring is all there is
+    other = dataclasses.replace(agent, mixing=0.3)
+    assert same(sample(agent, (replay,), KEY), sample(other, (replay,), KEY))  # one ring is all there is
 
 
 def test_goals_in_hindsight_cannot_be_calibrated():
@@ -269,30 +259,34 @@ def test_goals_in_hindsight_cannot_be_calibrated():
 
 @pytest.mark.parametrize("gap", [0.0, 100.0])
 def test_the_multiplier_rises_where_the_excess_is_above_the_gap_and_falls_below_it(gap):
-    agent, state = Known(lagrange=True, gap=gap, conservatism=3.0, critic_lr=0.1), known(**MIXED, lagrange=0.7)
-    batch, draws = batch_of([[0.0]], **BATCH), drawn(samples=2, **NOISE)
+    agent = dataclasses.replace(LEARNED, gap=gap, conservatism=3.0, critic_adam=Descent(0.1))
+    state, batch, draws = known(**MIXED, lagrange=0.7), batch_of([[0.0]], **BATCH), drawn(samples=2, **NOISE)
     over = np.asarray(excess(agent, state, batch, draws)).sum() - 2 * gap
     slope = -math.exp(0.7) * 3 * over
-    after = jitted(Known.learn)(agent, state, batch, draws)[0].params["lagrange"]
+    after = jitted(CQL.learn)(agent, state, batch, draws)[0].params["lagrange"]
     assert float(after) == pytest.approx(0.7 - 0.1 * slope, rel=1e-5) and (after > 0.7) == (over > 0) == (gap == 0)
-    fixed = jitted(Known.learn)(dataclasses.replace(agent, lagrange=False), state, batch, draws)[0]
+    fixed = jitted(CQL.learn)(dataclasses.replace(agent, lagrange=False), state, batch, draws)[0]
     assert float(fixed.params["lagrange"]) == pytest.approx(0.7)
 
 
 def test_the_multiplier_is_bounded():
-    np.testing.assert_allclose(multiplier(jnp.array([-200.0, 0.0, 20.0])), [0, 1, 1e6], atol=1e-6)
+    batch, draws = batch_of([[0.0]], **BATCH), drawn(samples=2, **NOISE)
+    weights = [metrics_of(LEARNED, known(lagrange=x), batch, draws)["lagrange/weight"] for x in (-200.0, 0.0, 20.0)]
+    np.testing.assert_allclose(weights, [0, 1, 1e6], atol=1e-6)
 
 
-def test_the_critics_loss_is_both_errors_plus_the_weighted_excess_over_the_gap():
+def test_the_critics_descend_both_errors_plus_the_weighted_excess_over_the_gap():
     batch, draws, state = batch_of([[2.0]], **BATCH), drawn(samples=2, **NOISE), known(**MIXED, lagrange=0.7)
-    agent = Known(conservatism=3.0, discount=0.0, gap=1.5)
+    agent = with_fields(KNOWN, conservatism=3.0, discount=0.0, gap=1.5)
     q = np.array([1 + 0.2 + 0.5, 2 - 3 * 0.2 + 0.5])
-    over = np.asarray(excess(agent, state, batch, draws)).sum()
+    over, (term, _) = (f(agent, state, batch, draws) for f in (excess, pull_of_term))
     for lagrange, weight, gap in ((False, 3.0, 0.0), (True, 3 * math.exp(0.7), 1.5)):
         agent = dataclasses.replace(agent, lagrange=lagrange)
-        loss, metrics = jitted(Known.critic_loss)(agent, state.params["critic"], state, batch, draws)
-        assert float(metrics["critic/loss"]) == pytest.approx(((q - 2) ** 2).sum(), rel=1e-5)
-        assert float(loss) == pytest.approx(((q - 2) ** 2).sum() + weight * (over - 2 * gap), rel=1e-5)
+        metrics, pull = (f(agent, state, batch, draws) for f in (metrics_of, pull_of))
+        assert metrics["critic/loss"] == pytest.approx(((q - 2) ** 2).sum(), rel=1e-5)
+        assert metrics["critic/conservative"] == pytest.approx(float(over.sum()) - 2 * gap, rel=1e-5)
+        for name, slope in (("bias", 1), ("slope", 0.2)):
+            np.testing.assert_allclose(pull["critic"][name], 2 * (q - 2) * slope + weight * term[name], rtol=1e-5)
 
 
 # The target
@@ -304,7 +298,7 @@ def test_the_target_is_what_the_lower_slow_critic_says_of_an_action_of_the_polic
     noise = np.array([-1.0, 2.0, 0.0])
     action = np.tanh(0.4 + 0.5 * noise)
     low = np.minimum(1 + action, 2 - action) + 4
-    found = jitted(Known.td_target)(Known(discount=0.9), state, batch, drawn(3, target=noise[:, None, None]))
+    found = jitted(CQL.td_target)(with_fields(KNOWN, discount=0.9), state, batch, drawn(3, target=noise[:, None, None]))
     np.testing.assert_allclose(found, 3 + 0.9 * low * [1, 1, 0], rtol=1e-5)  # whatever the entropy's weight
 
 
@@ -312,8 +306,8 @@ def test_the_best_of_several_actions_is_the_target_if_asked():
     state, noise = known(target=((1.0, 2.0), (1.0, -1.0))), np.array([-1.0, 0.4, 3.0])
     low = np.minimum(1 + np.tanh(noise), 2 - np.tanh(noise))
     assert low.argmax() == 1  # what the better critic likes most is another
-    agent = Known(discount=0.5, max_target=True, samples=3)
-    found = jitted(Known.td_target)(agent, state, batch_of([[0.0]]), drawn(samples=3, target=noise[None, :, None]))
+    agent = with_fields(KNOWN, discount=0.5, max_target=True, samples=3)
+    found = jitted(CQL.td_target)(agent, state, batch_of([[0.0]]), drawn(samples=3, target=noise[None, :, None]))
     np.testing.assert_allclose(found, [0.5 * low.max()], rtol=1e-5)
     for best, count in ((True, 3), (False, 1)):
         draws = dataclasses.replace(agent, max_target=best).draw(NARROW, batch_of([[0.0]]), KEY)
@@ -327,16 +321,15 @@ def test_the_policy_climbs_the_lower_critic_and_keeps_its_entropy_by_weight():
     state = known(bias=(1.0, 2.0), slope=(1.0, -1.0), mean=0.2, width=-0.5, entropy=math.log(0.3))
     noise = np.array([-1.0, 2.0])
     batch, draws = batch_of([[0.0]] * 2, obs=[[4.0]] * 2), drawn(2, policy=noise[:, None])
-    arguments = (Known(), state.params["actor"], state, batch, draws)
-    value, pull = jitted(Known.actor_loss)(*arguments)[0], gradient_of(Known.actor_loss)(*arguments)
+    value, pull = (f(KNOWN, state, batch, draws) for f in (metrics_of, pull_of))
 
     def by_hand(mean):
         u = mean + np.exp(-0.5) * noise
         low = np.minimum(1 + np.tanh(u), 2 - np.tanh(u)) + 4
         return (0.3 * log_density(u, mean, -0.5) - low).mean()
 
-    assert float(value) == pytest.approx(by_hand(0.2), rel=1e-5)
-    assert float(pull["mean"]) == pytest.approx((by_hand(0.2 + 1e-5) - by_hand(0.2 - 1e-5)) / 2e-5, rel=1e-3)
+    assert value["actor/loss"] == pytest.approx(by_hand(0.2), rel=1e-5)
+    assert float(pull["actor"]["mean"]) == pytest.approx((by_hand(0.2 + 1e-5) - by_hand(0.2 - 1e-5)) / 2e-5, rel=1e-3)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -345,7 +338,7 @@ def test_the_entropy_weighs_more_where_the_policys_falls_below_minus_the_number_
 
     def pull(entry):  # of a policy whose action has this log density per entry
         state = known(spec=spec, width=-entry - 0.5 * math.log(2 * math.pi))
-        return float(gradient_of(Known.entropy_loss)(Known(), jnp.zeros(()), state, batch, drawn(size=size)))
+        return float(pull_of(KNOWN, state, batch, drawn(samples=2, size=size))["entropy"])
 
     assert pull(1.0) == pytest.approx(0, abs=1e-5)
     assert pull(1.5) == pytest.approx(-0.5 * size, rel=1e-4)  # descent raises the weight
@@ -356,18 +349,21 @@ def test_the_entropy_weighs_more_where_the_policys_falls_below_minus_the_number_
 
 
 def test_every_network_steps_on_what_the_others_were_before():
-    agent = Known(lagrange=True, actor_lr=0.5, critic_lr=0.1, tau=0.25, conservatism=2.0)
+    agent = with_fields(LEARNED, actor_adam=Descent(0.5), critic_adam=Descent(0.1), tau=0.25, conservatism=2.0)
     state = known(**MIXED, target=((0.0, 1.0), (2.0, 2.0)), lagrange=0.4, entropy=-0.7)
     batch, draws = batch_of([[3.0]], **BATCH), drawn(samples=2, **NOISE, policy=[[0.6]], target=[[[0.3]]])
-    after, metrics = jitted(Known.learn)(agent, state, batch, draws)
-    parts = {"entropy": 0.5, "actor": 0.5, "critic": 0.1, "lagrange": 0.1}
-    for name, lr in parts.items():
-        pull = gradient_of(getattr(Known, f"{name}_loss"))(agent, state.params[name], state, batch, draws)
-        for new, old, slope in zip(*map(jax.tree.leaves, (after.params[name], state.params[name], pull)), strict=True):
+    after, metrics = jitted(CQL.learn)(agent, state, batch, draws)
+    pulls = pull_of(agent, state, batch, draws)
+    for name, lr in {"entropy": 0.5, "actor": 0.5, "critic": 0.1, "lagrange": 0.1}.items():
+        trees = after.params[name], state.params[name], pulls[name]
+        for new, old, slope in zip(*map(jax.tree.leaves, trees), strict=True):
             np.testing.assert_allclose(new, old - lr * slope, rtol=1e-5, atol=1e-6)
             assert np.any(slope)
-    loss, _ = jitted(Known.actor_loss)(agent, state.params["actor"], state, batch, draws)
-    assert float(metrics["actor/loss"]) == pytest.approx(float(loss), rel=1e-5)
+    slopes = slopes_of(agent, state, batch, draws, through_state=False)
+    moved = {"actor/loss": {"actor"}, "critic/loss": {"critic"}, "critic/conservative": {"critic"}}
+    assert {name: reached(slopes[name]) for name in moved} == moved
+    before = metrics_of(agent, state, batch, draws)
+    assert float(metrics["actor/loss"]) == pytest.approx(before["actor/loss"], rel=1e-5)
     for name in ("bias", "slope"):  # the target follows the critics as they are now
         slow = 0.75 * state.target["critic"][name] + 0.25 * after.params["critic"][name]
         np.testing.assert_allclose(after.target["critic"][name], slow, rtol=1e-5)
@@ -375,24 +371,24 @@ def test_every_network_steps_on_what_the_others_were_before():
 
 
 def test_steps_that_did_not_happen_teach_nothing():
-    agent, state = Known(lagrange=True, gap=0.0), known(**MIXED)
+    agent, state = dataclasses.replace(LEARNED, gap=0.0), known(**MIXED)
     batch, draws = batch_of([[3.0]], valid=[[0]], **BATCH), drawn(samples=2, **NOISE)
-    assert same(jitted(Known.learn)(agent, state, batch, draws)[0].params, state.params)
+    assert same(jitted(CQL.learn)(agent, state, batch, draws)[0].params, state.params)
 
 
-def test_observations_are_normalised_in_learning_as_in_acting():
+def test_observations_are_normalized_in_learning_as_in_acting():
     state, raw = known(lean=1.0), batch_of([[3.0]], **BATCH)
-    scaled = dataclasses.replace(state, normalizer=common.Normalizer(jnp.array([1.0]), jnp.array([2.0])))
+    scaled = dataclasses.replace(state, normalizer=Normalizer(jnp.array([1.0]), jnp.array([2.0])))
     draws = drawn(samples=2, **NOISE)
     units = dataclasses.replace(raw, obs=(raw.obs - 1) / 2, next_obs=(raw.next_obs - 1) / 2)
-    agent, learn = Known(lagrange=True), jitted(Known.learn)
-    assert same(learn(agent, scaled, raw, draws)[0].params, learn(agent, state, units, draws)[0].params)
-    action = agent.act(scaled, jnp.array([[5.0]]), KEY, greedy=True)
+    learn = jitted(CQL.learn)
+    assert same(learn(LEARNED, scaled, raw, draws)[0].params, learn(LEARNED, state, units, draws)[0].params)
+    action = LEARNED.act(scaled, jnp.array([[5.0]]), KEY, greedy=True)
     np.testing.assert_allclose(action, [[[np.tanh(2.0)]]], rtol=1e-6)
 
 
 def test_every_random_number_of_an_update_is_its_own():
-    draws = Known().draw(NARROW, batch_of(np.zeros((2000, 1))), KEY)
+    draws = KNOWN.draw(NARROW, batch_of(np.zeros((2000, 1))), KEY)
     columns = np.concatenate([np.asarray(x).reshape(2000, -1) for x in draws.values()], axis=1)
     assert columns.shape == (2000, 3 * 2 + 2)
     assert np.abs(np.corrcoef(columns, rowvar=False) - np.eye(8)).max() < 0.1
@@ -406,9 +402,9 @@ def test_every_random_number_of_an_update_is_its_own():
 
 def test_it_acts_on_a_squashed_sample_and_in_evaluation_on_the_squashed_mean():
     state, noise = known(mean=0.6, width=math.log(0.5)), np.asarray(jax.random.normal(KEY, (50, 1)))
-    action = Known().act(state, jnp.zeros((50, 1)), KEY)
+    action = KNOWN.act(state, jnp.zeros((50, 1)), KEY)
     np.testing.assert_allclose(action[:, 0], np.tanh(0.6 + 0.5 * noise), rtol=1e-5)
-    calm = Known().act(state, jnp.zeros((50, 1)), KEY, greedy=True)
+    calm = KNOWN.act(state, jnp.zeros((50, 1)), KEY, greedy=True)
     np.testing.assert_allclose(calm, np.full((50, 1, 1), np.tanh(0.6)), rtol=1e-6)
 
 
@@ -416,20 +412,20 @@ def test_it_acts_on_a_squashed_sample_and_in_evaluation_on_the_squashed_mean():
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("agent", "message"),
     [
-        ({"actor_hidden": (8, 0)}, "CQL.actor_hidden"),
-        ({"critic_hidden": (0,)}, "CQL.critic_hidden"),
-        ({"samples": 0}, "CQL.samples = 0: must be at least 1"),
-        ({"soft": 0.0}, "CQL.soft = 0.0: must be at least 1e-06"),
-        ({"actor_lr": -1.0}, "CQL.actor_lr = -1.0: must be at least 0"),
-        ({"critic_lr": -1.0}, "CQL.critic_lr = -1.0: must be at least 0"),
-        ({"conservatism": -1.0}, "CQL.conservatism = -1.0: must be at least 0"),
-        ({"discount": 1.5}, "CQL.discount = 1.5: must be in [0, 1]"),
-        ({"tau": -0.1}, "CQL.tau = -0.1: must be in [0, 1]"),
-        ({"mixing": 1.5}, "CQL.mixing = 1.5: must be in [0, 1]"),
+        (CQL(actor=SquashedGaussianPolicy(Net((8, 0)))), "CQL.actor.net.hidden = (8, 0): must be at least 1"),
+        (CQL(critic=Critic(Net((0,)))), "CQL.critic.net.hidden = (0,): must be at least 1"),
+        (CQL(samples=0), "CQL.samples = 0: must be at least 1"),
+        (CQL(soft=0.0), "CQL.soft = 0.0: must be at least 1e-06"),
+        (CQL(actor_adam=Adam(-1.0)), "CQL.actor_adam.lr = -1.0: must be at least 0"),
+        (CQL(critic_adam=Adam(-1.0)), "CQL.critic_adam.lr = -1.0: must be at least 0"),
+        (CQL(conservatism=-1.0), "CQL.conservatism = -1.0: must be at least 0"),
+        (CQL(Transitions(discount=1.5)), "CQL.transitions.discount = 1.5: must be in [0, 1]"),
+        (CQL(critic=Critic(tau=-0.1)), "CQL.critic.tau = -0.1: must be in [0, 1]"),
+        (CQL(mixing=1.5), "CQL.mixing = 1.5: must be in [0, 1]"),
     ],
 )
-def test_values_out_of_range_are_refused_by_name(fields, message):
+def test_values_out_of_range_are_refused_by_name(agent, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        CQL(**fields).check()
+        ranges.check(agent)

@@ -68,10 +68,10 @@ def mistake(argv: list[str], capsys) -> str:
         ),
         ("train fmq no_such_module:make", "environment 'no_such_module:make': cannot import 'no_such_module'"),
         ("train fmq point extra", "unexpected argument 'extra'"),
-        ("train --seed 1 fmq", "unexpected argument 'fmq': names come first, and a switch takes no value"),
+        ("train --seed 1 fmq", "unexpected argument 'fmq': names must come before flags, and a switch takes no value"),
         (
             "train fql point --agent.normalize-q false",
-            "unexpected argument 'false': names come first, and a switch takes",
+            "unexpected argument 'false': names must come before flags, and a switch takes",
         ),
         ("train fmq point --sede 1", "unknown flag --sede: did you mean --seed? --help lists all"),
         ("train fmq point --agent.beam.widht=3", "unknown flag --agent.beam.widht: did you mean --agent.beam.width?"),
@@ -115,9 +115,9 @@ def mistake(argv: list[str], capsys) -> str:
         ("train --resume folder", "folder is not a run directory: config.json is missing"),
         ("train --resume ok.npz", "ok.npz is not a run directory: config.json is missing"),
         ("train --resume cut", "cut is not a run directory: config.json cannot be read (Expecting"),
-        ("train --resume folder --seed 1", "--resume: a run goes on as it began, --seed does not apply"),
-        ("train --resume=folder --seed=1", "--resume: a run goes on as it began, --seed does not apply"),
-        ("train fmq --resume folder", "--resume: a run goes on as it began, fmq does not apply"),
+        ("train --resume folder --seed 1", "--resume: a run resumes with its own configuration, --seed does not apply"),
+        ("train --resume=folder --seed=1", "--resume: a run resumes with its own configuration, --seed does not apply"),
+        ("train fmq --resume folder", "--resume: a run resumes with its own configuration, fmq does not apply"),
         ("eval", "eval: name a run directory, for example `jaxrl eval runs/NAME`"),
         ("eval nothing", "nothing is not a run directory: config.json is missing"),
         ("render nothing", "nothing is not a run directory: config.json is missing"),
@@ -129,11 +129,11 @@ def mistake(argv: list[str], capsys) -> str:
         ("collect point --steps 0", "steps = 0: must be at least 1"),
         ("collect point --out data.txt", "--out data.txt: the name of a dataset file ends in .npz"),
         ("collect point --out ok.npz", "ok.npz exists: name another file with --out"),
-        ("data", "data: say what to do with which file, `jaxrl data describe FILE`"),
+        ("data", "data: name a command and a file, for example `jaxrl data describe FILE`"),
         ("data describe missing.npz", "no file missing.npz: did you mean 'nan.npz'?"),
         ("data describe ok.npz --env pont", "unknown environment 'pont': did you mean 'point'?"),
         ("doctor --env pont", "unknown environment 'pont': did you mean 'point'?"),
-        ("list all", "unexpected argument 'all': names come first, and a switch takes no value"),
+        ("list all", "unexpected argument 'all': names must come before flags, and a switch takes no value"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(whole, tmp_path, monkeypatch, capsys, line, message):
@@ -208,7 +208,7 @@ def test_damaged_configurations_are_refused(whole, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
     for text, message in (
-        ("[1]", "run is not a run directory: config.json holds no JSON object"),
+        ("[1]", "run is not a run directory: config.json is not a JSON object"),
         ('{"agent_name": "fmq"}', "run/config.json is damaged: 'agent' is missing"),
         ('{"agent_name": "fqm"}', "unknown agent 'fqm': did you mean 'fql'? known are " + ", ".join(sorted(AGENTS))),
     ):
@@ -309,7 +309,9 @@ def test_replay_finds_a_changed_digit(whole, tmp_path, capsys):
     assert cli.main(["replay", str(path), "--epochs=5"]) == 0
     assert capsys.readouterr().out == "identical\n"
     assert cli.main(["replay", str(path), "--epochs=6"]) == 1
-    assert capsys.readouterr().out == f"different: epoch 6, critic/q: {changed} is recorded, {was} is repeated\n"
+    assert (
+        capsys.readouterr().out == f"different: epoch 6, critic/q: {changed} in the record, {was} in the repetition\n"
+    )
 
 
 def test_replay_goes_no_further_than_the_run_did(whole, tmp_path, capsys):
@@ -319,7 +321,7 @@ def test_replay_goes_no_further_than_the_run_did(whole, tmp_path, capsys):
     assert cli.main(["replay", str(path)]) == 0
     (path / "metrics.jsonl").write_text("")
     capsys.readouterr()
-    assert mistake(["replay", str(path)], capsys) == f"{path} has no epoch yet that could be repeated"
+    assert mistake(["replay", str(path)], capsys) == f"{path} has no epoch to repeat yet"
 
 
 def test_eval_repeats_the_runs_last_evaluation_and_takes_other_settings(whole, capsys):
@@ -419,8 +421,7 @@ def test_help_can_be_cut_short_by_a_pipe():
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert (
-        done.stdout
-        == "Train an agent on a dataset, then, if it learns online, in the environment. Or go on with a run.\n"
+        done.stdout == "Train an agent on a dataset, then online in the environment if configured. Or resume a run.\n"
     )
 
 

@@ -416,7 +416,7 @@ def test_the_command_line_lists_a_folder_and_trains_on_it(folder, tmp_path, caps
     ]
     assert lines[-1] == f"sha256 {found(folder).digest}"
     assert cli.main(["data", "describe", str(folder), "--env", ENV]) == 2
-    assert "returns are of one file" in capsys.readouterr().err
+    assert "applies to a single file" in capsys.readouterr().err
     shutil.rmtree(folder)
     assert cli.main(["train", "bc", ENV, f"--data={folder}/*.npz", f"--out={tmp_path / 'run'}"]) == 2
     assert "no .npz files in" in capsys.readouterr().err

@@ -217,15 +217,15 @@ def test_the_best_is_chosen_on_evaluations_and_reported_on_separate_episodes(tmp
     seen = found(tmp_path)
     first, honest, rival = report.verdict(seen)
     assert first == "Best of 2 settings: bc lr=1e-3, chosen on eval/success (success 0.85 [0.80, 0.90])."
-    assert honest == "On separate episodes of the same members, which chose nothing: 0.51 [0.50, 0.52]."
-    assert rival == "As good may be, by the intervals of the probability of improvement: bc lr=1e-4."
+    assert honest == "On separate episodes of the same members, not used for selection: 0.51 [0.50, 0.52]."
+    assert rival == "Not distinguishable from it, by the intervals of the probability of improvement: bc lr=1e-4."
     (comparison,) = report.comparisons(seen)
     assert (comparison.better, comparison.estimate.point) == ("bc lr=1e-3", 0.0)  # compared on separate episodes
     (tmp_path / "b0/result.json").write_text("{}")
-    assert "Choice and score share" not in " ".join(report.verdict(found(tmp_path)))  # of the best there are some
+    assert "Selection and score use" not in " ".join(report.verdict(found(tmp_path)))  # of the best there are some
     assert "Not every finished member was evaluated on separate episodes" in " ".join(found(tmp_path).notes)
     (tmp_path / "a1/result.json").write_text('{"run": "a1"}')
-    assert "Choice and score share their episodes" in report.verdict(found(tmp_path))[1]
+    assert "Selection and score use the same episodes" in report.verdict(found(tmp_path))[1]
 
 
 def test_slices_are_over_all_settings_with_a_value(sweep):
@@ -250,9 +250,9 @@ def test_a_sweep_over_datasets_has_a_task_for_each_and_says_who_has_not_begun(tm
     (tmp_path / "sweep.json").write_text(json.dumps({"cohorts": cohorts}))
     seen = found(tmp_path)
     assert seen.tasks == ("point, one.npz", "point, two.npz")
-    assert f"{tmp_path}: 1 of its 3 members have not begun." in seen.notes
+    assert f"{tmp_path}: 1 of its 3 members have not started." in seen.notes
     (tmp_path / "sweep.json").write_text('{"cohorts": [{}]}')
-    with pytest.raises(UserError, match=r"sweep\.json is damaged: its cohorts name no members or datasets"):
+    with pytest.raises(UserError, match=r"sweep\.json is damaged: its cohorts lack members or datasets"):
         found(tmp_path)
     member = found(tmp_path / "members/000").settings[0].members[0]  # one of them alone
     assert member.last("success") == 0.5
@@ -271,7 +271,9 @@ def test_diverged_members_keep_their_last_evaluation_and_count_as_failed_before_
     assert report.estimate(setting.counted, "success").point == pytest.approx((0.9 + 0.6 + 0) / 3)
     clock, points, _, _ = pictures.curve(setting.counted, "offline", "success")
     assert clock == [100, 200, 300] and points == pytest.approx([0.9 / 3, 1.4 / 3, 1.5 / 3])
-    assert "Each counts with its last evaluation; 1 before the first, with success 0." in " ".join(seen.notes)
+    assert "Each counts with its last evaluation; 1 before the first evaluation, with success 0." in " ".join(
+        seen.notes
+    )
     (row,) = report.rows(seen)
     assert (row["finished"], row["diverged"], row["seeds"]) == (1, 2, 3)
     assert report.estimate(found(tmp_path, score="return").ranked[0].counted, "return").point == pytest.approx(-25)
@@ -310,15 +312,15 @@ def test_partial_budgets_are_marked_and_compared_with_nobody_unless_that_is_allo
     assert (first["unfinished"], first["updates"], first["whole_budget"]) == (2, 400, True)
     assert (second["eval"], second["dropped"], second["updates"], second["whole_budget"]) == (0.9, 3, 200, False)
     notes = " ".join(seen.notes)
-    assert "late after 100 updates and 0 steps. Each counts only where no member of its setting spent" in notes
+    assert "late after 100 updates and 0 steps. Each counts only if no member of its setting spent" in notes
     assert f"No evaluation yet: {tmp_path}/silent after 0 updates" in notes and "(partial budget)" in report.markdown(
         seen
     )
 
     pooled = found(tmp_path, mix=["budget"])
     assert [setting.label for setting in pooled.ranked] == [partial.label, best.label]
-    assert pooled.mixed == ("4 runs that have not spent the whole budget count too.",)
-    assert len(pooled.ranked[1].counted) == 4 and "Each counts as it stands" in " ".join(pooled.notes)
+    assert pooled.mixed == ("4 runs that have not spent the whole budget also count.",)
+    assert len(pooled.ranked[1].counted) == 4 and "Each counts as is" in " ".join(pooled.notes)
 
 
 def test_one_seed_has_an_interval_over_its_episodes_and_says_so(tmp_path):
@@ -392,8 +394,8 @@ def test_a_run_that_was_repeated_counts_once(tmp_path):
     write_run(tmp_path / "c", [], manifest={}, fields={"schedule.offline_updates": 100})
     seen = found(tmp_path, tmp_path / "a")
     assert [m.path.name for s in seen.settings for m in s.members] == ["a"]
-    assert f"{tmp_path}/b has the setting, task and seed of {tmp_path}/a: it is left out." in seen.notes
-    assert f"{tmp_path}/c has the setting, task and seed of {tmp_path}/a: it is left out." in seen.notes
+    assert f"{tmp_path}/b has the setting, task and seed of {tmp_path}/a: excluded." in seen.notes
+    assert f"{tmp_path}/c has the setting, task and seed of {tmp_path}/a: excluded." in seen.notes
     assert [m.path.name for s in found(tmp_path / "c", tmp_path / "b").settings for m in s.members] == ["b"]
 
 
@@ -470,14 +472,14 @@ def test_unlike_runs_are_refused_and_mixed_only_where_that_is_said(flag, asked, 
     others = [name for name in typing.get_args(report.Mix) if name != flag]
     assert cli.main(["report", "a", "b", "--mix", *others]) == 2
     assert capsys.readouterr().err == (
-        f"jaxrl: a and b differ on point in {words}: leave one out, or allow it with --mix {flag}\n"
+        f"jaxrl: a and b differ on point in {words}: exclude one, or allow it with --mix {flag}\n"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
     assert cli.main(["report", "a", "b", "--mix", flag]) == 0
     name = words.split(",")[0]
-    assert capsys.readouterr().out.startswith(f"**Mixed because it was allowed.** On point, {name}")
+    assert capsys.readouterr().out.startswith(f"**Mixed as allowed by --mix.** On point, {name}")
     page = Path("report/report.html").read_text()
-    assert 0 < page.index("Mixed because it was allowed") < page.index("class=verdict")
+    assert 0 < page.index("Mixed as allowed by --mix") < page.index("class=verdict")
 
 
 def test_other_tasks_and_small_differences_of_what_was_spent_are_no_mixture(tmp_path):
@@ -490,9 +492,7 @@ def test_other_tasks_and_small_differences_of_what_was_spent_are_no_mixture(tmp_
 def test_returns_of_several_tasks_are_refused(tmp_path):
     finished(tmp_path / "a", [0.5])
     finished(tmp_path / "b", [0.5], env="push")
-    with pytest.raises(
-        UserError, match=r"^score = 'return': returns of different tasks have no common unit, point and"
-    ):
+    with pytest.raises(UserError, match=r"^score = 'return': returns of different tasks are not comparable, point and"):
         found(tmp_path, score="return")
     assert report.rows(found(tmp_path / "a", score="return"))[0]["eval"] == -50
 
@@ -518,9 +518,9 @@ def broken(folder: Path, name: str, text: str) -> Path:
         (lambda: finished(Path("new"), [], result=None), "new: no run directory there has an evaluation yet"),
         (
             lambda: broken(Path("a"), "metrics.jsonl", "{}\n{}\n"),
-            "a/metrics.jsonl is damaged: line 1 is no row of metrics",
+            "a/metrics.jsonl is damaged: line 1 is not a metrics row",
         ),
-        (lambda: broken(Path("b"), "metrics.jsonl", "{\n{}\n"), "b/metrics.jsonl is damaged: line 1 is no JSON"),
+        (lambda: broken(Path("b"), "metrics.jsonl", "{\n{}\n"), "b/metrics.jsonl is damaged: line 1 is not JSON"),
         (lambda: broken(Path("c"), "config.json", "{}"), "c/config.json: unknown agent 'None': known are "),
         (
             lambda: broken(Path("d"), "config.json", '{"agent_name": "bc"'),
@@ -530,7 +530,7 @@ def broken(folder: Path, name: str, text: str) -> Path:
         (lambda: broken(Path("f"), "result.json", "["), "f: result.json cannot be read"),
         (
             lambda: broken(Path("g"), "result.json", '{"status": "lost"}'),
-            "g/result.json is damaged: status 'lost' is none of finished, diverged, dropped, unfinished",
+            "g/result.json is damaged: status 'lost' is not one of finished, diverged, dropped, unfinished",
         ),
         (lambda: write_run(Path("h"), [0.5]), "h is not a run directory: manifest.json is missing"),
     ],
@@ -566,7 +566,10 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path, monkeypatch, caps
     Path("mine").mkdir()
     Path("mine/thesis.md").write_text("years")
     assert cli.main(["report", "runs", "--out", "mine"]) == 2
-    assert capsys.readouterr().err == "jaxrl: --out mine: it holds something that is no report, name another folder\n"
+    assert (
+        capsys.readouterr().err
+        == "jaxrl: --out mine: the folder contains something other than a report, name another folder\n"
+    )
     assert cli.main(["report", "runs", "--out", "runs/a/config.json"]) == 2
     assert [path.name for path in Path("mine").iterdir()] == ["thesis.md"]
 

@@ -136,7 +136,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_from_before(tmp_path
         checkpoint.save(tmp_path, epoch, carry(epoch))
     with monkeypatch.context() as patch:
         patch.setattr(place, name, failure)
-        with pytest.raises(UserError, match=r"^no space left in \S+ for epoch 3: make some, then use --resume$"):
+        with pytest.raises(UserError, match=r"^no space left in \S+ for epoch 3: free some, then use --resume$"):
             checkpoint.save(tmp_path, 3, carry(3))
     assert names(tmp_path) == ["1", "1.json", "2", "2.json"]
     assert numbers(checkpoint.load(tmp_path, shapes(carry(0)))[1]) == numbers(carry(2))

@@ -83,7 +83,10 @@ def test_a_run_has_a_dataset_where_a_phase_learns_from_it(config, has, recorded)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dataclasses.replace(changed(online_data="replay"), data="x.npz"), "data = 'x.npz': this run learns from no"),
+        (
+            dataclasses.replace(changed(online_data="replay"), data="x.npz"),
+            "data = 'x.npz': this run does not learn from a dataset",
+        ),
         (dataclasses.replace(CONFIG, weighting=Weighting("advantage")), "weighting.kind = 'advantage': this run"),
         (dataclasses.replace(CONFIG, agent=PRDC()), "phase 'online': PRDC looks up the dataset in every update"),
         (changed(online_steps=0), "there is nothing to do"),
@@ -163,7 +166,7 @@ def test_a_run_that_began_with_a_dataset_does_not_go_on_without_one(whole, tmp_p
     path = tmp_path / "run"
     path.mkdir()
     (path / "manifest.json").write_text(json.dumps({"dataset_digest": "d1"}))
-    with pytest.raises(UserError, match="began with a dataset, whose sha256 was d1, and would learn from none now"):
+    with pytest.raises(UserError, match="began with a dataset, whose sha256 was d1, but has none now"):
         driver.resume(CONFIG, tiny.make(tiny.ENV), path, Stop(False))
 
 

@@ -110,14 +110,14 @@ def test_scalars_are_the_leaves_of_the_agent(path, scalar):
     ("change", "message"),
     [
         ({"grid": {"agent.adam.lrr": (1,)}}, "unknown field 'agent.adam.lrr': did you mean 'agent.adam.lr'?"),
-        ({"grid": {"seed": (1, 2)}}, "seed: cannot be swept: --seeds says how many"),
+        ({"grid": {"seed": (1, 2)}}, "seed: cannot be swept: use --seeds for the number"),
         ({"grid": {"schedule.eval_seed": (1, 2)}}, "schedule.eval_seed: cannot be swept"),
-        ({"grid": {"agent.adam.lr": ()}}, "agent.adam.lr: names no value"),
-        ({"grid": {"agent.adam.lr": (1.0, 1.0)}}, "agent.adam.lr = 1.0 1.0: names a value twice"),
+        ({"grid": {"agent.adam.lr": ()}}, "agent.adam.lr: has no values"),
+        ({"grid": {"agent.adam.lr": (1.0, 1.0)}}, "agent.adam.lr = 1.0 1.0: has duplicate values"),
         ({"grid": {"agent.adam.lr": (1.0, -1.0)}}, "FQL.adam.lr = -1.0: must be"),
         ({"seeds": 0}, "seeds = 0: must be at least 1"),
-        ({"draws": 2}, "draws = 2: say how many with --draws"),
-        ({"drawn": {"agent.adam.lr": Draw("log", 1e-5, 1e-3)}}, "draws = 0: say how many"),
+        ({"draws": 2}, "draws = 2: drawn fields require --draws"),
+        ({"drawn": {"agent.adam.lr": Draw("log", 1e-5, 1e-3)}}, "draws = 0: drawn fields require --draws"),
         ({"drawn": {"agent.adam.lr": Draw("log", 0, 1)}, "draws": 2}, "agent.adam.lr = log:0:1: needs 0 < LOW < HIGH"),
         (
             {"drawn": {"agent.adam.lr": Draw("uniform", 1, 1)}, "draws": 2},
@@ -125,7 +125,7 @@ def test_scalars_are_the_leaves_of_the_agent(path, scalar):
         ),
         (
             {"drawn": {"agent.windows.chunk": Draw("uniform", 1, 5)}, "draws": 2},
-            "agent.windows.chunk = uniform:...: only a Scalar",
+            "agent.windows.chunk = uniform:...: only Scalars",
         ),
         ({"grid": {"agent.adam.lr": (1e-3, 1e-4)}, "paired": ("agent.alpha",)}, "unknown swept field 'agent.alpha'"),
         (
@@ -133,7 +133,7 @@ def test_scalars_are_the_leaves_of_the_agent(path, scalar):
                 "grid": {"agent.adam.lr": (1e-3, 1e-4), "agent.alpha": (1.0,)},
                 "paired": ("agent.adam.lr", "agent.alpha"),
             },
-            "paired: fields side by side need equally many values: agent.adam.lr has 2, agent.alpha has 1",
+            "paired: paired fields need equal numbers of values: agent.adam.lr has 2, agent.alpha has 1",
         ),
     ],
 )
@@ -147,8 +147,8 @@ def test_what_cannot_be_swept_is_named(change, message):
     ("change", "message"),
     [
         ({"max_members_per_program": 0}, "max_members_per_program = 0"),
-        ({"rungs": (0.5, 0.25)}, "rungs = 0.5 0.25: must ascend"),
-        ({"rungs": (0.5, 1.0)}, "rungs = 0.5 1.0: must ascend, between 0 and 1"),
+        ({"rungs": (0.5, 0.25)}, "rungs = 0.5 0.25: must be ascending"),
+        ({"rungs": (0.5, 1.0)}, "rungs = 0.5 1.0: must be ascending, between 0 and 1"),
         ({"keep": 1.0}, "keep = 1.0: must lie between"),
         ({"patience": math.nan}, "patience = nan: must be at least 0"),
     ],

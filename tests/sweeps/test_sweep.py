@@ -137,7 +137,7 @@ def test_a_member_is_a_folder_that_other_commands_take(whole):
     code, _, error = run(["train", "--resume", path])
     assert (code, error) == (
         2,
-        f"jaxrl: --resume {path}: is a member of a sweep, which goes on as a whole: jaxrl sweep\n",
+        f"jaxrl: --resume {path}: is a member of a sweep, use jaxrl sweep --resume on the sweep\n",
     )
 
 
@@ -301,18 +301,21 @@ def test_data_that_have_changed_are_refused(data, tmp_path, monkeypatch):
     [
         (
             "--agent.adam.lrate 1 2",
-            "--agent.adam.lrate 1 2: no field that can be swept: did you mean --agent.adam.lr?",
+            "--agent.adam.lrate 1 2: not a sweepable field: did you mean --agent.adam.lr?",
         ),
         ("--agent.adam.lrr 1", "unknown flag --agent.adam.lrr: did you mean --agent.adam.lr? --help lists all"),
         (
             "--agent.adam.lr log:1e-5 --draws 3",
-            "agent.adam.lr = log:1e-5: a distribution is one word, log:LOW:HIGH with two",
+            "agent.adam.lr = log:1e-5: a distribution is a single value, log:LOW:HIGH with two",
         ),
         ("--agent.adam.lr 1 x", "Error parsing --agent.adam.lr: could not convert string to float: 'x'"),
-        ("--agent.adam.lr 1 2 --agent.adam.lr 3 4", "--agent.adam.lr: is given twice"),
+        ("--agent.adam.lr 1 2 --agent.adam.lr 3 4", "--agent.adam.lr: given twice"),
         ("--rungs 0.5 x", "Error parsing --rungs"),
         ("--devices 64", "devices = 64: there are"),
-        ("--resume here --agent.adam.lr 1 2", "--resume: a sweep goes on as it began, bc does not apply"),
+        (
+            "--resume here --agent.adam.lr 1 2",
+            "--resume: a sweep resumes with its own configuration, bc does not apply",
+        ),
         ("--seed 1 2", "seed: cannot be swept"),
     ],
 )
@@ -414,7 +417,7 @@ def test_a_process_that_nobody_comes_to_meet_says_so(data, tmp_path, monkeypatch
     more = [f"--coordinator=127.0.0.1:{port()}", "--processes=2", "--process=0"]
     code, _, error = run([*flags(data, tmp_path / "x"), *more])
     assert code == 2
-    assert error == "jaxrl: processes cannot come together: not all were there within 2 s, or one was lost\n"
+    assert error == "jaxrl: processes cannot connect: not all connected within 2 s, or one was lost\n"
     assert not (tmp_path / "x").exists()
 
 

@@ -232,4 +232,4 @@ def test_a_stop_is_told_and_exits_with_its_own_code(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(generate, "fitted", stopped)
     assert cli.main(["synthesize", "data.npz", "--out=new.npz", "--length=8"]) == 75
-    assert capsys.readouterr().err == "stopped and saved in new-model; the same command goes on\n"
+    assert capsys.readouterr().err == "stopped and saved in new-model; repeat the command to resume\n"

@@ -246,10 +246,10 @@ class Wrong(Toy):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("behaviour", "this name stands for the behaviour"),
+        ("behaviour", "this name is reserved for the behavior"),
         ("no epochs", "needs at least one epoch of one iteration"),
-        ("nothing yet", "learns from the replay, and nothing was collected before"),
-        ("no data", "makes updates, and has no data to learn from"),
+        ("nothing yet", "learns from the replay, but nothing was collected before"),
+        ("no data", "makes updates, but has no data to learn from"),
         ("unseen", "the last phase must be evaluated"),
     ],
 )
@@ -368,10 +368,10 @@ def test_a_phase_learns_from_what_it_says(dataset):
 
 
 def test_a_phase_without_its_data_is_refused(dataset):
-    with pytest.raises(UserError, match="phase 'online' learns from the dataset, and there is none"):
+    with pytest.raises(UserError, match="phase 'online' learns from the dataset, but there is none"):
         epoch(ONLINE, begin(), None)
     offline = begin(schedule=dataclasses.replace(SCHEDULE, online_steps=0))
-    with pytest.raises(UserError, match="phase 'distill' learns from the replay, and there is none"):
+    with pytest.raises(UserError, match="phase 'distill' learns from the replay, but there is none"):
         epoch(Phase("distill", 1, 3, False, 2, data="replay"), offline, dataset)
 
 
