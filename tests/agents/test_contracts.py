@@ -335,8 +335,7 @@ def test_probabilities_are_learned_from_targets_that_are_probabilities(name):
 
     @jax.jit
     def learned(state, batch):
-        sizes = {"spec": WIDE, "state": state}  # what an agent's random numbers depend on
-        draws = agent.draw(sizes[next(iter(inspect.signature(agent.draw).parameters))], batch, KEY)
+        draws = agent.draw(WIDE, batch, KEY)
         more = [draws] if "draws" in inspect.signature(agent.td_target).parameters else []
         return agent.td_target(state, batch, *more), agent.learn(state, batch, draws)
 
