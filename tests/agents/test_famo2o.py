@@ -16,10 +16,11 @@ from jaxrl.agents.famo2o import FamO2O, features
 from jaxrl.agents.iql import IQL
 from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Transitions, Value
 from jaxrl.errors import UserError
-from jaxrl.types import Phase, pytree
+from jaxrl.types import Phase
 from tests.known import (
     KEY,
     NARROW,
+    Descent,
     batch_of,
     formula,
     gradient_of,
@@ -318,14 +319,6 @@ def test_family_and_critics_see_the_new_value_and_the_target_the_new_critics():
     wanted = 0.75 * np.array([0.3, 0.4]) + 0.25 * np.array([0.99, 1.99])
     np.testing.assert_allclose(after.target["critic"]["bias"], wanted, rtol=1e-5)
     assert int(after.step) == 1
-
-
-@pytree
-class Descent(Adam):
-    """Plain gradient descent, whose steps show the gradient."""
-
-    def transformation(self):
-        return optax.sgd(self.lr)
 
 
 def test_the_choice_and_its_entropys_weight_step_on_each_other_as_they_were():

@@ -329,14 +329,14 @@ def test_every_random_number_of_an_update_is_its_own():
 @pytest.mark.parametrize(
     ("agent", "message"),
     [
-        (QC(Windows(chunk=6)), "QC.windows.backup = 5: must be at least 6"),
+        (QC(Windows(6, 5)), "QC.windows.backup = 5: must be at least 6"),
         (QC(flow=FlowPolicy(Net((8, 0)))), "QC.flow.net.hidden = (8, 0): must be at least 1"),
         (QC(policy=OneStepPolicy(Net((0,)))), "QC.policy.net.hidden = (0,): must be at least 1"),
         (QC(critic=Critic(Net((0,)))), "QC.critic.net.hidden = (0,): must be at least 1"),
         (QC(critic=Critic(heads=0)), "QC.critic.heads = 0: must be at least 1"),
         (QC(num_samples=0), "QC.num_samples = 0: must be at least 1"),
         (QC(flow=FlowPolicy(steps=0)), "QC.flow.steps = 0: must be at least 1"),
-        (QC(flow=FlowPolicy(time="fourier", time_size=2)), "FlowPolicy.time_size = 2: must be at least 4"),
+        (QC(flow=FlowPolicy(time="fourier", time_size=2)), "QC.flow.time_size = 2: must be at least 4"),
         (QC(adam=AdamW(-1.0)), "QC.adam.lr = -1.0: must be at least 0"),
         (QC(adam=AdamW(weight_decay=-1.0)), "QC.adam.weight_decay = -1.0: must be at least 0"),
         (QC(alpha=-1.0), "QC.alpha = -1.0: must be at least 0"),

@@ -304,7 +304,7 @@ def test_no_weight_is_the_behaviour_flow_bit_for_bit():
 @pytest.mark.parametrize(
     ("agent", "message"),
     [
-        (QGF(Windows(chunk=6)), "QGF.windows.backup = 5: must be at least 6"),
+        (QGF(Windows(6, 5)), "QGF.windows.backup = 5: must be at least 6"),
         (QGF(flow=FlowPolicy(Net((8, 0)))), "QGF.flow.net.hidden = (8, 0): must be at least 1"),
         (QGF(critic=Critic(Net((0,)))), "QGF.critic.net.hidden = (0,): must be at least 1"),
         (QGF(value=Value(Net((0,)))), "QGF.value.net.hidden = (0,): must be at least 1"),

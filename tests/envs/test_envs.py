@@ -466,7 +466,7 @@ def test_keys_are_chosen_by_options(playground, options, actor, critic):
         ),
         ("Robot?critic=state,secret", "playground/Robot: unknown observation key 'secret'"),
         ("Robot?obs=state", "unknown option 'obs'"),
-        ("Cart?actor=state", "playground/Cart: observations are one array: there are no keys to choose"),
+        ("Cart?actor=state", "playground/Cart: observations are one array: there are no keys to select"),
     ],
 )
 def test_keys_that_do_not_exist_are_refused(playground, name, says):
@@ -555,20 +555,20 @@ FAULTS = {
     "part": (type("Partless", (), {"horizon": 3, "reset": None})(), "has spec, horizon, reset and step", "spec, step"),
     "sizes": (type("Sizeless", (Cart,), {"spec": Spec(2, 1, goal=2)})(), "spec holds sizes", "goal < observation"),
     "horizon": (Cart(horizon=0), "horizon is a positive int", "0"),
-    "keys": (seeing(actor_keys=("card",)), "spec holds sizes", "key 'card' is none of the arrays cart, image"),
+    "keys": (seeing(actor_keys=("card",)), "spec holds sizes", "key 'card' is not one of the arrays cart, image"),
     "no keys": (
         type("Keyed", (Cart,), {"spec": Spec(2, 1, critic_keys=("cart",))})(),
         "spec holds sizes",
         "it names the keys cart, but observations are one array",
     ),
-    "twice": (seeing(IMAGE, IMAGE), "spec holds sizes", "each under a name of its own"),
+    "twice": (seeing(IMAGE, IMAGE), "spec holds sizes", "with unique names"),
     "wide": (
         seeing(Leaf("cart", (2,), "float16"), IMAGE),
         "spec holds sizes",
         "arrays are float32, or images of dtype",
     ),
     "flat": (seeing(Leaf("image", (12,), "uint8")), "spec holds sizes", "with the shape (height, width, channels)"),
-    "goal": (seeing(goal=2), "spec holds sizes", "goal is 2, the array 'goal' has 0 entries: both must agree"),
+    "goal": (seeing(goal=2), "spec holds sizes", "goal is 2, the array 'goal' has 0 entries: they must agree"),
     "leaf": (
         seeing(Leaf("cart", (3,)), IMAGE),
         "shapes and dtypes are those of the contract",
@@ -582,10 +582,10 @@ FAULTS = {
     "discrete": (
         Chooser(),
         "step(state, action) can be traced",
-        "it takes the number of a choice: discrete actions are",
+        "it takes an integer action: discrete actions are",
     ),
     "hash": (Unhashable(), "can be a static argument of jit", "eq=False"),
-    "numpy": (type("Numpy", (Cart,), {"reset": numpy_start})(), "reset draws from its key alone", "numpy"),
+    "numpy": (type("Numpy", (Cart,), {"reset": numpy_start})(), "reset is random only through its key", "numpy"),
     "dict": (type("Dict", (Cart,), {"reset": lambda *_: {}})(), "reset returns an EnvState", "it returns dict"),
     "if": (broken(lambda a, b, u: a if u[0] > 0 else b), "step(state, action) can be traced", "jnp.where"),
     "obs": (
@@ -608,7 +608,7 @@ FAULTS = {
     "bound": (
         broken(replaced(reward=lambda a, b, u: jnp.where(u[0] == 1, jnp.nan, a.reward))),
         "finite under actions at the bounds",
-        "not so at step 1",
+        "violated at step 1",
     ),
     "callback": (
         broken(
@@ -625,8 +625,8 @@ FAULTS = {
         "key of reset",
     ),
     "restart": (broken(restarted(lambda s: s.truncated)), CLOCK, "do not reset in step"),
-    "clock": (broken(replaced(steps=lambda a, b, _: b.steps)), CLOCK, "not so at step 1"),
-    "never": (broken(replaced(truncated=lambda a, *_: jnp.zeros((), bool))), CUT, "not so at step 63"),
+    "clock": (broken(replaced(steps=lambda a, b, _: b.steps)), CLOCK, "violated at step 1"),
+    "never": (broken(replaced(truncated=lambda a, *_: jnp.zeros((), bool))), CUT, "violated at step 63"),
     "both": (broken(replaced(terminated=lambda a, *_: a.truncated)), CUT, "~terminated"),
     "relabel": (
         type("Mislabelled", (Cart,), {"relabel": lambda self, *_: (np.zeros(1), np.zeros(1, bool))})(),

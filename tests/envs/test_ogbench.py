@@ -197,7 +197,7 @@ def test_the_option_sparse_reaches_the_simulator_and_is_of_single_tasks_only():
         simulator.reset(seed=0)
         rewards.append(simulator.step(np.zeros(5))[1])
     assert rewards[0] == rewards[1] < -1 == rewards[2]
-    with pytest.raises(UserError, match=f"'{thing}-v0': only single tasks have a reward that can be sparse"):
+    with pytest.raises(UserError, match=f"'{thing}-v0': sparse rewards are available for single tasks only"):
         envs.make(f"{thing}-v0?sparse=true")
     with pytest.raises(UserError, match="option sparse is 'yes', must be"):
         envs.make(f"{thing}-singletask-v0?sparse=yes")
@@ -273,7 +273,7 @@ def test_a_recorded_arm(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ogbench/antmaze-medium-navigate-v0"], "its behaviour is a trained policy"),
+        (["ogbench/antmaze-medium-navigate-v0"], "its behavior is a trained policy"),
         ([f"{CUBE}-v0", "--behaviour=medium"], "unknown behaviour 'medium': known are noisy, play"),
         ([f"{POINT}-v0", "--behaviour=navigate?speed=1"], "its only option is noise, a number from 0 to 10"),
         ([f"{POINT}-v0", "--behaviour=navigate?noise=-1"], "its only option is noise, a number from 0 to 10"),

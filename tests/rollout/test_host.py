@@ -524,9 +524,9 @@ def test_the_plan_counts_what_is_on_the_device(finished, capsys):
     ("env", "found"),
     [
         (WalkEnv(), []),
-        (WalkEnv("nan"), ["all numbers are finite: a step gave a number that is not"]),
+        (WalkEnv("nan"), ["all numbers are finite: a step gave a non-finite number"]),
         (WalkEnv("raise"), ["simulators run in a worker process: SimulatorFailed: a simulator failed: RuntimeError"]),
-        (Wrong(Spec(2, 1)), ["observations have the size of spec: theirs is (3,)"]),
+        (Wrong(Spec(2, 1)), ["observations have the size of spec: their shape is (3,)"]),
     ],
 )
 def test_the_checker_looks_at_simulators_too(env, found):

@@ -84,7 +84,7 @@ def test_one_episode_in_twenty_is_held_out():
 
 
 def test_a_dataset_without_a_long_enough_episode_is_refused():
-    with pytest.raises(UserError, match="no episode has 10 steps in a row"):
+    with pytest.raises(UserError, match="no episode has 10 consecutive steps"):
         segments.segments(file_of(CLOCK), 10, 1)
 
 
