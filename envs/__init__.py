@@ -1,4 +1,4 @@
-"""Environments by name. Importing this module imports no simulator: `make` does, when it is asked for one."""
+"""Environments by name. Importing this module imports no simulator; `make` imports those it needs."""
 
 import ast
 import contextlib
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args, get_
 
 from jaxrl.errors import UserError, unknown
 
-if TYPE_CHECKING:  # modules of this package are also imported in worker processes, which do without JAX
+if TYPE_CHECKING:  # modules of this package are also imported in worker processes, which must not import JAX
     from jaxrl.types import Env, HostEnv
 
 AnyEnv: TypeAlias = "Env | HostEnv"
@@ -24,20 +24,20 @@ PARTS, HOST_PARTS = ("spec", "horizon", "reset", "step"), ("spec", "horizon", "t
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    target: str  # "module:attribute" of what builds the environment
+    target: str  # "module:attribute" of the environment's builder
     about: str
     named: bool = False  # the builder takes the environment's name as its first argument
 
 
 _SHIPPED = {
     "point": _Entry("envs.point:Point", "a disc in an empty box, no simulator; best values in closed form, for tests"),
-    "bandit": _Entry("envs.point:Bandit", "one step, two good actions of unequal worth, for tests"),
+    "bandit": _Entry("envs.point:Bandit", "one step, two good actions of unequal reward, for tests"),
     "push": _Entry("envs.push:Push", "a round pusher moves a disc on a table to a goal (MJX)"),
 } | {
     f"{kind}-{size}": _Entry("envs.maze:make_maze", f"{about} in OGBench's {size} maze (MJX)", named=True)
     for kind, sizes, about in (
         ("maze", ("umaze", "medium", "large", "giant"), "a ball with momentum rolls to a far goal"),
-        ("pointmaze", ("medium", "large", "giant"), "OGBench's point, which its data files fit, moves to a far goal"),
+        ("pointmaze", ("medium", "large", "giant"), "OGBench's point, for its data files, moves to a far goal"),
     )
     for size in sizes
 }
@@ -53,18 +53,18 @@ _EXTRAS = {"mujoco_playground": "playground", "ogbench": "ogbench", "gymnasium":
 
 
 def names() -> list[tuple[str, str]]:
-    """Returns (name, one line about it) of everything that `make` builds, the user's own environments last."""
+    """Returns (name, one-line description) of everything that `make` builds, custom environments last."""
     aliases = [(alias, f"short for {name}") for alias, name in _ALIASES.items()]
     shipped = [(name, entry.about) for name, entry in _SHIPPED.items()]
     families = [(f"{family}/NAME", entry.about) for family, entry in _FAMILIES.items()]
-    return [*shipped, *aliases, *families, ("package.module:make", "your own: what the function `make` returns")]
+    return [*shipped, *aliases, *families, ("package.module:make", "custom: what the function `make` returns")]
 
 
 def make(name: str) -> AnyEnv:
     """Returns the environment called `name`, with options after a question mark: `push?reward=dense&horizon=50`.
 
-    Names are those of `names()`, `brax/NAME`, `playground/NAME`, or `package.module:make` for the user's own.
-    Raises UserError for a name, an option or a package that does not exist.
+    Names are those of `names()`, `brax/NAME`, `playground/NAME`, or `package.module:make` for custom environments.
+    Raises UserError for an unknown name or option, or a missing package.
     """
     base, _, query = name.partition("?")
     options = read_options(query)
@@ -107,7 +107,7 @@ def _value(text: str) -> int | float | bool | str:
 def _build(name: str, entry: _Entry, member: str, options: dict[str, Any]) -> AnyEnv:
     module, attribute = entry.target.split(":")
     try:
-        # MJX announces on import that an optional back end is absent
+        # on import, MJX prints that an optional backend is missing
         with contextlib.redirect_stdout(io.StringIO()):
             builder = getattr(importlib.import_module(module), attribute)
             return _call(name, builder, (member,) if entry.named else (), options)
@@ -118,7 +118,7 @@ def _build(name: str, entry: _Entry, member: str, options: dict[str, Any]) -> An
 
 
 def _own(target: str, options: dict[str, Any]) -> AnyEnv:
-    """Returns the environment that the user's own function builds. The working directory is on the import path."""
+    """Returns the environment built by a user's function. The working directory is put on the import path."""
     module_name, _, attribute = target.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -141,18 +141,18 @@ def _own(target: str, options: dict[str, Any]) -> AnyEnv:
 
 
 def missing_parts(env: object) -> list[str]:
-    """Returns what an object lacks to be an environment, one that steps on the CPU if it has a `builder`."""
+    """Returns the missing attributes of an environment (of a `HostEnv` if it has a `builder`)."""
     has = dir(env)
     return [part for part in (HOST_PARTS if "builder" in has else PARTS) if part not in has]
 
 
 def _call(name: str, builder: Callable[..., AnyEnv], args: tuple, options: dict[str, Any]) -> AnyEnv:
-    """Returns `builder(*args, **options)`, having checked names and types of the options against its signature."""
+    """Returns `builder(*args, **options)`, after checking names and types of the options against its signature."""
     signature = inspect.signature(builder)
     parameters = {parameter.name: parameter for parameter in list(signature.parameters.values())[len(args) :]}
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if anything and dataclasses.is_dataclass(signature.return_annotation):
-        # `**options` of a builder are the fields of what it builds
+        # `**options` of a builder are the fields of the dataclass that it builds
         parameters, anything = dict(inspect.signature(signature.return_annotation).parameters), False
     for option, value in options.items():
         if option not in parameters:
@@ -174,7 +174,7 @@ def _call(name: str, builder: Callable[..., AnyEnv], args: tuple, options: dict[
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Returns whether the value is one that the annotation allows; annotations not understood allow anything."""
+    """Returns whether the annotation allows the value; unknown annotations allow anything."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):

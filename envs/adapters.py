@@ -1,10 +1,10 @@
-"""Environments of Brax and MuJoCo Playground, unwrapped, behind the protocol of jaxrl.
+"""Adapters of unwrapped Brax and MuJoCo Playground environments to jaxrl's protocol.
 
-Their wrappers are not used: the episode wrapper of either hides which episodes were cut by the clock, and the
-auto-reset wrapper hands the observation after the reset to the learner. Without them `done` means that the task ended,
-and the horizon here is what truncates. Nothing of `brax.training` is imported.
+Their wrappers are not used: the episode wrappers hide which episodes were truncated, and the auto-reset wrapper passes
+the observation after the reset to the learner. Without them, `done` means termination, and truncation follows from the
+horizon here. Nothing of `brax.training` is imported.
 
-Observations that are a dict stay one, and which of its arrays policies and critics see is chosen by name:
+Dict observations are kept, and the arrays that policies and critics see are selected by name:
 
     playground/Go1JoystickFlatTerrain                                 policies see "state", critics "privileged_state"
     playground/Go1JoystickFlatTerrain?critic=state                    both see "state"
@@ -32,27 +32,27 @@ STATE, PRIVILEGED = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapted:
-    """An environment whose `reset(key)` and `step(state, action)` give states with obs, reward, done and metrics.
+    """An environment whose `reset(key)` and `step(state, action)` return states with obs, reward, done and metrics.
 
-    That state is our `physics`. A dict of observations stays one: its images, uint8 [H, W, C], as they are, everything
-    else in float32, and trees below a key as one vector. Any other tree is one vector of all its numbers. Success is
-    `metrics["success"]` where the simulator reports it, else False.
+    That state is our `physics`. A dict of observations is kept: images, uint8 [H, W, C], are unchanged, everything else
+    is float32, and a tree below a key is flattened to one vector. Any other tree is flattened to one vector. Success is
+    `metrics["success"]` if the simulator reports it, else False.
     """
 
     simulator: Any
     horizon: int
     actor: tuple[str, ...] = ()
-    """Keys that policies see; by default "state", or all of them where there is no such key."""
+    """Keys that policies see; by default "state", or all keys if there is none."""
     critic: tuple[str, ...] = ()
-    """Keys that critics see; by default "privileged_state", or what policies see where there is no such key."""
+    """Keys that critics see; by default "privileged_state", or those of policies if there is none."""
 
     @functools.cached_property
     def spec(self) -> Spec:
-        """Sizes of observation and action, found without running the simulator. Raises UserError for unknown keys."""
+        """Sizes of observation and action, traced without running the simulator. Raises UserError for unknown keys."""
         obs, action = jax.eval_shape(self.reset, jax.random.key(0)).obs, self.simulator.action_size
         if not isinstance(obs, Mapping):
             if self.actor or self.critic:
-                raise UserError("observations are one array: there are no keys to choose, leave out actor= and critic=")
+                raise UserError("observations are one array: there are no keys to select, omit actor= and critic=")
             return Spec(obs.shape[0], action)
         for key in (*self.actor, *self.critic):
             if key not in obs:
@@ -90,11 +90,11 @@ class Adapted:
 def brax_env(
     name: str, backend: Literal["generalized", "mjx", "positional", "spring"] = "spring", horizon: int = 1000
 ) -> Adapted:
-    """Returns Brax's environment `name`, simulated by `backend`. Raises UserError where Brax has no such pair."""
+    """Returns Brax's environment `name`, simulated by `backend`. Raises UserError if Brax has no such pair."""
     with _quiet():
         import brax.envs
 
-        # brax publishes no list of its names
+        # Brax has no public list of names
         if name not in brax.envs._envs:
             raise unknown("Brax environment", name, brax.envs._envs)
         try:
@@ -106,11 +106,11 @@ def brax_env(
 def playground_env(name: str, horizon: int | None = None, actor: str = "", critic: str = "") -> Adapted:
     """Returns MuJoCo Playground's task `name` on the JAX simulator, with Playground's own horizon unless given.
 
-    `actor` and `critic` are the keys of a dict of observations that policies and critics see, separated by commas. The
-    tasks of its dm_control suite need nothing else; locomotion and manipulation tasks clone a repository of robot
-    models when the first of them is built.
+    `actor` and `critic` are comma-separated keys of dict observations that policies and critics see. The tasks of its
+    dm_control suite need nothing else; locomotion and manipulation tasks clone a repository of robot models when the
+    first of them is built.
 
-    Raises UserError for a task or a key that does not exist.
+    Raises UserError for an unknown task or key.
     """
     with _quiet():
         from mujoco_playground import registry  # ty: ignore[import-not-found]
@@ -122,19 +122,19 @@ def playground_env(name: str, horizon: int | None = None, actor: str = "", criti
         simulator = registry.load(name, config=config)
     env = Adapted(simulator, config.episode_length if horizon is None else horizon, keys_of(actor), keys_of(critic))
     try:
-        env.spec  # noqa: B018  (refuses keys that do not exist)
+        env.spec  # noqa: B018  (raises for unknown keys)
     except UserError as error:
         raise UserError(f"playground/{name}: {error}") from error
     return env
 
 
 def keys_of(text: str) -> tuple[str, ...]:
-    """Returns the keys in a list separated by commas."""
+    """Returns the keys in a comma-separated list."""
     return tuple(key.strip() for key in text.split(",") if key.strip())
 
 
 def _observed(obs: Any) -> Observation:
-    """Returns an observation: a dict of vectors and images, or one float32 vector [O] of all numbers of a tree."""
+    """Returns an observation: a dict of vectors and images, or a tree flattened to one float32 vector [O]."""
     if not isinstance(obs, Mapping):
         return _vector(obs)
     return {name: part if _is_image(part) else _vector(part) for name, part in obs.items()}
@@ -145,18 +145,18 @@ def _is_image(part: Any) -> bool:
 
 
 def _vector(tree: Any) -> jax.Array:
-    """Returns the numbers of a tree as one float32 vector."""
+    """Returns a tree flattened to one float32 vector."""
     return jnp.concatenate([jnp.ravel(part).astype(jnp.float32) for part in jax.tree.leaves(tree)])
 
 
 def _strong(leaf: Any) -> jax.Array:
-    """Returns the leaf as an array of fixed type; both simulators leave Python floats and weak types in theirs."""
+    """Returns the leaf as a strongly typed array; both simulators have Python floats and weak types in their states."""
     return leaf if isinstance(leaf, jax.Array) and not leaf.weak_type else jnp.asarray(leaf, jnp.result_type(leaf))
 
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Silences what Brax says on every build, import and trace, and only that."""
+    """Suppresses Brax's warnings on every build, import and trace, and no others."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
         warnings.filterwarnings("ignore", "Brax System", UserWarning)

@@ -1,4 +1,4 @@
-"""Does an environment keep the contract? One finding per rule, each failure with what would mend it."""
+"""Checks of an environment against the protocol. One finding per rule; failures include a suggested fix."""
 
 import dataclasses
 import math
@@ -14,30 +14,30 @@ from jaxrl.rollout import spaces
 from jaxrl.rollout.workers import Pool
 from jaxrl.types import Drawable, Env, EnvState, HasBehaviours, HostEnv, Observation, Relabels, Spec
 
-STEPS, COPIES = 64, 8  # of the rollout that is looked at
-SHOWN = 3  # places named in one finding, at most
-DISCRETE = f"it takes the number of a choice: discrete actions are not supported, {spaces.CONTINUOUS}"
+STEPS, COPIES = 64, 8  # size of the checked rollout
+SHOWN = 3  # maximum number of places named in one finding
+DISCRETE = f"it takes an integer action: discrete actions are not supported, {spaces.CONTINUOUS}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One rule, and what breaks it and how to mend that; empty if nothing does."""
+    """One rule, and the problem with a suggested fix; empty if the rule is met."""
 
     rule: str
     problem: str = ""
 
     @property
     def ok(self) -> bool:
-        """Returns whether the rule is kept."""
+        """Returns whether the rule is met."""
         return not self.problem
 
     def __str__(self) -> str:
-        """Returns the line that a report prints."""
+        """Returns the line of the report."""
         return f"FAIL  {self.rule}: {self.problem}" if self.problem else f"ok    {self.rule}"
 
 
 def check(env: Any) -> list[Finding]:
-    """Returns a finding per rule, in the order of checking. It ends early where the next rules cannot be looked at."""
+    """Returns a finding per rule, in the order of checking. Stops early if the next rules cannot be checked."""
     findings = []
     for stage in (_sizes, _simulations) if isinstance(env, HostEnv) else (_sizes, _states, _rollouts):
         findings += stage(env)
@@ -61,7 +61,7 @@ def _sizes(env: Any) -> Iterator[Finding]:
 
 
 def _misfit(spec: Any) -> str:
-    """Returns what is wrong with the sizes of an environment; empty if nothing is."""
+    """Returns the problem with an environment's sizes; empty if there is none."""
     if not isinstance(spec, Spec) or not spec.action > 0:
         return f"{spec!r} must be a jaxrl.types.Spec with positive sizes"
     if isinstance(spec.observation, int):
@@ -71,18 +71,18 @@ def _misfit(spec: Any) -> str:
         return f"it names the keys {', '.join(keys)}, but observations are one array" if keys else ""
     leaves = {leaf.name: leaf for leaf in spec.observation}
     if not leaves or len(leaves) < len(spec.observation):
-        return f"{spec!r} must list the arrays of an observation, each under a name of its own"
+        return f"{spec!r} must list the arrays of an observation, with unique names"
     for leaf in spec.observation:
         if leaf.dtype not in ("float32", "uint8") or (leaf.dtype == "uint8" and len(leaf.shape) != 3):
             return f"{leaf!r}: arrays are float32, or images of dtype uint8 with the shape (height, width, channels)"
     if unknown := [key for key in (*spec.actor_keys, *spec.critic_keys) if key not in leaves]:
-        return f"key {unknown[0]!r} is none of the arrays {', '.join(leaves)}"
+        return f"key {unknown[0]!r} is not one of the arrays {', '.join(leaves)}"
     goal = math.prod(leaves["goal"].shape) if "goal" in leaves else 0
-    return "" if spec.goal == goal else f"goal is {spec.goal}, the array 'goal' has {goal} entries: both must agree"
+    return "" if spec.goal == goal else f"goal is {spec.goal}, the array 'goal' has {goal} entries: they must agree"
 
 
 def _simulations(env: HostEnv) -> Iterator[Finding]:
-    """Looks at four simulators in a worker process, two pairs of equal seeds and actions; one pair acts at a bound."""
+    """Checks four simulators in a worker process: two pairs with equal seeds and actions, one with bound actions."""
     slots, seeds = np.arange(4), np.zeros(4, np.int64)
     chunks = np.random.default_rng(0).uniform(-1, 1, (2, STEPS, env.spec.action)).astype(np.float32)
     chunks[1] = 1
@@ -102,25 +102,25 @@ def _simulations(env: HostEnv) -> Iterator[Finding]:
     theirs = ", ".join(f"{place} {_described(leaf)}" if place else str(leaf[0]) for place, leaf in found.items())
     yield Finding(
         "observations have the size of spec",
-        "" if found == wanted else f"theirs is {theirs}: flatten, or correct spec",
+        "" if found == wanted else f"their shape is {theirs}: flatten, or correct spec",
     )
     finite = _finite(start, 0) and seen["valid"][seen["taken"]].all()
-    yield Finding("all numbers are finite", "" if finite else "a step gave a number that is not: end the episode there")
+    yield Finding("all numbers are finite", "" if finite else "a step gave a non-finite number: end the episode there")
     same = _equal(start, jax.tree.map(lambda x: np.broadcast_to(x[0], x.shape), start))
     same &= _equal(*(jax.tree.map(lambda x, first=first: x[first::2], seen["obs"]) for first in (0, 1)))
     yield Finding(
-        "an episode depends on its seed and its actions alone",
-        "" if same else "two differ: draw from a generator that reset(seed=...) makes, or from NumPy's global stream",
+        "an episode depends only on its seed and its actions",
+        "" if same else "two differ: use a generator seeded by reset(seed=...), or NumPy's global random state",
     )
 
 
 def _shapes(obs: Observation, lead: int = 0) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Returns shape and dtype of the arrays of observations by their place, without so many leading axes."""
+    """Returns shape and dtype of the arrays of observations by path, without `lead` leading axes."""
     return {jax.tree_util.keystr(path): (x.shape[lead:], x.dtype) for path, x in jax.tree.leaves_with_path(obs)}
 
 
 def _finite(obs: Observation, lead: int) -> np.ndarray:
-    """Returns whether all numbers of observations are finite, for each entry of their leading axes."""
+    """Returns whether all numbers of observations are finite, for each entry of `lead` leading axes."""
     finite = [np.isfinite(x).reshape(*x.shape[:lead], -1).all(-1) for x in jax.tree.leaves(obs)]
     return np.logical_and.reduce(finite)
 
@@ -131,10 +131,10 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _states(env: Env) -> Iterator[Finding]:
-    """Looks at the states as abstract values: nothing is compiled or run."""
+    """Checks the states as abstract values: nothing is compiled or run."""
     key, action = jax.random.key(0), jax.ShapeDtypeStruct((env.spec.action,), jnp.float32)
     try:
-        # a fresh function each time, or the second trace would be the first one from the cache
+        # a new function each time, or the second trace would come from the cache
         first, again = (jax.make_jaxpr(lambda key: env.reset(key))(key) for _ in range(2))
         reset = jax.eval_shape(env.reset, key)
     except Exception as error:
@@ -142,7 +142,7 @@ def _states(env: Env) -> Iterator[Finding]:
         return
     yield Finding("reset(key) can be traced")
     yield Finding(
-        "reset draws from its key alone",
+        "reset is random only through its key",
         ""
         if _same_program(first, again)
         else "tracing it twice gives two programs: replace numpy's or Python's random",
@@ -163,7 +163,7 @@ def _states(env: Env) -> Iterator[Finding]:
 
 
 def _rollouts(env: Env) -> Iterator[Finding]:
-    """Looks at one vmapped rollout, past the end of episodes. The first two copies act at the bounds throughout."""
+    """Checks one vmapped rollout, past the end of episodes. The first two copies always act at the bounds."""
     key_reset, key_action = jax.random.split(jax.random.key(0))
     actions = jax.random.uniform(key_action, (STEPS, COPIES, env.spec.action), minval=-1.0, maxval=1.0)
     actions = actions.at[:, 0].set(1.0).at[:, 1].set(-1.0)
@@ -184,7 +184,7 @@ def _rollouts(env: Env) -> Iterator[Finding]:
         "the same key and actions give the same episode",
         "" if _equal(seen, again) else "take all randomness from the key of reset",
     )
-    late = env.horizon + np.arange(-1, 1)[:, None]  # the clock that the rollout's last two steps were started with
+    late = env.horizon + np.arange(-1, 1)[:, None]  # step counts at the start of the rollout's last two steps
     clock = np.concatenate(
         [np.broadcast_to(np.arange(STEPS - 2)[:, None], (STEPS - 2, COPIES)), late + 0 * start.steps]
     )
@@ -205,7 +205,8 @@ def _rollouts(env: Env) -> Iterator[Finding]:
 def _rollout(env: Env, keys: jax.Array, actions: jax.Array) -> tuple[EnvState, EnvState]:
     """Returns the first states [COPIES] and all later ones [STEPS, COPIES], without physics.
 
-    The clock is put forward to the horizon before the last two steps, so that truncation is seen in long tasks too.
+    The step count is set to just below the horizon before the last two steps, so that truncation is checked in long
+    tasks too.
     """
     late = jnp.arange(STEPS) == STEPS - 2
 
@@ -220,13 +221,13 @@ def _rollout(env: Env, keys: jax.Array, actions: jax.Array) -> tuple[EnvState, E
 
 
 def _extras(env: Any, start: EnvState, seen: EnvState, actions: jax.Array) -> Iterator[Finding]:
-    """Looks at the optional methods that are there."""
+    """Checks the optional methods that exist."""
     if isinstance(env, HasBehaviours):
         key = jax.random.key(0)
         behaviour, state = env.behaviour("good"), jax.jit(env.reset)(key)
         _, action = behaviour.act(behaviour.start(state, key), state, key)
         fits = action.shape == (env.spec.action,) and bool(jnp.all(jnp.abs(action) <= 1.0))
-        yield Finding("behaviour acts within the bounds", "" if fits else f"it returns {action}: clip to [-1, 1]")
+        yield Finding("behavior acts within the bounds", "" if fits else f"it returns {action}: clip to [-1, 1]")
     if isinstance(env, Relabels):
         reward, _ = env.relabel(start.obs, np.asarray(actions[0]), jax.tree.map(lambda x: x[0], seen.obs))
         fits = np.shape(reward) == (COPIES,) and np.allclose(reward, seen.reward[0], atol=1e-5)
@@ -235,11 +236,11 @@ def _extras(env: Any, start: EnvState, seen: EnvState, actions: jax.Array) -> It
         )
     if isinstance(env, Drawable):
         size = env.draw(jax.tree.map(lambda x: x[0], start.obs), 32).size
-        yield Finding("draw returns a picture of the size asked for", "" if size == (32, 32) else f"it is {size}")
+        yield Finding("draw returns an image of the requested size", "" if size == (32, 32) else f"it is {size}")
 
 
 def _takes_a_number(env: Env, state: EnvState) -> bool:
-    """Returns whether an environment can be stepped with the number of a choice."""
+    """Returns whether an environment can be stepped with an integer action."""
     try:
         jax.eval_shape(env.step, state, jax.ShapeDtypeStruct((), jnp.int32))
     except Exception:
@@ -258,7 +259,7 @@ def _hashable(env: Env) -> bool:
 def _because(error: Exception) -> str:
     line = str(error).strip().partition("\n")[0]
     traced = isinstance(error, jax.errors.ConcretizationTypeError)
-    advice = "; write jnp.where or jax.lax.cond for `if` on arrays" if traced else ""
+    advice = "; use jnp.where or jax.lax.cond instead of `if` on arrays" if traced else ""
     return f"{type(error).__name__}: {line}{advice}"
 
 
@@ -297,7 +298,7 @@ def _differences(reset: EnvState, step: EnvState) -> str:
     places = [place for place in before | after if before.get(place) != after.get(place)]
     lines = [f"{place} is {before.get(place, 'absent')}, then {after.get(place, 'absent')}" for place in places]
     if not lines and jax.tree.structure(reset) != jax.tree.structure(step):
-        lines = ["containers differ (a tuple against a list, say)"]
+        lines = ["containers differ (for example, a tuple and a list)"]
     return "; ".join(lines[:SHOWN])
 
 
@@ -308,10 +309,10 @@ def _weak(states: dict[str, EnvState]) -> str:
         for path, leaf in jax.tree.leaves_with_path(state)
         if leaf.weak_type
     ]
-    advice = "give the dtype, as in jnp.where(done, 0.0, -1.0).astype(jnp.float32), or the program compiles twice"
+    advice = "set the dtype, as in jnp.where(done, 0.0, -1.0).astype(jnp.float32), or the program compiles twice"
     return f"{', '.join(places[:SHOWN])}: {advice}" if places else ""
 
 
 def _first(wrong: np.ndarray, advice: str) -> str:
-    """Returns where `wrong` [STEPS, COPIES] is first true, with the advice; empty if nowhere."""
-    return f"not so at step {int(np.argmax(wrong.any(1))) + 1}: {advice}" if wrong.any() else ""
+    """Returns the first step at which `wrong` [STEPS, COPIES] is true, with the advice; empty if there is none."""
+    return f"violated at step {int(np.argmax(wrong.any(1))) + 1}: {advice}" if wrong.any() else ""

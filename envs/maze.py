@@ -1,13 +1,13 @@
 """Point mazes with real MJX physics: OGBench's layouts, start and goal cells, wall size, success test and rewards.
 
-Two bodies. `maze-*` is a ball of radius 0.7 on two slide joints, driven by motors against damping, so it has momentum
-and observes it. `pointmaze-*` follows OGBench's point: each action displaces the ball by up to 0.2 before five
-simulator steps of 0.02 push it out of whatever it hit; it observes its position alone, its horizon is OGBench's 1000,
-and success is judged before the step, as in OGBench's single-task environments. Data files of OGBench's
-`pointmaze-*` fit it.
+There are two bodies. `maze-*` is a ball of radius 0.7 on two slide joints, driven by motors against damping, so it has
+momentum, and the velocity is observed. `pointmaze-*` follows OGBench's point: each action displaces the ball by up to
+0.2 before five simulator steps of 0.02 push it out of walls; only the position is observed, the horizon is OGBench's
+1000, and success is evaluated before the step, as in OGBench's single-task environments. It is compatible with data
+files of OGBench's `pointmaze-*`.
 
-A ball touches at most the four cells around it. Four boxes are moved there before each step, or out of the way where
-the cell is free, which costs the same in a maze of any size.
+A ball touches at most the four cells around it. Before each step, four boxes are moved to these cells, or out of the
+way for free cells, so the cost is independent of the maze's size.
 """
 
 import dataclasses
@@ -75,12 +75,12 @@ TASKS = {  # ((row, column) of the start, of the goal), tasks 1 to 5
     "giant": (((1, 1), (10, 14)), ((1, 14), (10, 1)), ((8, 14), (1, 1)), ((8, 3), (5, 12)), ((5, 9), (3, 8))),
 }
 
-HORIZONS = {"umaze": 100, "medium": 200, "large": 300, "giant": 500}  # the ball's: twice to thrice the longest way
+HORIZONS = {"umaze": 100, "medium": 200, "large": 300, "giant": 500}  # of the ball: two to three times the longest path
 
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """What rolls through the maze."""
+    """The dynamics of the moving body."""
 
     step: float  # s, of the simulator
     substeps: int
@@ -125,7 +125,7 @@ def mjcf(body: Body, boxes: np.ndarray | None = None) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Maze:
-    """A point maze. Single-task: fixed start and goal cell, reward -1 a step and 0 at the goal, where it terminates.
+    """A point maze. Single-task: fixed start and goal cell, reward -1 per step and 0 at the goal, where it terminates.
 
     Goal-conditioned: one of the five tasks per episode, the goal's position appended to the observation.
     """
@@ -156,19 +156,19 @@ class Maze:
 
     @functools.cached_property
     def free(self) -> np.ndarray:
-        """Centres of the free cells, [F, 2]."""
+        """Centers of the free cells, [F, 2]."""
         rows, columns = np.nonzero(~self.grid)
         return np.stack([columns, rows], axis=1) * UNIT - UNIT
 
     @functools.cached_property
     def walls(self) -> np.ndarray:
-        """Centres of the wall cells, [W, 2]."""
+        """Centers of the wall cells, [W, 2]."""
         rows, columns = np.nonzero(self.grid)
         return np.stack([columns, rows], axis=1) * UNIT - UNIT
 
     @functools.cached_property
     def next_cell(self) -> np.ndarray:
-        """The free cell after `here` on a shortest way to `there`, both indices into `free`: [there, here]."""
+        """The free cell after `here` on a shortest path to `there`, both indices into `free`: [there, here]."""
         distance = np.abs(self.free[:, None] - self.free[None]).sum(axis=-1)
         _, before = csgraph.shortest_path(distance == UNIT, unweighted=True, return_predecessors=True)
         return np.where(before < 0, np.arange(len(self.free))[None], before)
@@ -203,7 +203,7 @@ class Maze:
         return Spec(observation=(4 if self.body == "ball" else 2) + goal, action=2, goal=goal)
 
     def reset(self, key: jax.Array) -> EnvState:
-        """Returns a fresh episode; start (and goal, if conditioned on) are noisy within their cells by a quarter."""
+        """Returns a fresh episode; start (and goal, if goal-conditioned) have noise of up to a quarter cell."""
         key_task, key_start, key_goal, key_cell = jax.random.split(key, 4)
         task = jax.random.randint(key_task, (), 0, 5) if self.goal_conditioned else self.task - 1
         ends = jnp.array([[self.centre(cell) for cell in pair] for pair in TASKS[self.layout]])[task]
@@ -255,7 +255,7 @@ class Maze:
         return {name: getattr(data, name) for name in physics}
 
     def walls_around(self, position: jax.Array) -> jax.Array:
-        """Returns centres [4, 3] for the boxes: the four cells around a position, far below where they are free."""
+        """Returns centers [4, 3] for the boxes: the four cells around a position, below the floor for free cells."""
         corner = jnp.floor(position / UNIT + 1).astype(int)  # (column, row) of the cell below and left
         cells = corner[None] + jnp.array([[0, 0], [1, 0], [0, 1], [1, 1]])
         wall = jnp.asarray(self.grid)[cells[:, 1], cells[:, 0]]
@@ -263,7 +263,7 @@ class Maze:
         return jnp.concatenate([cells * UNIT - UNIT, height[:, None]], axis=1)
 
     def observe(self, physics: dict[str, jax.Array], goal: jax.Array) -> jax.Array:
-        """Returns the observation: the ball's position and velocity, of order one, or the point's raw position."""
+        """Returns the observation: the ball's scaled position and velocity, or the point's raw position."""
         parts = [self.scaled(physics["qpos"])]
         if self.body == "ball":
             parts.append(physics["qvel"] / SPEED)
@@ -272,22 +272,22 @@ class Maze:
         return jnp.concatenate(parts)
 
     def scaled(self, position: jax.Array) -> jax.Array:
-        """Returns a position as it stands in observations."""
+        """Returns a position in the units of observations."""
         return (position - self.middle) / (2 * UNIT) if self.body == "ball" else position
 
     def unscaled(self, position: np.ndarray) -> np.ndarray:
-        """Returns the position that an observation's first two entries speak of."""
+        """Returns the position given by an observation's first two entries."""
         return position * (2 * UNIT) + self.middle if self.body == "ball" else position
 
     @functools.cached_property
     def middle(self) -> np.ndarray:
-        """The maze's middle [2]."""
+        """The maze's center [2]."""
         return (np.array(self.grid.shape[::-1]) - 3) * UNIT / 2
 
-    # What data collection and pictures need
+    # Data collection and rendering
 
     def explore(self) -> "Maze":
-        """Returns the maze to collect data in: starts anywhere, no termination at the goal."""
+        """Returns the maze for data collection: starts anywhere, no termination at the goal."""
         return dataclasses.replace(self, exploring=True)
 
     def behaviour(self, level: str) -> "Navigator":
@@ -307,7 +307,7 @@ class Maze:
         return solved - np.float32(1), solved
 
     def goal_of(self, states: np.ndarray) -> np.ndarray:
-        """Returns the goals [N, 2] that states [N, S] have reached: their positions, as they stand in observations."""
+        """Returns the goals [N, 2] reached in states [N, S]: their positions, in the units of observations."""
         return states[:, :2]
 
     def draw(self, obs: np.ndarray, size: int) -> Image.Image:
@@ -332,7 +332,7 @@ class Maze:
         return image
 
 
-LEVELS = {  # probability that a goal is the task's rather than any cell, noise of the actions
+LEVELS = {  # probability that a goal is the task's rather than a random cell, noise of the actions
     "good": (1.0, 0.3),
     "medium": (0.0, 0.5),
     "bad": (0.0, 1.5),
@@ -343,7 +343,7 @@ LEVELS = {  # probability that a goal is the task's rather than any cell, noise 
 
 @dataclasses.dataclass(frozen=True)
 class Navigator:
-    """Walks from cell to cell along a shortest way to a goal, with noise, and draws a new goal when it is there."""
+    """Moves from cell to cell along a shortest path to a goal, with noise, and draws a new goal on arrival."""
 
     maze: Maze
     aim: float
@@ -356,7 +356,7 @@ class Navigator:
         return jnp.where(jax.random.uniform(key_aim) < self.aim, self.maze.cell(state.info["goal"]), anywhere)
 
     def act(self, memory: PyTree, state: EnvState, key: jax.Array) -> tuple[PyTree, jax.Array]:
-        """Returns the goal that is still ahead, and one action [2] towards the next cell on the way."""
+        """Returns the current goal, and one action [2] toward the next cell on the path."""
         key_noise, key_goal = jax.random.split(key)
         position, velocity = state.physics["qpos"], state.physics["qvel"]
         here = self.maze.cell(position)

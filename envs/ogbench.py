@@ -2,10 +2,10 @@
 
     ogbench/cube-single-play-singletask-v0          the default task, with the task's reward
     ogbench/cube-single-play-singletask-task2-v0    another of the five
-    ogbench/cube-single-play-v0                     goal-conditioned: a goal is a whole observation, appended to it
-    ogbench/cube-single-play-oraclerep-v0           a goal is what matters in it, such as where the cube is
+    ogbench/cube-single-play-v0                     goal-conditioned: a goal is a full observation, appended to it
+    ogbench/cube-single-play-oraclerep-v0           a goal is a compact representation, such as the cube's position
 
-They step on the CPU, in worker processes (`jaxrl.rollout.host`). One is built in this process, to know sizes and tasks.
+They step on the CPU, in worker processes (`jaxrl.rollout.host`). One is built in this process, to get sizes and tasks.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from envs import ogbench_scripts, ogbench_simulators, read_options
 from jaxrl.errors import UserError, unknown
 from jaxrl.types import Spec
 
-KINDS = {  # what datasets there are, by the beginning of the environment's name
+KINDS = {  # types of datasets, by the first word of the environment's name
     "pointmaze": ("navigate", "stitch"),
     "antmaze": ("navigate", "stitch", "explore"),
     "humanoidmaze": ("navigate", "stitch"),
@@ -42,33 +42,33 @@ CENTRE, SCALE, DRAWER, WINDOW = np.array([0.425, 0, 0]), 10, 18, 15  # of positi
 
 @dataclasses.dataclass(frozen=True)
 class OGBench:
-    """An environment of OGBench whose episodes go through its five tasks, with the goal observed."""
+    """An OGBench environment whose episodes cycle through its five tasks, with the goal observed."""
 
     name: str
-    """As OGBench names it."""
+    """OGBench's name."""
     simulator: str
-    """As Gymnasium names it."""
+    """Gymnasium's name."""
     dataset: str
-    """The dataset that belongs to it, without .npz."""
+    """The name of its dataset, without .npz."""
     oracle: bool
     """Whether goals are OGBench's oracle representations rather than observations."""
     spec: Spec
     horizon: int
     tasks: int
-    """How many tasks the episodes go through; 0 where there is one."""
+    """Number of tasks that the episodes cycle through; 0 for a single task."""
     sparse: bool = False
-    """Whether the reward is -1 until all is in its place, rather than -1 for each thing that is not."""
+    """Whether the reward is -1 until the whole task is solved, rather than -1 per unsolved object."""
 
     def builder(self, picture: int = 0) -> Callable[[], ogbench_simulators.Simulator]:
-        """Returns what makes one simulator; with `picture`, one that renders in so many pixels."""
+        """Returns a factory of simulators; `picture` is the render size in pixels."""
         goal = bool(self.spec.goal)
         return functools.partial(ogbench_simulators.build, self.simulator, goal, self.oracle, picture, self.sparse)
 
     def recording(self, behaviour: str | None, steps: int) -> tuple[ogbench_scripts.Script, int]:
-        """Returns what records an episode of a scripted behaviour, and how many episodes have so many steps.
+        """Returns the script of a behavior, and the number of its episodes for at least `steps` steps.
 
-        The behaviour is one of OGBench's kinds of data, by default the dataset's own, with options after a question
-        mark: `play?noise=0.2`. Raises UserError where there is no such script.
+        The behavior is one of OGBench's dataset types, by default the environment's own, with options after a question
+        mark: `play?noise=0.2`. Raises UserError if there is no such script.
         """
         *thing, own, version = self.dataset.split("-")
         kind, _, query = (behaviour or own).partition("?")
@@ -76,7 +76,7 @@ class OGBench:
         known = SCRIPTS.get(thing[0])
         if known is None:
             raise UserError(
-                f"ogbench/{self.name}: its behaviour is a trained policy, scripts move {', '.join(SCRIPTS)}"
+                f"ogbench/{self.name}: its behavior is a trained policy, there are scripts for {', '.join(SCRIPTS)}"
             )
         if kind not in known:
             raise unknown("behaviour", kind, known)
@@ -89,10 +89,10 @@ class OGBench:
 
 
 class OracleGoals(OGBench):
-    """One whose goals are what matters of an observation."""
+    """An environment with OGBench's oracle goal representations."""
 
     def goal_of(self, states: np.ndarray) -> np.ndarray:
-        """Returns what states [N, S] are as goals [N, G], by OGBench's own function."""
+        """Returns the goals [N, G] of states [N, S], computed by OGBench's function."""
         from ogbench.relabel_utils import add_oracle_reps
 
         env = _simulator(self.simulator, self.oracle).env
@@ -102,13 +102,13 @@ class OracleGoals(OGBench):
 
 
 class SingleTask(OGBench):
-    """One of the tasks, with its own reward."""
+    """A single task, with its own reward."""
 
     def relabel(self, obs: np.ndarray, actions: np.ndarray, next_obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (rewards, terminated) [N] of steps, by OGBench's own function.
+        """Returns (rewards, terminated) [N] of steps, computed by OGBench's function.
 
-        It looks at the state before the step, as the simulators of single tasks do: the step out of a state where the
-        task is solved gets reward 0 and ends the episode, any other -1 for each thing that is not in its place.
+        As in the single-task simulators, these depend on the state before the step: a step from a state in which the
+        task is solved gets reward 0 and terminates, any other gets -1 per unsolved object.
         """
         from ogbench.relabel_utils import relabel_dataset
 
@@ -121,9 +121,9 @@ class SingleTask(OGBench):
 
 
 def make(name: str, sparse: bool = False) -> OGBench:
-    """Returns OGBench's environment of this name. Raises UserError where OGBench has none.
+    """Returns OGBench's environment with this name. Raises UserError if OGBench has none.
 
-    `sparse` (single tasks) makes rewards -1 until all is solved and 0 then, as Q-chunking's experiments have them.
+    `sparse` (single tasks) makes rewards -1 until the task is solved and then 0, as in Q-chunking's experiments.
     """
     known = names()
     if name not in known:
@@ -135,7 +135,7 @@ def make(name: str, sparse: bool = False) -> OGBench:
     simulator = "-".join(word for word in words if word not in ("oraclerep", dataset[-2]))
     oracle, single = "oraclerep" in words, "singletask" in words
     if sparse and not single:
-        raise UserError(f"environment 'ogbench/{name}': only single tasks have a reward that can be sparse")
+        raise UserError(f"environment 'ogbench/{name}': sparse rewards are available for single tasks only")
     probe = _simulator(simulator, oracle)
     with _quiet():
         obs, info = probe.env.reset(seed=0)
@@ -154,9 +154,9 @@ def make(name: str, sparse: bool = False) -> OGBench:
 
 
 def names() -> list[str]:
-    """Returns the names of all that observes numbers; pictures and the discrete Powderworld are left out."""
+    """Returns the names of all environments with vector observations; excludes images and the discrete Powderworld."""
     with _quiet():
-        import ogbench  # noqa: F401  (first: it is what is named where it is not installed)
+        import ogbench  # noqa: F401  (first, so that the error names it if it is not installed)
 
         import gymnasium  # isort: skip
 
@@ -172,7 +172,7 @@ def names() -> list[str]:
 
 
 def _columns(simulator: str, env: Any, states: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the columns of OGBench's files that say whether a task is solved, read from the observations alone."""
+    """Returns the columns of OGBench's files that determine success, computed from the observations only."""
     if simulator.startswith("antsoccer"):
         return {"qpos": states[:, :22]}
     if "maze" in simulator:
@@ -197,7 +197,7 @@ def _simulator(simulator: str, oracle: bool) -> ogbench_simulators.Simulator:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Silences what OGBench's packages warn of, and keeps NumPy's global stream, from which it draws, as it was."""
+    """Suppresses warnings of OGBench's packages, and restores NumPy's global random state, which it uses."""
     random = np.random.get_state()
     try:
         with warnings.catch_warnings():

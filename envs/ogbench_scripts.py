@@ -1,7 +1,7 @@
-"""Scripted behaviours of OGBench, recorded in the columns of its data files. Runs in worker processes, without JAX.
+"""Scripted behaviors of OGBench, recorded in the columns of its data files. Runs in worker processes, without JAX.
 
-The arm is moved by the oracles that OGBench ships, towards one random target after the other; the point of the mazes
-by its shortest ways between random cells. Every episode depends on its own seeds alone.
+The arm is moved by OGBench's oracles toward a sequence of random targets; the point of the mazes follows shortest paths
+between random cells. Every episode depends only on its own seeds.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ ROWS = {"stitch": 201}  # of an episode; 1001 elsewhere
 NOISE = {"maze": 0.5, "arm": 0.1}
 SPREAD = np.array([1, 1, 1, 3, 10])  # of the noise on the arm's actions: position, yaw, gripper
 STACKED = {"single": (0, 0), "double": (0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.5), "octuple": (0, 0.35)}
-STITCH = 4  # cells between the start and the goal of a short way
+STITCH = 4  # length of a "stitch" path in cells
 TRIES = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-    """What is recorded: `script((seed, episode))` returns the episode's columns."""
+    """A behavior to record: `script((seed, episode))` returns the episode's columns."""
 
     simulator: str
     kind: str
@@ -34,7 +34,7 @@ class Script:
 
     @property
     def dataset(self) -> str:
-        """As OGBench would name what is recorded."""
+        """The recorded dataset's name in OGBench's naming scheme."""
         *thing, version = self.simulator.split("-")
         return "-".join([*thing, self.kind, version])
 
@@ -43,7 +43,7 @@ class Script:
         play, env = stage(self)
         for attempt in range(TRIES):
             seeds = np.random.SeedSequence([*job, attempt]).generate_state(2)
-            np.random.seed(seeds[0])  # what the oracles and the mazes draw from
+            np.random.seed(seeds[0])  # used by the oracles and the mazes
             columns = _columns(play(self, env, int(seeds[1])))
             if not self.simulator.startswith("scene") or _cube_is_in_sight(columns["qpos"]):
                 return columns
@@ -52,7 +52,7 @@ class Script:
 
 @functools.lru_cache(maxsize=1)
 def stage(script: Script) -> tuple[Callable[..., list[dict[str, Any]]], Simulator]:
-    """Returns what plays an episode, and the simulator for it, which a worker keeps."""
+    """Returns the function that plays an episode, and its simulator; cached in the worker."""
     options: dict[str, Any] = {"terminate_at_goal": False, "max_episode_steps": script.rows}
     if "maze" in script.simulator:
         return play_point, build(script.simulator, False, False, **options)
@@ -60,10 +60,10 @@ def stage(script: Script) -> tuple[Callable[..., list[dict[str, Any]]], Simulato
 
 
 def play_arm(script: Script, simulator: Simulator, seed: int) -> list[dict[str, Any]]:
-    """Returns the rows of an episode in which an oracle moves something to a random target, again and again.
+    """Returns the rows of an episode in which oracles repeatedly move objects to random targets.
 
-    "play" follows plans with smooth noise; "noisy" decides at each step, with noise on the actions, whose size is the
-    episode's, and now and then any action.
+    "play" follows plans with smooth noise; "noisy" decides at each step, with action noise of an episode-dependent
+    scale and occasional random actions.
     """
     random, noisy = np.random, script.kind == "noisy"
     name, size = script.simulator.split("-")[:2]
@@ -88,7 +88,7 @@ def play_arm(script: Script, simulator: Simulator, seed: int) -> list[dict[str, 
 
 
 def oracles_of(script: Script, simulator: Simulator) -> dict[str, Any]:
-    """Returns OGBench's oracle for each thing that there is to move."""
+    """Returns OGBench's oracle for each object to move."""
     name, style = script.simulator.split("-")[0], "markov" if script.kind == "noisy" else "plan"
     things = {"cube": ["cube"], "puzzle": ["button"], "scene": ["cube", "button", "drawer", "window"]}[name]
     options: dict[str, Any] = (
@@ -105,9 +105,9 @@ def oracles_of(script: Script, simulator: Simulator) -> dict[str, Any]:
 
 
 def play_point(script: Script, simulator: Simulator, seed: int) -> list[dict[str, Any]]:
-    """Returns the rows of an episode of a point that walks through the maze, with noise on its actions.
+    """Returns the rows of an episode of a point that moves through the maze, with action noise.
 
-    "navigate" goes from corner to corner; "stitch" once to a cell that is four away, and stays.
+    "navigate" moves from corner to corner; "stitch" moves once to a cell four cells away, and stays.
     """
     maze, random = simulator.env.unwrapped, np.random
     cells = [tuple(cell) for cell in np.argwhere(maze.maze_map == 0)]
@@ -115,7 +115,7 @@ def play_point(script: Script, simulator: Simulator, seed: int) -> list[dict[str
     goals = corners(maze.maze_map) if script.kind == "navigate" else _cells_away(maze, start, cells)
     task = {"init_ij": start, "goal_ij": goals[random.randint(len(goals))]}
     obs, _ = simulator.reset(seed, {"task_info": task})
-    following: dict[tuple, np.ndarray] = {}  # (cell, goal's cell): the middle of the next cell on the way
+    following: dict[tuple, np.ndarray] = {}  # (cell, goal's cell): the center of the next cell on the path
     rows, over = [], False
     while not over:
         here, goal = maze.get_xy(), maze.cur_goal_xy
@@ -131,7 +131,7 @@ def play_point(script: Script, simulator: Simulator, seed: int) -> list[dict[str
 
 
 def corners(walls: np.ndarray) -> list[tuple]:
-    """Returns the free cells of a maze but for those of straight corridors: where a way can turn, fork or end."""
+    """Returns the free cells of a maze except straight corridors: turns, junctions and dead ends."""
     found = []
     for i, j in np.argwhere(walls == 0):
         up, down, left, right = (walls[a, b] == 0 for a, b in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)))
@@ -141,7 +141,7 @@ def corners(walls: np.ndarray) -> list[tuple]:
 
 
 def _cells_away(maze: Any, start: tuple, cells: list[tuple]) -> list[tuple]:
-    """Returns the cells that are STITCH steps from `start`, or it alone where there are none."""
+    """Returns the cells that are STITCH steps from `start`, or only `start` if there are none."""
     xy = np.array(maze.ij_to_xy(start))
     _, distance = maze.get_oracle_subgoal(xy, xy)
     return [cell for cell in cells if distance[cell] == STITCH] or [start]
@@ -150,7 +150,7 @@ def _cells_away(maze: Any, start: tuple, cells: list[tuple]) -> list[tuple]:
 def _step(
     simulator: Simulator, rows: list[dict[str, Any]], obs: np.ndarray, action: np.ndarray
 ) -> tuple[bool, Any, Any]:
-    """Returns (over, observation, info) after a step, having added its row."""
+    """Takes a step, appends its row, and returns (over, observation, info)."""
     action = np.clip(action, -1, 1)
     after, _, terminated, truncated, info = simulator.step(action)
     row = {"observations": obs, "actions": action, "terminals": terminated or truncated}
@@ -160,12 +160,12 @@ def _step(
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Returns the columns of an episode's rows, of the types that OGBench's files have."""
+    """Returns the columns of an episode's rows, with the dtypes of OGBench's files."""
     kinds = {"terminals": bool, "button_states": np.int64}
     return {name: np.array([row[name] for row in rows], kinds.get(name, np.float32)) for name in rows[0]}
 
 
 def _cube_is_in_sight(qpos: np.ndarray) -> bool:
-    """Returns whether the scene's cube has stayed on the part of the table that can be reached, or in the drawer."""
+    """Returns whether the scene's cube stayed on the reachable part of the table, or in the drawer."""
     y, z = qpos[:, 15], qpos[:, 16]
     return not ((y >= 0.29) | ((y <= -0.3) & ((z < 0.06) | (z > 0.08)))).any()

@@ -1,4 +1,4 @@
-"""OGBench's simulators, as worker processes make them. Imports no JAX."""
+"""OGBench's simulators, as built in worker processes. Imports no JAX."""
 
 import contextlib
 import os
@@ -14,18 +14,18 @@ from jaxrl.errors import UserError
 
 
 class Simulator:
-    """An environment of OGBench whose observations end with the goal, if it has one, and whose resets are repeatable.
+    """An OGBench environment with the goal, if any, appended to observations, and with reproducible resets.
 
-    Before each episode OGBench takes random actions from a space that no seed reaches; here that space has the
-    episode's seed.
+    Before each episode OGBench takes random actions sampled from an unseeded action space; here it gets the episode's
+    seed.
     """
 
     def __init__(self, env: Any, goal: bool, sparse: bool = False) -> None:
-        """Takes the environment that Gymnasium made, whether goals are observed, and whether rewards are -1 or 0."""
+        """Takes Gymnasium's environment, whether goals are observed, and whether rewards are sparse (-1 or 0)."""
         self.env, self.conditioned, self.sparse, self.goal = env, goal, sparse, np.zeros(0)
         self.space = env.unwrapped.action_space
         kind = type(env.unwrapped)
-        if isinstance(getattr(kind, "action_space", None), property):  # a new space for every access
+        if isinstance(getattr(kind, "action_space", None), property):  # returns a new space on every access
             env.unwrapped.__class__ = type(kind.__name__, (kind,), {"action_space": self.space})
 
     def reset(self, seed: int, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
@@ -37,12 +37,12 @@ class Simulator:
         return self.observed(obs), info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Returns what one action leads to."""
+        """Returns (observation, reward, terminated, truncated, info) after one action."""
         obs, reward, *rest = self.env.step(action)
         return self.observed(obs), np.sign(reward) if self.sparse else reward, *rest
 
     def render(self) -> np.ndarray:
-        """Returns a picture [height, width, 3] of the scene."""
+        """Returns an image [height, width, 3] of the scene."""
         return self.env.render()
 
     def observed(self, obs: np.ndarray) -> np.ndarray:
@@ -52,7 +52,7 @@ class Simulator:
 
 @contextlib.contextmanager
 def _temporary_files() -> Generator[None]:
-    """Removes what is written to temporary files meanwhile: OGBench leaves one there for every maze."""
+    """Removes temporary files written in the context: OGBench leaves one behind for every maze."""
     before = tempfile.tempdir
     try:
         with tempfile.TemporaryDirectory() as tempfile.tempdir:
@@ -64,15 +64,15 @@ def _temporary_files() -> Generator[None]:
 def build(
     simulator: str, goal: bool, oracle: bool, picture: int = 0, sparse: bool = False, **options: Any
 ) -> Simulator:
-    """Returns the simulator that Gymnasium knows by this name; with `picture`, one that renders in so many pixels."""
+    """Returns the simulator with this Gymnasium name; `picture` is the render size in pixels."""
     if picture and sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen; to be set before MuJoCo is imported
+        os.environ.setdefault("MUJOCO_GL", "egl")  # headless rendering; must be set before MuJoCo is imported
     if oracle:
         options["use_oracle_rep"] = True
     if picture:
         options |= {"width": picture, "height": picture}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what its packages say on import, and of a machine without a screen
+        warnings.simplefilter("ignore")  # of its packages on import, and on machines without a display
         try:
             import gymnasium
             import ogbench  # noqa: F401  (registers its environments)

@@ -1,4 +1,4 @@
-"""Pictures from above, without OpenGL."""
+"""Top-view images, without OpenGL."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 @dataclasses.dataclass(frozen=True)
 class Disc:
-    """A disc of a picture, in the units of the world; a `hollow` one shows as a ring."""
+    """A disc of an image, in world units; `hollow` draws a ring."""
 
     x: float
     y: float
@@ -18,7 +18,7 @@ class Disc:
 
 
 def discs(size: int, extent: float, shapes: Iterable[Disc]) -> Image.Image:
-    """Returns a square picture, `size` pixels wide, of the world's [-extent, extent]^2 with y upwards."""
+    """Returns a square image, `size` pixels wide, of the world's [-extent, extent]^2 with y upward."""
     image = Image.new("RGB", (size, size), "white")
     draw = ImageDraw.Draw(image)
     scale = size / (2 * extent)

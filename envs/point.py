@@ -1,4 +1,4 @@
-"""Two tiny environments without a simulator. They compile in a second and their best values are known exactly."""
+"""Two tiny environments without a simulator. They compile in a second and their optimal values are known exactly."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ from envs.picture import Disc, discs
 from envs.scripted import Scripted, scripted
 from jaxrl.types import EnvState, Spec
 
-GOAL = 0.8  # in every coordinate, where it is not random
-BUMPS = (-0.6, 0.6)  # of the bandit: the lesser, the higher
+GOAL = 0.8  # in every coordinate, unless random
+BUMPS = (-0.6, 0.6)  # of the bandit: the lower, the higher
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Point:
     """A point moves in the box [-1, 1]^D, each coordinate by at most `speed` per step, and stops at the walls.
 
     Reward is -1 per step, and 0 on the step that brings every coordinate within `tolerance` of the goal, which ends
-    the task. The coordinates are independent, so the best number of steps is that of the farthest coordinate.
+    the task. The coordinates are independent, so the optimal number of steps is that of the farthest coordinate.
     """
 
     dimensions: int = 2
@@ -72,23 +72,23 @@ class Point:
         )
 
     def relabel(self, obs: jax.Array, actions: jax.Array, next_obs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the task's reward [N] and termination [N] for observations [N, O] alone."""
+        """Returns the task's reward [N] and termination [N], which depend only on next observations [N, O]."""
         del obs, actions
         reached = self._distance(jnp.asarray(next_obs)) <= self.tolerance
         return reached.astype(jnp.float32) - 1.0, reached
 
     def optimal_steps(self, obs: jax.Array) -> jax.Array:
         """Returns the fewest steps [N] from observations [N, O] to the goal, one if it is already there."""
-        # the slack forgives the rounding of positions that are whole steps away
+        # the slack compensates for rounding of positions that are whole steps away
         away = self._distance(obs) - self.tolerance - 1e-5
         return jnp.maximum(jnp.ceil(away / self.speed), 1.0).astype(jnp.int32)
 
     def optimal_value(self, obs: jax.Array, discount: float) -> jax.Array:
-        """Returns the best discounted return [N], discount below 1: minus one for each step before the last."""
+        """Returns the optimal discounted return [N], discount below 1: -1 for each step before the last."""
         return -(1.0 - discount ** (self.optimal_steps(obs) - 1.0)) / (1.0 - discount)
 
     def explore(self) -> "Point":
-        """Returns the variant that data is collected in: random starts, no termination, goals that move on."""
+        """Returns the variant for data collection: random starts, no termination, changing goals."""
         return dataclasses.replace(self, exploring=True)
 
     def behaviour(self, level: str) -> Scripted:
@@ -96,7 +96,7 @@ class Point:
         return scripted(self, level)
 
     def aim(self, obs: jax.Array, key: jax.Array) -> jax.Array:
-        """Returns where a scripted policy goes: the task's goal, or anywhere while exploring."""
+        """Returns a scripted policy's goal: the task's goal, or a random one while exploring."""
         return jax.random.uniform(key, (self.dimensions,), minval=-1.0) if self.exploring else self._goal(obs)
 
     def reached(self, obs: jax.Array, goal: jax.Array) -> jax.Array:
@@ -104,11 +104,11 @@ class Point:
         return jnp.abs(obs[..., : self.dimensions] - goal).max(-1) <= self.tolerance
 
     def plan(self, obs: jax.Array, goal: jax.Array) -> jax.Array:
-        """Returns the action that takes every coordinate to `goal` as fast as it can."""
+        """Returns the action that moves every coordinate to `goal` as fast as possible."""
         return jnp.clip((goal - obs[..., : self.dimensions]) / self.speed, -1.0, 1.0)
 
     def draw(self, state_obs: np.ndarray, size: int) -> Image.Image:
-        """Returns the picture of one observation [O]; a corridor is drawn along x."""
+        """Returns an image of one observation [O]; one dimension is drawn along x."""
         x, y = np.append(state_obs[: self.dimensions], 0.0)[:2]
         goal_x, goal_y = np.append(np.asarray(self._goal(jnp.asarray(state_obs))), 0.0)[:2]
         return discs(
@@ -134,9 +134,9 @@ class Point:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bandit:
-    """One step, one action. Two bumps of reward: 1 high at +0.6 and `lesser` high at -0.6; almost nothing between.
+    """One step, one action. Two reward bumps: height 1 at +0.6 and `lesser` at -0.6; almost 0 in between.
 
-    A policy that averages its data (half of it at each bump) acts at 0 and earns exp(-18) of a bump.
+    A policy that averages its data (half of it at each bump) acts at 0 and gets exp(-18) of a bump's height.
     """
 
     lesser: float = 0.5
@@ -148,7 +148,7 @@ class Bandit:
         return Spec(observation=1, action=1)
 
     def reset(self, key: jax.Array) -> EnvState:
-        """Returns the one state there is."""
+        """Returns the only state."""
         del key
         never = jnp.zeros((), bool)
         return EnvState(
@@ -162,7 +162,7 @@ class Bandit:
         )
 
     def step(self, state: EnvState, action: jax.Array) -> EnvState:
-        """Returns the end, with the reward of `action` [1]; success is having chosen the higher bump."""
+        """Returns the terminal state, with the reward of `action` [1]; choosing the higher bump is success."""
         reward, terminated = self.relabel(state.obs[None], action[None], state.obs[None])
         return dataclasses.replace(
             state,
@@ -179,11 +179,11 @@ class Bandit:
         return right + self.lesser * left, jnp.ones(left.shape, bool)
 
     def explore(self) -> "Bandit":
-        """Returns itself: there is one state, and it ends."""
+        """Returns itself: there is only one state and one step."""
         return self
 
     def behaviour(self, level: str) -> Scripted:
-        """Returns the policy that takes either bump with even chance, with the noise of `level`."""
+        """Returns the policy that picks either bump with equal probability, with the noise of `level`."""
         return scripted(self, level)
 
     def aim(self, obs: jax.Array, key: jax.Array) -> jax.Array:
@@ -202,7 +202,7 @@ class Bandit:
         return goal
 
     def draw(self, state_obs: np.ndarray, size: int) -> Image.Image:
-        """Returns the picture of the two bumps on the action axis, each as large as its reward."""
+        """Returns an image of the two bumps on the action axis, sized by their reward."""
         del state_obs
         return discs(
             size,

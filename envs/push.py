@@ -1,8 +1,8 @@
 """A small manipulation task with real MJX physics: a round pusher moves a disc over a table to a goal.
 
-Both bodies are spheres that slide in the plane, which touch as discs do and cost least. The table's friction is joint
-damping. The only contact is between the two; joint limits are the table's edge, and keep the disc far enough from it
-for the pusher to get behind. The disc does not turn: without friction between the two nothing would turn it.
+Both bodies are spheres that slide in the plane, whose contacts are those of discs at the lowest cost. Joint damping
+models the table's friction. The only contact is between the two; joint limits are the table's edge, and keep the disc
+far enough from it for the pusher to get behind. The disc does not rotate: without friction, contact exerts no torque.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from jaxrl.types import EnvState, Spec
 PUSHER, DISC, TOLERANCE = 0.08, 0.12, 0.1  # radii, and the distance to the goal that counts as success
 TOUCH = PUSHER + DISC
 SUBSTEPS = 2  # of 0.05 s per action
-GOAL = (0.5, 0.0)  # where it is not random
+GOAL = (0.5, 0.0)  # unless random
 
-# damping / mass is 8 per second for both: a push ends within 0.07 of where it let go
+# damping / mass is 8 per second for both: the disc stops within 0.07 of where contact ends
 MJCF = f"""
 <mujoco model="push">
   <option timestep="0.05" gravity="0 0 0" integrator="Euler" iterations="1" ls_iterations="4">
@@ -75,7 +75,7 @@ class Push:
     data: Any = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Builds the model once; it must not happen inside a trace."""
+        """Builds the model once; must not run inside a trace."""
         if self.reward not in ("sparse", "dense"):
             raise UserError(f"push: reward is {self.reward!r}, allowed are 'sparse' and 'dense'")
         model = mujoco.MjModel.from_xml_string(MJCF)  # ty: ignore[missing-attribute]
@@ -89,7 +89,7 @@ class Push:
         return Spec(observation=8 + goal, action=2, goal=goal)
 
     def reset(self, key: jax.Array) -> EnvState:
-        """Returns an episode at rest: the pusher clear of the disc, the disc 0.3 or more away from the goal."""
+        """Returns an episode at rest: the pusher not touching the disc, the disc at least 0.3 away from the goal."""
         key_goal, key_disc, key_pusher = jax.random.split(key, 3)
         goal = jax.random.uniform(key_goal, (2,), minval=-0.6, maxval=0.6) if self.goal_conditioned else jnp.array(GOAL)
         disc = _away(key_disc, 0.0 if self.exploring else 0.3, goal, 0.6)
@@ -109,7 +109,7 @@ class Push:
     def step(self, state: EnvState, action: jax.Array) -> EnvState:
         """Returns the state 0.1 seconds later, action [2] in [-1, 1]."""
         before, goal = state.physics, state.physics["goal"]
-        # the solver starts from the last acceleration; nothing else of the simulator's data has a memory
+        # the solver is warm-started from the last acceleration; the simulator's data has no other state
         data = self.data.replace(
             qpos=before["position"],
             qvel=before["velocity"],
@@ -132,7 +132,7 @@ class Push:
         )
 
     def relabel(self, obs: jax.Array, actions: jax.Array, next_obs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the task's reward [N] and termination [N] for observations [N, O] alone."""
+        """Returns the task's reward [N] and termination [N], which depend only on next observations [N, O]."""
         del obs, actions
         next_obs = jnp.asarray(next_obs)
         pusher, disc = next_obs[:, :2], next_obs[:, 2:4]
@@ -143,15 +143,15 @@ class Push:
         return -away - 0.2 * jnp.maximum(_norm(disc - pusher) - TOUCH, 0.0), ended
 
     def explore(self) -> "Push":
-        """Returns the variant that data is collected in: random starts, no termination, goals that move on."""
+        """Returns the variant for data collection: random starts, no termination, changing goals."""
         return dataclasses.replace(self, exploring=True)
 
     def behaviour(self, level: str) -> Scripted:
-        """Returns the policy that goes round behind the disc and pushes it to the goal, with the noise of `level`."""
+        """Returns the policy that moves behind the disc and pushes it to the goal, with the noise of `level`."""
         return scripted(self, level)
 
     def aim(self, obs: jax.Array, key: jax.Array) -> jax.Array:
-        """Returns where a scripted policy pushes to: the task's goal, or anywhere while exploring."""
+        """Returns a scripted policy's goal: the task's goal, or a random one while exploring."""
         return jax.random.uniform(key, (2,), minval=-0.6, maxval=0.6) if self.exploring else self._goal(obs)
 
     def reached(self, obs: jax.Array, goal: jax.Array) -> jax.Array:
@@ -159,19 +159,19 @@ class Push:
         return _norm(obs[..., 2:4] - goal) <= TOLERANCE
 
     def plan(self, obs: jax.Array, goal: jax.Array) -> jax.Array:
-        """Returns the force that circles the disc until it lies between pusher and goal, then pushes."""
+        """Returns the force that circles the disc until it is between pusher and goal, then pushes."""
         outward = obs[:2] - obs[2:4]
         distance = _norm(outward)
         outward = outward / (distance + 1e-6)
         along = jnp.stack([-outward[1], outward[0]])
-        ahead = (obs[2:4] - goal) / (_norm(obs[2:4] - goal) + 1e-6)  # where the pusher should be, seen from the disc
-        angle = jnp.arctan2(jnp.dot(along, ahead), jnp.dot(outward, ahead))  # still to be circled
-        clear = 1.5 * TOUCH * jnp.clip(2.0 * jnp.abs(angle), 0.0, 1.0)  # the distance to keep: none once behind
+        ahead = (obs[2:4] - goal) / (_norm(obs[2:4] - goal) + 1e-6)  # direction from the disc to the pusher's target
+        angle = jnp.arctan2(jnp.dot(along, ahead), jnp.dot(outward, ahead))  # remaining angle around the disc
+        clear = 1.5 * TOUCH * jnp.clip(2.0 * jnp.abs(angle), 0.0, 1.0)  # distance to keep: 0 once behind the disc
         force = 4.0 * angle * distance * along + 8.0 * (clear - distance) * outward
         return force / jnp.maximum(_norm(force), 1.0)
 
     def draw(self, state_obs: np.ndarray, size: int) -> Image.Image:
-        """Returns the picture of one observation [O] from above."""
+        """Returns a top-view image of one observation [O]."""
         goal_x, goal_y = np.asarray(self._goal(jnp.asarray(state_obs)))
         pusher_x, pusher_y, disc_x, disc_y = state_obs[:4]
         shapes = [
@@ -191,7 +191,7 @@ class Push:
 
 
 def _away(key: jax.Array, distance: float, other: jax.Array, extent: float) -> jax.Array:
-    """Returns a point of [-extent, extent]^2 that is `distance` or more from `other`: the first of 16 that is."""
+    """Returns the first of 16 random points in [-extent, extent]^2 that is at least `distance` from `other`."""
     points = jax.random.uniform(key, (16, 2), minval=-extent, maxval=extent)
     return points[jnp.argmax(_norm(points - other[None]) >= distance)]
 

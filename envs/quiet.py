@@ -1,4 +1,4 @@
-"""MJX without what it prints on import about back ends that are not installed and not used here."""
+"""MJX, without the messages it prints on import about missing backends that are not used here."""
 
 import contextlib
 import io

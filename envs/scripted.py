@@ -1,4 +1,4 @@
-"""Scripted policies of graded skill, as they are needed to make data without a trained agent."""
+"""Scripted policies of several skill levels, for recording data without a trained agent."""
 
 import dataclasses
 from typing import Protocol
@@ -14,10 +14,10 @@ SKILLS = {"good": (1.0, 0.2), "medium": (0.8, 0.8), "bad": (0.3, 1.0), "random":
 
 
 class Task(Protocol):
-    """What an environment must know about itself to be scripted."""
+    """The methods of an environment that scripted policies need."""
 
     def aim(self, obs: jax.Array, key: jax.Array) -> jax.Array:
-        """Returns the goal to go for: the task's own, or one drawn at random where data is explored."""
+        """Returns the goal: the task's own, or a random one for data collection."""
         ...
 
     def reached(self, obs: jax.Array, goal: jax.Array) -> jax.Array:
@@ -25,13 +25,13 @@ class Task(Protocol):
         ...
 
     def plan(self, obs: jax.Array, goal: jax.Array) -> jax.Array:
-        """Returns the action [A] that leads towards the goal."""
+        """Returns the action [A] that leads toward the goal."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scripted:
-    """A behaviour that follows `task.plan` with noise. Each episode draws one of `levels` and keeps it."""
+    """A behavior that follows `task.plan` with noise. Each episode draws one of `levels` and keeps it."""
 
     task: Task
     levels: tuple[str, ...]
@@ -44,7 +44,7 @@ class Scripted:
         return {"goal": self.task.aim(state.obs, key_goal), "weight": weight, "noise": noise}
 
     def act(self, memory: dict[str, jax.Array], state: EnvState, key: jax.Array) -> tuple[dict, jax.Array]:
-        """Returns the memory, with a new goal where the old one was reached, and one action [A]."""
+        """Returns the memory, with a new goal if the old one was reached, and one action [A]."""
         key_goal, key_noise = jax.random.split(key)
         arrived = self.task.reached(state.obs, memory["goal"])
         goal = jnp.where(arrived, self.task.aim(state.obs, key_goal), memory["goal"])
@@ -55,7 +55,7 @@ class Scripted:
 
 
 def scripted(task: Task, level: str) -> Scripted:
-    """Returns the behaviour of `level`: good, medium, bad, random, or mixed (one of them per episode)."""
+    """Returns the behavior of `level`: good, medium, bad, random, or mixed (one of them per episode)."""
     if level != "mixed" and level not in SKILLS:
         raise unknown("behaviour level", level, [*SKILLS, "mixed"])
     return Scripted(task, tuple(SKILLS) if level == "mixed" else (level,))

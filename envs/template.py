@@ -2,12 +2,12 @@
 
 Copy this file, change what it simulates, then
 
-    jaxrl doctor --env my_package.my_module:make              # tells what does not fit, and how to mend it
+    jaxrl doctor --env my_package.my_module:make              # reports problems and suggests fixes
     jaxrl train --env my_package.my_module:make
     jaxrl train --env "my_package.my_module:make?horizon=50"    # the arguments of `make` are options
 
-`reset` and `step` are pure functions of ONE environment: jaxrl vmaps them. They are compiled, so write `jnp.where`
-for `if` on arrays, and take all randomness from the key.
+`reset` and `step` are pure functions of ONE environment: jaxrl vmaps them. They are compiled, so use `jnp.where`
+instead of `if` on arrays, and take all randomness from the key.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxrl.types import EnvState, Spec
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # eq=False: a hash by identity, as a static argument of jit needs
+@dataclasses.dataclass(frozen=True, eq=False)  # eq=False: hash by identity, required for static arguments of jit
 class Cart:
     """Drive a cart with bounded force until it stands at the origin."""
 
@@ -35,7 +35,7 @@ class Cart:
         position = jax.random.uniform(key, minval=-1.0, maxval=1.0)
         no = jnp.zeros((), bool)
         return EnvState(
-            physics=(),  # whatever `step` must remember beyond the observation: any tree of arrays
+            physics=(),  # state that `step` needs beyond the observation: any tree of arrays
             obs=jnp.stack([position, jnp.zeros(())]),
             reward=jnp.zeros(()),
             terminated=no,
@@ -55,8 +55,8 @@ class Cart:
             state,
             obs=jnp.stack([position, velocity]),
             reward=jnp.where(parked, 0.0, -1.0).astype(jnp.float32),
-            terminated=parked,  # the task is over: what comes after is worth nothing
-            truncated=(steps >= self.horizon) & ~parked,  # only the clock is over: what would come after counts
+            terminated=parked,  # the task is over: no bootstrap
+            truncated=(steps >= self.horizon) & ~parked,  # only the time limit: bootstrap
             success=parked,
             steps=steps,
         )

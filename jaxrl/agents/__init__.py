@@ -1,4 +1,4 @@
-"""The methods, one file each, and the table that names them. README.md is their catalogue."""
+"""The agents, one file each, and their table by name. README.md is their catalog."""
 
 # ruff: noqa: F401
 from jaxrl.agents.a2pr import A2PR
@@ -21,4 +21,4 @@ from jaxrl.agents.td3 import TD3
 from jaxrl.agents.td3bc import TD3BC
 
 AGENTS: dict[str, type] = {kind.__name__.lower(): kind for kind in list(globals().values()) if isinstance(kind, type)}
-"""Every class imported above by the name that the command line knows it by: its own, in lowercase."""
+"""Every class imported above by its command-line name: the class name in lowercase."""

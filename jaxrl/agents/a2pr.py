@@ -1,15 +1,14 @@
-"""A2PR: adaptive advantage-guided policy regularization, TD3 held only where there is something good to hold to.
+"""A2PR: adaptive advantage-guided policy regularization, TD3 regularized only toward actions with an advantage.
 
 Paper: Liu, Li, Lan, Gao, Pan, Xu, "Adaptive Advantage-Guided Policy Regularization for Offline Reinforcement Learning",
 arXiv 2405.19909.
 
-A variational autoencoder G clones the data's actions of positive advantage. The actor is pulled to G's action or to the
-data's, whichever the critic values more, and only where one of the two has an advantage; elsewhere it is free.
+A variational autoencoder G clones the data's actions with positive advantage. The actor is regularized toward G's
+action or the data's, whichever has the higher Q-value, and only where one of the two has an advantage.
 
-Where the released code and the paper's equations differ, the released code is followed, for it made the published
-numbers: the value is regressed by plain least squares to the lower of two targets, the gate is 0 or `mask` and never
-twice that, and the gradient passes through G's action, which depends on pi(s) (`detach_target` stops it, as the paper
-reads).
+Where the released code and the paper's equations differ, the released code is followed, since it produced the published
+numbers: the value is regressed by least squares to the lower of two targets, the gate is 0 or `mask` and never twice
+that, and the gradient passes through G's action, which depends on pi(s) (`detach_target` stops it, as in the paper).
 """
 
 from typing import ClassVar
@@ -30,7 +29,7 @@ from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec,
 
 @pytree
 class A2PR:
-    """TD3 regularized towards actions of positive advantage, of the data or of an autoencoder."""
+    """TD3 regularized toward actions with positive advantage, from the data or an autoencoder."""
 
     chunk: ClassVar[int] = 1
 
@@ -49,14 +48,14 @@ class A2PR:
     detach_target: bool = False  # whether the gradient stops at the autoencoder's action
 
     def check(self) -> None:
-        """Raises UserError for settings that do not fit each other."""
+        """Raises UserError for inconsistent settings."""
         if self.value.head != self.td3.critic.head:
             raise UserError(
                 f"A2PR.value.head = {self.value.head!r}: must be that of td3.critic.head, {self.td3.critic.head!r}"
             )
 
     def requires(self) -> Requirements:
-        """Returns what its data must have."""
+        """Returns the requirements on its data."""
         return self.td3.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:
@@ -90,7 +89,7 @@ class A2PR:
         batch = learner.normalized(state, batch)
         action = self.td3.target_action(state, batch, draws)
         y = self.td3.td_target(state, state.target["critic"], batch, action)
-        v = self.v(state, batch)  # is not looked up again after the value's step
+        v = self.v(state, batch)  # from before the value's step, for all losses
         state, critic = self.td3.learn_critic(state, batch, y, batch.valid[:, 0])
         lower = self.lower_target(state, batch, y, action)
         loss = lambda value: self.value_loss(value, state, batch, lower)  # noqa: E731
@@ -105,7 +104,7 @@ class A2PR:
         return self.value.value(state.params["value"], state.spec.critic(batch.obs))
 
     def lower_target(self, state: State, batch: Batch, y: jax.Array, action: jax.Array) -> jax.Array:
-        """Returns the lower of y [B], the slow critics' target at the next actions [B, A], and the critics' own."""
+        """Returns the minimum of y [B], the target critics' TD target at the next actions [B, A], and the critics'."""
         return jnp.minimum(self.td3.td_target(state, state.params["critic"], batch, action), y)
 
     def value_loss(self, value: PyTree, state: State, batch: Batch, y: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -117,7 +116,7 @@ class A2PR:
     def vae_loss(
         self, vae: PyTree, state: State, batch: Batch, v: jax.Array, draws: Draws
     ) -> tuple[jax.Array, Metrics]:
-        """Returns the evidence bound's loss: reconstruction where Q_1(s, a) > v, and half the divergence everywhere."""
+        """Returns the VAE loss: reconstruction where Q_1(s, a) > v, plus half the divergence everywhere."""
         action, happened = batch.actions[:, 0], batch.valid[:, 0]
         rebuilt, mean, log_std = self.vae.rebuild(vae, state.spec.actor(batch.obs), action, draws["vae_noise"])
         better = happened * (self.td3.first_q(state, batch, action) > v)
@@ -130,7 +129,7 @@ class A2PR:
     def held_to(
         self, state: State, batch: Batch, action: jax.Array, v: jax.Array, draws: Draws
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the action [B, A] that pi(s) is pulled to, and the weight [B] of the pull."""
+        """Returns the action [B, A] that pi(s) is regularized toward, and the weight [B] of that term."""
         obs, noise = state.spec.actor(batch.obs), draws["actor_noise"]
         imitated, *_ = self.vae.rebuild(state.params["vae"], obs, action, noise)
         imitated = jax.lax.stop_gradient(imitated) if self.detach_target else imitated

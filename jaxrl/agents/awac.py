@@ -1,11 +1,11 @@
-"""AWAC: advantage-weighted actor-critic, whose policy imitates actions in proportion to exponential advantages.
+"""AWAC: advantage-weighted actor-critic; the policy imitates actions weighted by exponential advantages.
 
 Paper: Nair, Gupta, Dalal, Levine, "AWAC: Accelerating Online Reinforcement Learning with Offline Datasets",
 arXiv 2006.09359.
 
-The critics learn the value of the policy itself (Eq. 4). The policy, a Gaussian, maximizes the likelihood of the
-data's actions weighted by exp(advantage / temperature), which is the nearest policy to the data of a given improvement
-(Eq. 13). The same update serves offline and online.
+The critics learn the value of the policy (Eq. 4). The policy, a Gaussian, maximizes the likelihood of the data's
+actions weighted by exp(advantage / temperature), the solution of KL-constrained policy improvement (Eq. 13). The same
+update is used offline and online.
 
 The advantage is measured against one sample of the policy, as in CORL's code, whose settings are the defaults.
 """
@@ -28,7 +28,7 @@ _NET = Net((256, 256, 256), "relu", "none", "torch")
 
 @pytree
 class AWAC:
-    """Imitation of the data weighted by exponential advantages, on a critic of the policy's own value."""
+    """Advantage-weighted imitation of the data, with a critic of the policy's value."""
 
     chunk: ClassVar[int] = 1
 
@@ -37,12 +37,12 @@ class AWAC:
     critic: Critic = Critic(_NET, agg="min")  # Q_1(s, a) and Q_2(s, a)
     actor_adam: Adam = Adam()
     critic_adam: Adam = Adam()
-    temperature: Positive = 1 / 3  # of the advantage; 0.1 where rewards are sparse
+    temperature: Positive = 1 / 3  # of the advantage; 0.1 for sparse rewards
     max_weight: NonNegative = 100.0  # bound of the weights
-    normalize: bool = True  # whether observations are normalized by the data's mean and spread
+    normalize: bool = True  # whether observations are normalized by the data's mean and standard deviation
 
     def requires(self) -> Requirements:
-        """Returns what its data must have."""
+        """Returns the requirements on its data."""
         return self.transitions.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:
@@ -57,7 +57,7 @@ class AWAC:
         return learner.create(spec, params, optimizers, "critic", normalized=True)
 
     def fit(self, state: State, data: Rings) -> State:
-        """Returns the initial state with the data's normalizer, where observations are to be normalized."""
+        """Returns the initial state with the data's normalizer, if `normalize`."""
         return learner.fit(state, data) if self.normalize else state
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
@@ -82,7 +82,7 @@ class AWAC:
         return learner.counted(learner.follow(improved, self.critic.tau, "critic")), {**metrics, **more}
 
     def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
-        """Returns y [B], the reward and the lower target critic's value of the policy's next action."""
+        """Returns y [B], the TD target with the lower target critic's value of the policy's next action."""
         spec, next_obs = state.spec, batch.next_obs
         action = self.actor.sample(state.params["actor"], spec.actor(next_obs), draws["next_noise"])
         next_value = self.critic.value(state.target["critic"], spec.critic(next_obs), action)

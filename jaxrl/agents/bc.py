@@ -1,8 +1,8 @@
-"""Flow behaviour cloning: the data's action chunks as a conditional flow, without any critic.
+"""Flow behavior cloning: a conditional flow of the data's action chunks, without a critic.
 
 Loss: conditional flow matching (Lipman et al., arXiv 2210.02747, equation 23, with straight paths) on flat H-step
-chunks, steps past an episode's end masked. Acting integrates the learned velocity with Euler steps. It is the policy
-that every method with a flow starts from, and the baseline that each must beat.
+chunks, with steps past an episode's end masked. Acting integrates the learned velocity with Euler steps. All flow
+methods build on this policy, and it is their baseline.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec,
 
 @pytree
 class BC:
-    """Flow behaviour cloning on H-step action chunks."""
+    """Flow behavior cloning on H-step action chunks."""
 
     windows: Windows = Windows(chunk=5, backup=5)
     flow: FlowPolicy = FlowPolicy(time="fourier")  # v(s, x_t, t)
@@ -29,7 +29,7 @@ class BC:
     chunk, sample, update = learner.chunk, learner.sample, learner.update
 
     def requires(self) -> Requirements:
-        """Returns what its data must have."""
+        """Returns the requirements on its data."""
         return self.windows.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:
@@ -63,6 +63,6 @@ class BC:
         return self.flow.sample(state.params["flow"], state.spec.actor(obs), noise)
 
     def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
-        """Returns chunks [B, H, A] from fresh noise; `greedy` changes nothing."""
+        """Returns chunks [B, H, A] from new noise; `greedy` has no effect."""
         noise = jax.random.normal(key, (count_of(obs), self.chunk * state.spec.action))
         return learner.unflatten(self.choose(state, obs, noise), state.spec.action)

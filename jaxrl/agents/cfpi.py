@@ -1,20 +1,19 @@
-"""CFPI, one step: a behaviour and its value are learned, and every action is improved in closed form when it is taken.
+"""CFPI, one-step: learns a behavior policy and its value, and improves every action in closed form when acting.
 
 Paper: Li, Zhang, Yin, Bai, Wang, Wang, "Offline Reinforcement Learning with Closed-Form Policy Improvement Operators",
 arXiv 2211.15956; the operators are in `jaxrl.ops.closed_form`.
 
-The behaviour is a mixture of Gaussians before tanh, by maximum likelihood. Two quantile critics (IQN, Dabney et al.,
-arXiv 1806.06923) learn the behaviour's own value from the next action of the data. No policy is trained.
+The behavior is a mixture of Gaussians before tanh, fitted by maximum likelihood. Two quantile critics (IQN, Dabney et
+al., arXiv 1806.06923) learn the behavior's value from the next action of the data. No policy is trained.
 
 Deliberate differences from the official code:
-- Behaviour and critics are trained together, an update of each at a time, and the last critics are used; there they
-  are trained one after the other, and the critics' checkpoint is chosen per dataset.
+- Behavior and critics are trained together, in alternating updates, and the last critics are used; the official code
+  trains them one after the other, and selects the critics' checkpoint per dataset.
 - Actions are clipped to 0.999 before atanh. Outside evaluation there is noise on actions.
-- The iterative version, in which the operator also chooses the critics' next actions, is left out.
+- The iterative version, in which the operator also selects the critics' next actions, is not implemented.
 
-Where many actions lie at the bounds of the box, the mixture has narrow components there whose high density keeps the
-radii of all others near 0: a single Gaussian (variant `single`) suits such data better than the published mixture
-(`mixture`).
+If many actions are at the bounds, the mixture has narrow components there whose high density keeps the radii of all
+others near 0: a single Gaussian (variant `single`) suits such data better than the published mixture (`mixture`).
 """
 
 from typing import ClassVar
@@ -36,22 +35,22 @@ from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec,
 
 @pytree
 class CFPI:
-    """Closed-form policy improvement of a behaviour by its own value."""
+    """Closed-form policy improvement of a behavior policy by its value."""
 
     chunk: ClassVar[int] = 1
 
     transitions: Transitions = Transitions()
-    actor: MixturePolicy = MixturePolicy()  # the behaviour, p(a | s)
+    actor: MixturePolicy = MixturePolicy()  # the behavior, p(a | s)
     critic: QuantileCritic = QuantileCritic()  # Z_1(s, a, level) and Z_2(s, a, level)
     actor_adam: Adam = Adam(1e-4)
     critic_adam: Adam = Adam()
     pessimism: NonNegative = 1.0  # beta_LB: standard deviations between the critics' mean and the value
     operator: ClosedForm = ClosedForm()  # how actions are improved
-    exploration: NonNegative = 0.1  # standard deviation of the noise on actions, but in evaluation
-    normalize: bool = True  # whether observations are normalized by the data's mean and spread
+    exploration: NonNegative = 0.1  # standard deviation of the noise on actions, except in evaluation
+    normalize: bool = True  # whether observations are normalized by the data's mean and standard deviation
 
     def requires(self) -> Requirements:
-        """Returns what its data must have."""
+        """Returns the requirements on its data."""
         return self.transitions.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:
@@ -66,17 +65,17 @@ class CFPI:
         return learner.create(spec, params, optimizers, "critic", normalized=True)
 
     def fit(self, state: State, data: Rings) -> State:
-        """Returns the initial state with the data's normalizer, where observations are to be normalized."""
+        """Returns the initial state with the data's normalizer, if `normalize`."""
         return learner.fit(state, data) if self.normalize else state
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
-        """Returns a batch of transitions, with the actions that follow them."""
+        """Returns a batch of transitions, with the next actions."""
         return self.transitions.sample(data, key)
 
     update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
-        """Returns the random numbers of one update, which become the levels here and at the next state."""
+        """Returns the random numbers of one update, for the quantile levels at the state and at the next state."""
         here, there = jax.random.uniform(key, (2, len(batch.actions), self.critic.train_levels))
         return {"levels": here, "target_levels": there}
 
@@ -96,9 +95,9 @@ class CFPI:
         return loss, {"actor/bc_loss": loss}
 
     def critic_loss(self, critic: PyTree, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the quantile loss of both critics, each against its own slow copy at the data's next action.
+        """Returns the quantile loss of both critics, each against its target network at the data's next action.
 
-        A transition after which the data take no action counts only where it ended the task.
+        Transitions without a next action in the data count only if they terminated.
         """
         if batch.next_action is None or batch.followed is None:
             raise UserError("CFPI: a batch needs next_action and followed, the action that the data take next")
@@ -115,7 +114,7 @@ class CFPI:
         return loss, {"critic/loss": loss, "critic/value": losses.masked_mean(z.mean(axis=(0, 2)), weight)}
 
     def choose(self, state: State, obs: Observation, key: jax.Array) -> jax.Array:
-        """Returns the improved actions [B, A]; the key chooses how far to go, where that is random."""
+        """Returns the improved actions [B, A]; the key is for a random step size."""
         assert state.normalizer is not None
         obs = state.normalizer(obs)
 
@@ -135,6 +134,6 @@ class CFPI:
 
 
 def levels(uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns ascending levels [B, N] in the middles of random shares of [0, 1], and these shares."""
+    """Returns ascending levels [B, N], the midpoints of random intervals that partition [0, 1], and their lengths."""
     share = (uniform + 0.1) / (uniform + 0.1).sum(axis=-1, keepdims=True)
     return jnp.cumsum(share, axis=-1) - share / 2, share

@@ -31,13 +31,13 @@ from jaxrl.replay.returns import returns_to_go
 from jaxrl.replay.ring import Rings
 from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, count_of, pytree
 
-RETURN = "return_to_go"  # the column that Cal-QL adds to data and replay
+RETURN = "return_to_go"  # column that Cal-QL adds to data and replay
 _NET = Net((256, 256, 256), "relu", "none", "torch")
 
 
 @pytree
 class CQL:
-    """Soft actor-critic with conservative critics, calibrated or not."""
+    """Soft actor-critic with conservative, optionally calibrated critics."""
 
     chunk: ClassVar[int] = 1
 
@@ -50,15 +50,15 @@ class CQL:
     samples: Count = 10  # actions of each kind in that term
     soft: Positive = 1.0  # temperature of its soft maximum
     lowest_gap: Scalar = -1e9  # bound of the term from below; -200 on the antmazes
-    lagrange: bool = False  # whether the term's weight is learned, so that it meets `gap`
-    gap: Scalar = 5.0  # what the term may be, then
-    max_target: bool = False  # whether the best of the policy's actions is the target's, not one of them
+    lagrange: bool = False  # whether the term's weight is learned, so that the term meets `gap`
+    gap: Scalar = 5.0  # target value of the term, with `lagrange`
+    max_target: bool = False  # whether the target uses the best of several policy actions, not one sample
     calibrated: bool = False  # Cal-QL
-    mixing: Fraction = 0.5  # share of a batch that comes from the dataset, where there is a replay as well
-    normalize: bool = True  # whether observations are normalized by the data's mean and spread
+    mixing: Fraction = 0.5  # fraction of a batch from the dataset, if there is a replay as well
+    normalize: bool = True  # whether observations are normalized by the data's mean and standard deviation
 
     def requires(self) -> Requirements:
-        """Returns what its data must have."""
+        """Returns the requirements on its data."""
         return self.transitions.requires()
 
     def optimizers(self) -> dict[str, optax.GradientTransformation]:
@@ -82,11 +82,11 @@ class CQL:
         return learner.create(spec, params, self.optimizers(), "critic", normalized=True)
 
     def fit(self, state: State, data: Rings) -> State:
-        """Returns the initial state with the data's normalizer, where observations are to be normalized."""
+        """Returns the initial state with the data's normalizer, if `normalize`."""
         return learner.fit(state, data) if self.normalize else state
 
     def derive_columns(self, data: Rings) -> Rings:
-        """Returns the data with their rows' returns to go, for Cal-QL; unchanged where they already have these."""
+        """Returns the data with return-to-go columns for Cal-QL, if missing."""
         columns = lambda ring: {**ring.extra, RETURN: returns_to_go(ring, self.transitions.discount)}  # noqa: E731
         missing = [self.calibrated and RETURN not in ring.extra for ring in data]
         return tuple(dataclasses.replace(r, extra=columns(r)) if m else r for r, m in zip(data, missing, strict=True))
@@ -118,16 +118,16 @@ class CQL:
         return learner.counted(learner.follow(state, self.critic.tau, "critic")), metrics
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the sum of all losses, each of which moves one network, and metrics."""
+        """Returns the sum of all losses, each of which trains one network, and metrics."""
         obs, seen, happened = state.spec.actor(batch.obs), state.spec.critic(batch.obs), batch.valid[:, 0]
 
-        # the policy climbs the lower critic and keeps its entropy, of which the weight holds it at -A
+        # the policy maximizes the lower critic plus weighted entropy; the weight targets an entropy of -A
         action, density = self.actor.sample(params["actor"], obs, draws["policy"])
         q = self.critic.value(state.params["critic"], seen, action)
         actor = losses.masked_mean(jnp.exp(state.params["entropy"]) * density - q, happened)
         lack = jax.lax.stop_gradient(losses.masked_mean(density - state.spec.action, happened))
 
-        # the critics: (Q(s, a) - y)^2 and the excess, summed; the weight of the excess rises where it is above `gap`
+        # the critics: (Q(s, a) - y)^2 and the excess, summed; the weight of the excess rises if it is above `gap`
         y = self.td_target(state, batch, draws)
         error = self.critic.error(params["critic"], seen, batch.actions[:, 0], y).sum(axis=0)
         td, excess = losses.masked_mean(error, happened), self.excess(params["critic"], state, batch, draws)
@@ -147,14 +147,14 @@ class CQL:
         return self.actor.sample(state.params["actor"], state.spec.actor(repeat_for(noise, obs)), noise)
 
     def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
-        """Returns y [B], the reward and the lower target critic's value of the policy's next action, or of its best."""
+        """Returns y [B], the TD target with the lower target critic's value of the policy's next (or best) action."""
         action, _ = self.sampled(state, batch.next_obs, draws["target"])
         next_obs = state.spec.critic(repeat_for(action, batch.next_obs))
         next_value = self.critic.value(state.target["critic"], next_obs, action).max(axis=-1)
         return self.transitions.target(batch, next_value)
 
     def soft_maximum(self, critic: PyTree, state: State, batch: Batch, draws: Draws) -> jax.Array:
-        """Returns the soft maximum of each critic [2, B] over actions here, weighted by how they were sampled."""
+        """Returns the soft maximum of each critic [2, B] over sampled actions, with importance weights."""
         here, here_density = self.sampled(state, batch.obs, draws["here"])
         after, after_density = self.sampled(state, batch.next_obs, draws["next"])
         actions = jax.lax.stop_gradient(jnp.concatenate([draws["uniform"], after, here], axis=1))  # one call for all
@@ -167,7 +167,7 @@ class CQL:
         return self.soft * jax.nn.logsumexp((q - density[None]) / self.soft, axis=-1)
 
     def excess(self, critic: PyTree, state: State, batch: Batch, draws: Draws) -> jax.Array:
-        """Returns by how much each critic's soft maximum exceeds its value of the data, in the mean; [2]."""
+        """Returns the mean excess of each critic's soft maximum over its value of the data's action, [2]."""
         data = self.critic.values(critic, state.spec.critic(batch.obs), batch.actions[:, 0])
         excess = jnp.maximum(self.soft_maximum(critic, state, batch, draws) - data, self.lowest_gap)
         return (excess * batch.valid[:, :1].T).mean(axis=1)

@@ -1,20 +1,19 @@
 """DQC: decoupled Q-chunking, a critic over long chunks for a policy over short ones.
 
-Paper: Li, Park, Levine, "Decoupled Q-Chunking", arXiv 2512.10926. A chunk critic over h actions passes rewards far in
-one backup. It is distilled, with optimism `kappa_d` about how the chunk continues, into a critic over its first h_a
-actions, and that, with optimism `kappa_b` about the action, into a state value, from which the chunk critic
-bootstraps. The policy is the best of N proposals of a behaviour flow over h_a actions.
+Paper: Li, Park, Levine, "Decoupled Q-Chunking", arXiv 2512.10926. A chunk critic over h actions propagates rewards over
+h steps in one backup. It is distilled, with optimism `kappa_d` about the chunk's continuation, into a critic over its
+first h_a actions, which is distilled, with optimism `kappa_b` about the action, into a state value, from which the
+chunk critic bootstraps. The policy is the best of N proposals of a behavior flow over h_a actions.
 
-As published, all values are discounted probabilities of success, the networks' outputs are their logits, and rewards
-are 0 or 1. Special cases of the same code, `jaxrl train dqc --variant NAME`: without the chunk critic and with
-h = h_a, `qc` is Q-chunking (QC); with h > h_a it is `qc-ns`; with h_a = 1 `ns` (n-step returns); with h = h_a = 1 `os`
-(one step).
+As published, all values are discounted probabilities of success, the networks output their logits, and rewards are 0 or
+1. Special cases of the same code, `jaxrl train dqc --variant NAME`: without the chunk critic and with h = h_a, `qc` is
+Q-chunking (QC); with h > h_a it is `qc-ns`; with h_a = 1 `ns` (n-step returns); with h = h_a = 1 `os` (one step).
 
 Deliberate differences from the official code:
-- It works on single tasks as well (`jaxrl train dqc ENV --reward-shift 1` where rewards are -1 before success).
-- Steps of a window that did not happen have no weight. The official code looks up this mask at an index of flat
-  actions instead of steps (`valid_index="flat"`); on the starts that it samples both are 1.
-- Targets stay 1e-6 away from 0 and 1 before their logit is taken, where the official value loss can become infinite.
+- It also supports single tasks (`jaxrl train dqc ENV --reward-shift 1` if rewards are -1 before success).
+- Steps of a window that were not executed have no weight. The official code indexes this mask by flat actions instead
+  of steps (`valid_index="flat"`); on the starts that it samples both are 1.
+- Targets are kept 1e-6 away from 0 and 1 before the logit; the official value loss can become infinite.
 """
 
 import dataclasses
@@ -41,17 +40,17 @@ class DQC:
     """Decoupled Q-chunking: long critic, short policy."""
 
     windows: Windows = Windows(chunk=5, backup=25, batch=4096, discount=0.999)
-    flow: FlowPolicy = FlowPolicy(_NET)  # the behaviour, v(s, a_t, t)
+    flow: FlowPolicy = FlowPolicy(_NET)  # the behavior, v(s, a_t, t)
     critic: Critic = Critic(_NET, agg="min", head="bce")  # Q_j(s, a) over h_a actions, and the chunk critic over h
     value: Value = Value(_NET, head="bce")  # V(s)
     chunk_critic: bool = True  # whether there is a critic over all h actions
     adam: Adam = Adam()
-    kappa_d: Fraction = 0.8  # optimism about how a chunk continues
-    distill: Tilt = "expectile"  # which statistic kappa_d is a level of
+    kappa_d: Fraction = 0.8  # optimism about the chunk's continuation
+    distill: Tilt = "expectile"  # statistic of which kappa_d is the level
     kappa_b: Fraction = 0.93  # optimism about the action
-    implicit_backup: Tilt = "quantile"  # which statistic kappa_b is a level of
-    num_samples: Count = 32  # N: proposals of which the best is acted on
-    valid_index: Literal["step", "flat"] = "step"  # where the mask is looked up
+    implicit_backup: Tilt = "quantile"  # statistic of which kappa_b is the level
+    num_samples: Count = 32  # N: number of proposals, of which the best is executed
+    valid_index: Literal["step", "flat"] = "step"  # how the mask is indexed
 
     chunk, requires, sample = learner.chunk, learner.requires, learner.sample
     learn, update = learner.learn, learner.update
@@ -59,11 +58,11 @@ class DQC:
 
     @property
     def whole(self) -> Windows:
-        """The windows as the chunk critic sees them: with all h actions."""
+        """The windows for the chunk critic: with all h actions."""
         return dataclasses.replace(self.windows, chunk=self.windows.backup)
 
     def check(self) -> None:
-        """Raises UserError for settings that do not fit each other."""
+        """Raises UserError for inconsistent settings."""
         check_heads("DQC", self.critic, self.value)
         self.windows.goals.check_head(self.critic.head)
 
@@ -89,13 +88,13 @@ class DQC:
         return {"x0": noise, "t": jax.random.uniform(key_time, (len(noise), 1))}
 
     def td_target(self, state: State, batch: Batch) -> jax.Array:
-        """Returns y [B]: the return within the window and the online value after it."""
+        """Returns y [B]: the return within the window plus the discounted online value after it."""
         next_value = self.value.value(state.params["value"], state.spec.critic(batch.next_obs))
         y = self.windows.target(batch, next_value)
         return losses.bounded(y, self.critic.head)
 
     def distillation_target(self, state: State, batch: Batch) -> jax.Array:
-        """Returns what each head of the short critic learns, [K, B]: its own chunk head, or the TD target."""
+        """Returns the target of each head of the short critic, [K, B]: its chunk head, or the TD target."""
         if not self.chunk_critic:
             return jnp.broadcast_to(self.td_target(state, batch)[None], (self.critic.heads, len(batch.actions)))
         chunk = self.whole.actions(batch)
@@ -109,7 +108,7 @@ class DQC:
         return self.whole.weight(batch), self.windows.weight(batch)
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the sum of all losses and what each of them is, in the paper's order."""
+        """Returns the sum of all losses and the individual losses, in the paper's order."""
         seen, a, head = state.spec.critic(batch.obs), self.windows.actions(batch), self.critic.head
         whole, short = self.weights(batch)
         metrics = {}
@@ -120,18 +119,18 @@ class DQC:
             error = self.critic.error(params["chunk_critic"], seen, self.whole.actions(batch), y)
             metrics["chunk_critic/loss"] = losses.masked_mean(error.mean(axis=0), whole)
 
-        # the short critic: an optimistic summary of the chunk critic over how chunks continue
+        # the short critic: an optimistic statistic of the chunk critic over continuations of the chunk
         output, target = self.critic.outputs(params["critic"], seen, a), self.distillation_target(state, batch)
         error = losses.tilted(output, target, self.kappa_d, head, self.distill, margin=1e-5)
         weight = whole if self.chunk_critic and self.valid_index == "step" else short
         metrics["critic/loss"] = losses.masked_mean(error.mean(axis=0), weight)
 
-        # the value, the implicit backup: an optimistic summary of the target critic over the data's actions
+        # the value, the implicit backup: an optimistic statistic of the target critic over the data's actions
         output, target = self.value.output(params["value"], seen), self.critic.value(state.target["critic"], seen, a)
         error = losses.tilted(output, target, self.kappa_b, head, self.implicit_backup)
         metrics["value/loss"] = losses.masked_mean(error, short)
 
-        # the flow clones the behaviour: |v(s, a_t, t) - (a - z)|^2
+        # the flow clones the behavior: |v(s, a_t, t) - (a - z)|^2
         behaviour = state.spec.behaviour(batch.obs)
         error = self.flow.matching_error(params["flow"], behaviour, draws["x0"], a, draws["t"])
         if self.valid_index == "flat":
@@ -142,12 +141,12 @@ class DQC:
         return sum(metrics.values(), jnp.zeros(())), metrics
 
     def choose(self, state: State, obs: Observation, noise: jax.Array) -> jax.Array:
-        """Returns the best [B, D] of the N proposals that the noise [B, N, D] gives."""
+        """Returns the best [B, D] of the N proposals from the noise [B, N, D]."""
         obs = repeat_for(noise, obs)
         candidates = self.proposals(state, obs, noise)
         return guidance.best_of(candidates, self.scores(state, obs, candidates))
 
     def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
-        """Returns chunks [B, h_a, A] from fresh noise; `greedy` changes nothing."""
+        """Returns chunks [B, h_a, A] from new noise; `greedy` has no effect."""
         noise = jax.random.normal(key, (count_of(obs), self.num_samples, self.chunk * state.spec.action))
         return learner.unflatten(self.choose(state, obs, noise), state.spec.action)

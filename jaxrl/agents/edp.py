@@ -1,8 +1,8 @@
-"""EDP: a flow policy trained to climb the critic through its one-step denoised action.
+"""EDP: a flow policy trained to maximize the critic at its one-step denoised action.
 
 Paper: Kang et al., "Efficient Diffusion Policies for Offline Reinforcement Learning", arXiv 2305.20081, as a flow
-with an IQL critic: the form in which "Q-Guided Flow" (arXiv 2606.11087) compares with it. Critic, value and cloning
-are those of QGF. The policy's gradient through the critic needs no sampling chain: it is taken at the one-step
+with an IQL critic: the variant used as a baseline in "Q-Guided Flow" (arXiv 2606.11087). Critic, value and cloning
+are those of QGF. The policy gradient through the critic needs no sampling chain: it is computed at the one-step
 estimate of the action (the paper's action approximation) from a point between noise and data.
 
 Deliberate differences from the official code: those of QGF, except that the policy sees the goal.
@@ -25,10 +25,10 @@ from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec,
 
 @pytree
 class EDP:
-    """A flow policy between cloning the data and climbing an IQL critic."""
+    """A flow policy trained by cloning the data and maximizing an IQL critic."""
 
     qgf: QGF = QGF(guide=QGuidance(weight=0.0))
-    bc_weight: NonNegative = 100.0  # weight of the cloning against the critic; to be tuned per task
+    bc_weight: NonNegative = 100.0  # weight of the cloning relative to the critic; to be tuned per task
 
     @property
     def chunk(self) -> int:
@@ -36,7 +36,7 @@ class EDP:
         return self.qgf.chunk
 
     def requires(self) -> Requirements:
-        """Returns what its data must have."""
+        """Returns the requirements on its data."""
         return self.qgf.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:
@@ -59,10 +59,10 @@ class EDP:
         return learner.descend(state, loss, self.qgf.optimizer(), self.qgf.critic.tau, "critic")
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the sum of the losses and what each of them is."""
+        """Returns the sum of the losses and the individual losses."""
         _, found = self.qgf.loss(params, state, batch, draws)
 
-        # the policy climbs the target critic: -Q(s, clip(a_t + (1 - t) v(s, a_t, t)))
+        # the policy maximizes the target critic: -Q(s, clip(a_t + (1 - t) v(s, a_t, t)))
         action = self.one_step(params, state, batch, draws)
         climbing = -self.qgf.score(state, batch.obs)(action).mean()
 
@@ -76,5 +76,5 @@ class EDP:
         return jnp.clip(x + (1 - t) * velocity(x, t, t), -1, 1)
 
     def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
-        """Returns chunks [B, H, A] of the flow, the best of `qgf.num_samples`; `greedy` changes nothing."""
+        """Returns chunks [B, H, A] of the flow, the best of `qgf.num_samples`; `greedy` has no effect."""
         return self.qgf.act(state, obs, key, greedy=greedy)

@@ -1,11 +1,11 @@
-"""FamO2O: a family of policies, and a second policy that chooses in every state how much to trust the critic.
+"""FamO2O: a family of policies, and a second policy that selects the policy-improvement strength in every state.
 
 Paper: Wang et al., "Train Once, Get a Family: State-Adaptive Balances for Offline-to-Online Reinforcement Learning",
 arXiv 2310.17966, in its instantiation on IQL.
 
 IQL weights imitation by exp(b A) with one inverse temperature b. Here b is an input of the policy, which is trained
-offline on b drawn from a whole range: a family. A second policy chooses b in each state so as to maximize the critic.
-Online, the family is trained on those choices. Order and losses are those of the official code.
+offline on b sampled from a range: a family. A second policy selects b in each state to maximize the critic. Online, the
+family is trained on the selected b. Order and losses are those of the official code.
 """
 
 import dataclasses
@@ -22,34 +22,34 @@ from jaxrl.ranges import Fraction, NonNegative, check_at_least
 from jaxrl.replay.ring import Rings
 from jaxrl.types import Batch, Metrics, Observation, Phase, PyTree, Requirements, Spec, count_of, pytree
 
-FEATURES = 6  # of the balance, as the family sees it
+FEATURES = 6  # number of features of the balance, an input of the family
 
 _NET = Net((256, 256), "relu")
 
 
 @pytree
 class FamO2O:
-    """Implicit Q-learning of a family of policies and of the choice among them."""
+    """Implicit Q-learning of a family of policies and of the selection among them."""
 
     chunk: ClassVar[int] = 1
 
     transitions: Transitions = Transitions()
-    family: GaussianPolicy = GaussianPolicy(_NET, std="learned")  # pi_u(a | s, e(b)), its mean still to be squashed
-    balance: GaussianPolicy = GaussianPolicy(_NET, std="learned")  # pi_b(x | s), of a number still to be squashed
+    family: GaussianPolicy = GaussianPolicy(_NET, std="learned")  # pi_u(a | s, e(b)), its mean before squashing
+    balance: GaussianPolicy = GaussianPolicy(_NET, std="learned")  # pi_b(x | s), of a number before squashing
     critic: Critic = Critic(_NET, agg="min")  # Q_1(s, a) and Q_2(s, a)
     value: Value = Value(_NET)  # V(s)
     adam: Adam = Adam()  # of each network
     expectile: Fraction = 0.9  # level of the value's expectile
-    lowest: NonNegative = 8.0  # the least inverse temperature of the advantage in the family
-    highest: NonNegative = 14.0  # and the greatest
+    lowest: NonNegative = 8.0  # lowest inverse temperature of the advantage in the family
+    highest: NonNegative = 14.0  # highest inverse temperature
     max_weight: NonNegative = 100.0  # bound of the imitation's weights
 
     def check(self) -> None:
-        """Raises UserError for settings that do not fit each other."""
+        """Raises UserError for inconsistent settings."""
         check_at_least(self, highest=self.lowest)
 
     def requires(self) -> Requirements:
-        """Returns what its data must have."""
+        """Returns the requirements on its data."""
         return self.transitions.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:
@@ -66,7 +66,7 @@ class FamO2O:
         return learner.create(spec, params, dict.fromkeys(params, self.adam.transformation()), "critic")
 
     def enter(self, state: State, phase: Phase) -> State:
-        """Returns the state in a phase: online the family is trained on the balances that are chosen."""
+        """Returns the state in a phase: online, the family is trained on the selected balances."""
         return dataclasses.replace(state, online=state.online or phase.collects)
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
@@ -76,7 +76,7 @@ class FamO2O:
     update = learner.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
-        """Returns the random numbers of one update: of choosing a balance, acting on it, and one to train."""
+        """Returns the random numbers of one update: for selecting a balance, acting with it, and for training."""
         key_choice, key_action, key_uniform, key_online = jax.random.split(key, 4)
         one, many = (len(batch.actions), 1), (len(batch.actions), spec.action)
         return {
@@ -110,7 +110,7 @@ class FamO2O:
         return loss, {"value/loss": loss}
 
     def td_target(self, state: State, batch: Batch) -> jax.Array:
-        """Returns y [B], the reward and the value after it."""
+        """Returns y [B], the reward plus the discounted next value."""
         next_value = self.value.value(state.params["value"], state.spec.critic(batch.next_obs))
         return self.transitions.target(batch, next_value)
 
@@ -138,12 +138,12 @@ class FamO2O:
         return choice + entropy, metrics
 
     def member(self, family: PyTree, obs: Observation, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns mean and log deviation [B, A] of the policy that balances by b [B, 1]."""
+        """Returns mean and log standard deviation [B, A] of the family's policy for balances b [B, 1]."""
         mean, log_std = self.family.moments(family, obs, features(b))
         return jnp.tanh(mean), log_std
 
     def trained_balance(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
-        """Returns the balances [B, 1] that the family is trained on: of the whole range, online those chosen."""
+        """Returns the balances [B, 1] for training the family: uniform in the range, online the selected ones."""
         if not state.online:
             return self.scaled(draws["uniform"])
         x, _ = self.balance.squashed(state.params["balance"], state.spec.actor(batch.obs), draws["online"])
@@ -159,7 +159,7 @@ class FamO2O:
         return loss, {"actor/loss": loss, "actor/weight": weight.mean()}
 
     def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
-        """Returns chunks [B, 1, A] at the choice's median balance: samples, the mean in evaluation (`greedy`)."""
+        """Returns chunks [B, 1, A] at the selected median balance: samples, or the mean in evaluation (`greedy`)."""
         obs = state.spec.actor(obs)
         x, _ = self.balance.squashed(state.params["balance"], obs, jnp.zeros((count_of(obs), 1)))
         mean, log_std = self.member(state.params["family"], obs, self.scaled(x))
@@ -168,7 +168,7 @@ class FamO2O:
 
 
 def features(b: jax.Array) -> jax.Array:
-    """Returns sines and cosines [B, 6] of balances [B, 1], in pairs of falling frequency."""
+    """Returns sines and cosines [B, 6] of balances [B, 1], in pairs of decreasing frequency."""
     frequency = 10_000.0 ** (-2 * jnp.arange(FEATURES // 2) / FEATURES)
     angle = b * frequency[None]
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(len(b), FEATURES)

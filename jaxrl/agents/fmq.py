@@ -9,13 +9,13 @@ then regresses onto the anchor's velocity moved by a bounded step along the norm
 Eq. 12). Actions are the best of N one-step samples, or in evaluation those of a beam search (Algorithm 2).
 
 Deliberate differences from the official code:
-- A window that termination cuts short trains the critic too (`windows.cut="keep"`), as nothing after it matters; the
-  official code drops it ("drop"). Windows cut by truncation are dropped by both: their chunk was not executed.
-- After a window's end its last action is repeated, where the official code reads on into the next episode.
-- The heads are aggregated by mean offline and by min online, as the official scripts (not their agent file) do.
-- The radius is `eta`, also where the critics' disagreement shrinks it; there the official code fixes it at 1.
+- Windows shortened by termination also train the critic (`windows.cut="keep"`), since there is no bootstrap; the
+  official code drops them ("drop"). Windows shortened by truncation are dropped by both: their chunk was not executed.
+- After a window's end its last action is repeated; the official code reads on into the next episode.
+- The heads are aggregated by mean offline and by min online, as in the official scripts (not their agent file).
+- The radius scale is `eta` also with the disagreement-adaptive radius; the official code fixes it at 1 there.
 - Beam search completes with X_{t',1}, which online training keeps exact; the code's is `beam.completion="euler"`.
-- LSD pulls the map towards the diagonal velocity (Boffi et al.); the official direction is `"lsd_reverse"`.
+- LSD trains the map toward the diagonal velocity (Boffi et al.); the official direction is `"lsd_reverse"`.
 """
 
 import dataclasses
@@ -43,25 +43,25 @@ class FMQ:
 
     windows: Windows = Windows(chunk=5, backup=5)
     actor: FlowMapPolicy = FlowMapPolicy()  # u(s, a_r, r, t)
-    distillation: SelfDistillation = SelfDistillation()  # how it learns the data
-    critic: Critic = Critic()  # Q_j(s, a); its `agg` holds offline
+    distillation: SelfDistillation = SelfDistillation()  # the actor's offline losses
+    critic: Critic = Critic()  # Q_j(s, a); its `agg` applies offline
     adam: AdamW = AdamW()
-    num_samples: Count = 32  # N: one-step samples of which the best is acted on
+    num_samples: Count = 32  # N: number of one-step samples, of which the best is executed
     target_samples: Count = 32  # N in the TD target
     online_agg: losses.Aggregate = "min"  # how the critics are combined online
     eta: NonNegative = 1.0  # trust-region radius, in units of velocity over the flat chunk
-    beta: NonNegative = 0.3  # how strongly the radius shrinks where the critics disagree (Eq. 13); 0: not at all
-    gradient_of: guidance.GradientOf = "first"  # which aggregate of the critics is climbed in training
+    beta: NonNegative = 0.3  # how strongly the radius shrinks with the critics' disagreement (Eq. 13); 0: not at all
+    gradient_of: guidance.GradientOf = "first"  # aggregate of the critics whose gradient is used in training
     flow_losses_online: bool = False  # whether the two flow losses below are added online
     esd_weight: NonNegative = 0.0  # weight of the self-distillation loss online
     diagonal_weight: NonNegative = 0.0  # weight of the diagonal loss online
-    test_sampler: Literal["best_of_n", "beam_search"] = "best_of_n"  # how actions are chosen in evaluation
-    beam: guidance.BeamSearch = guidance.BeamSearch()  # Algorithm 2, if chosen
+    test_sampler: Literal["best_of_n", "beam_search"] = "best_of_n"  # how actions are selected in evaluation
+    beam: guidance.BeamSearch = guidance.BeamSearch()  # Algorithm 2, if selected
 
     chunk, requires, sample, learn = learner.chunk, learner.requires, learner.sample, learner.learn
 
     def check(self) -> None:
-        """Raises UserError for settings that do not fit each other, or have no effect."""
+        """Raises UserError for inconsistent settings, or settings without effect."""
         for name, weight in (("esd_weight", self.esd_weight), ("diagonal_weight", self.diagonal_weight)):
             if not self.flow_losses_online and np.any(np.asarray(weight) > 0):
                 raise UserError(f"FMQ.{name} = {weight}: has no effect unless flow_losses_online")
@@ -77,7 +77,7 @@ class FMQ:
         return learner.create(spec, params, self.adam.transformation(), "critic")
 
     def enter(self, state: State, phase: Phase) -> State:
-        """Returns the state in a phase: online the actor is copied to the anchor, once (Eq. 11)."""
+        """Returns the state in a phase: the actor is copied to the anchor once, on going online (Eq. 11)."""
         first = phase.collects and state.anchor is None
         anchor = jax.tree.map(jnp.copy, state.params["actor"]) if first else state.anchor
         return dataclasses.replace(state, anchor=anchor)
@@ -114,7 +114,7 @@ class FMQ:
         return critic + actor, {**metrics, **more}
 
     def judge(self, state: State) -> Critic:
-        """Returns the critic as it is combined in the state's phase."""
+        """Returns the critic with the aggregation of the state's phase."""
         return self.critic if state.anchor is None else dataclasses.replace(self.critic, agg=self.online_agg)
 
     def critic_loss(self, critic: PyTree, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
@@ -131,7 +131,7 @@ class FMQ:
         return loss, {"critic/loss": loss, "critic/q": q, "critic/target_max": y.max()}
 
     def guided_loss(self, u: AverageVelocity, state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the loss of the actor u against the anchor's velocity moved along grad Q (Eq. 12, Algorithm 1)."""
+        """Returns the regression loss of u onto the anchor's velocity moved along grad Q (Eq. 12, Algorithm 1)."""
         a, r, heads = self.windows.actions(batch), draws["guided_r"], self.heads(state, batch.obs)
         a_r, end = flow.interpolate(draws["guided_x0"], a, r), jnp.ones_like(r)
         u_off = self.actor.velocity(state.anchor, state.spec.actor(batch.obs))(a_r, r, end)
@@ -152,7 +152,7 @@ class FMQ:
         return self.actor.sample(state.params["actor"], state.spec.actor(repeat_for(noise, obs)), noise)
 
     def choose(self, state: State, obs: Observation, noise: jax.Array) -> jax.Array:
-        """Returns [B, D]: of N one-step samples from noise [B, N, D] the one that the online critic values most."""
+        """Returns the best [B, D] of N one-step samples from noise [B, N, D] by the online critic."""
         candidates, seen = self.one_step(state, obs, noise), state.spec.critic(repeat_for(noise, obs))
         return guidance.best_of(candidates, self.judge(state).score(state.params["critic"], seen, candidates))
 
@@ -163,7 +163,7 @@ class FMQ:
         return self.beam.search(key, self.one_step(state, obs, noise), heads, lambda x, r, t: actor(x)(x, r, t))
 
     def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
-        """Returns chunks [B, H, A]: best-of-N, or in evaluation (`greedy`) as `test_sampler` says."""
+        """Returns chunks [B, H, A]: best-of-N, or in evaluation (`greedy`) by `test_sampler`."""
         count, size = count_of(obs), self.chunk * state.spec.action
         if greedy and self.test_sampler == "beam_search":
             key_beams, key_search = jax.random.split(key)

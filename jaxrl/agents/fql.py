@@ -1,12 +1,12 @@
-"""FQL: a behaviour flow, and a one-step policy that is distilled from it while it climbs the critic.
+"""FQL: a behavior flow, and a one-step policy distilled from it while maximizing the critic.
 
 Paper: Park, Li, Levine, "Flow Q-Learning", arXiv 2502.02538. The flow v(s, a_t, t) clones the data. The one-step
 policy mu(s, z) stays near the flow's ten-step solution F(s, z) of the same noise, which bounds a Wasserstein distance
-to the behaviour, and maximises Q: no gradient passes through the flow's steps, and acting takes one network call.
+to the behavior, and maximizes Q: no gradient passes through the flow's steps, and acting takes one network call.
 
 Deliberate differences from the official code:
 - Chunks of actions and n-step returns, as in Q-chunking; with chunk = backup = 1 it is FQL as published.
-- In goal-conditioned tasks the flow does not see the goal, the policy and the critic do.
+- In goal-conditioned tasks only the policy and the critic see the goal, not the flow.
 - `critic.head="bce"` learns probabilities of success instead of values.
 """
 
@@ -23,21 +23,21 @@ from jaxrl.types import Batch, Metrics, Observation, PyTree, Spec, count_of, pyt
 
 @pytree
 class FQL:
-    """Flow Q-learning: a one-step policy between a behaviour flow and a critic."""
+    """Flow Q-learning: a one-step policy with a behavior flow and a critic."""
 
     windows: Windows = Windows()
-    flow: FlowPolicy = FlowPolicy()  # the behaviour, v(s, a_t, t)
+    flow: FlowPolicy = FlowPolicy()  # the behavior, v(s, a_t, t)
     policy: OneStepPolicy = OneStepPolicy()  # mu(s, z)
     critic: Critic = Critic()  # Q_j(s, a)
     adam: Adam = Adam()
     alpha: NonNegative = 10.0  # weight of the distillation; to be tuned per task
-    normalize_q: bool = False  # whether the critic's scale is divided out of the policy's loss
+    normalize_q: bool = False  # whether the Q term of the policy's loss is divided by the mean |Q|
 
     chunk, requires, sample = learner.chunk, learner.requires, learner.sample
     learn, update = learner.learn, learner.update
 
     def check(self) -> None:
-        """Raises UserError for settings that do not fit each other."""
+        """Raises UserError for inconsistent settings."""
         self.windows.goals.check_head(self.critic.head)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
@@ -63,14 +63,14 @@ class FQL:
         }
 
     def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
-        """Returns y [B], the return of the window and what the policy's action is worth after it."""
+        """Returns y [B], the return of the window plus the discounted value of the policy's action after it."""
         action = self.choose(state, batch.next_obs, draws["next_noise"])
         next_value = self.critic.value(state.target["critic"], state.spec.critic(batch.next_obs), action)
         y = self.windows.target(batch, next_value)
         return losses.bounded(y, self.critic.head)
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the sum of all losses and what each of them is, in the paper's order."""
+        """Returns the sum of all losses and the individual losses, in the paper's order."""
         spec, a, happened = state.spec, self.windows.actions(batch), batch.valid[:, 0]
         whole = self.windows.weight(batch)
 
@@ -78,12 +78,12 @@ class FQL:
         error = self.critic.error(params["critic"], spec.critic(batch.obs), a, self.td_target(state, batch, draws))
         critic = losses.masked_mean(error.mean(axis=0), whole)
 
-        # the flow clones the behaviour: |v(s, a_t, t) - (a - z)|^2
+        # the flow clones the behavior: |v(s, a_t, t) - (a - z)|^2
         seen = spec.behaviour(batch.obs)
         matching = self.flow.matching_error(params["flow"], seen, draws["x0"], a, draws["t"])
         cloning = losses.masked_mean(matching, self.windows.mask(batch))
 
-        # the policy stays near the flow's solution F(s, z) and climbs the critic
+        # the policy stays near the flow's solution F(s, z) and maximizes the critic
         noise = draws["distill_noise"]
         action = self.policy.sample(params["policy"], spec.actor(batch.obs), noise)
         solution = jax.lax.stop_gradient(self.flow.sample(state.params["flow"], seen, noise))
@@ -101,6 +101,6 @@ class FQL:
         return jnp.clip(self.policy.sample(state.params["policy"], state.spec.actor(obs), noise), -1, 1)
 
     def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
-        """Returns chunks [B, H, A] from fresh noise; `greedy` changes nothing."""
+        """Returns chunks [B, H, A] from new noise; `greedy` has no effect."""
         noise = jax.random.normal(key, (count_of(obs), self.chunk * state.spec.action))
         return learner.unflatten(self.choose(state, obs, noise), state.spec.action)

@@ -4,13 +4,14 @@ Paper: Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-
 numbers are the paper's.
 
 A value V learns an upper expectile of the critic over the data's actions (Eq. 5), the critic learns from V (Eq. 6),
-and a Gaussian actor imitates the data weighted by the advantage (Eq. 7), or climbs the critic next to imitating
+and a Gaussian actor imitates the data weighted by the advantage (Eq. 7), or maximizes the critic with an imitation term
 (DDPG+BC, Park et al., arXiv 2406.09329).
 
-Deliberate differences from the official code (the one of FQL's authors, which the recorded values are from):
+Deliberate differences from the official code (that of FQL's authors, the source of the recorded values):
 - Chunks of actions and n-step returns, as in Q-chunking; with chunk = backup = 1 it is plain IQL.
-- Windows train where the chunk's actions happened, or the task ended within them; "drop" asks for the whole window.
-- One joint step on losses that all see the parameters from before it, as there; Kostrikov's own code goes V, actor, Q.
+- Windows train if the chunk's actions were executed, or the task ended within them; "drop" requires the whole window.
+- One joint step with all losses at the parameters from before it, as there; Kostrikov's code updates V, actor, Q in
+  turn.
 """
 
 from typing import Literal
@@ -37,17 +38,17 @@ class IQL:
     value: Value = Value()  # V(s)
     adam: Adam = Adam()
     expectile: Fraction = 0.9  # level of the value's expectile
-    extraction: Literal["awr", "ddpgbc"] = "awr"  # imitate by advantage, or climb the critic and imitate
+    extraction: Literal["awr", "ddpgbc"] = "awr"  # advantage-weighted imitation, or maximize the critic and imitate
     alpha: NonNegative = 10.0  # inverse temperature of the advantage, or weight of the imitation
-    advantage_of: Literal["online", "target"] = "online"  # whether the online or the target critic's advantage counts
-    num_samples: Count = 1  # N: samples of which the best is acted on
+    advantage_of: Literal["online", "target"] = "online"  # which critic is used for the advantage
+    num_samples: Count = 1  # N: number of samples, of which the best is executed
     eval_temperature: NonNegative = 0.0  # scale of the actor's noise in evaluation
 
     chunk, requires, sample = learner.chunk, learner.requires, learner.sample
     learn, update = learner.learn, learner.update
 
     def check(self) -> None:
-        """Raises UserError for settings that do not fit each other."""
+        """Raises UserError for inconsistent settings."""
         check_heads("IQL", self.critic, self.value)
         self.windows.goals.check_head(self.critic.head)
 
@@ -67,13 +68,13 @@ class IQL:
         return {"actor_noise": jax.random.normal(key, (len(batch.actions), self.chunk * spec.action))}
 
     def td_target(self, state: State, batch: Batch) -> jax.Array:
-        """Returns y [B], the return of the window and the value after it (Eq. 6)."""
+        """Returns y [B], the return of the window plus the discounted value after it (Eq. 6)."""
         next_value = self.value.value(state.params["value"], state.spec.critic(batch.next_obs))
         y = self.windows.target(batch, next_value)
         return losses.bounded(y, self.critic.head)
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the sum of all losses and what each of them is, in the paper's order."""
+        """Returns the sum of all losses and the individual losses, in the paper's order."""
         a, seen = self.windows.actions(batch), state.spec.critic(batch.obs)
         weight = self.windows.weight(batch)
 
@@ -86,7 +87,7 @@ class IQL:
         error = self.critic.error(params["critic"], seen, a, self.td_target(state, batch))
         critic = losses.masked_mean(error.sum(axis=0), weight)
 
-        # the actor imitates the data, weighted by the advantage (Eq. 7) or next to climbing the critic
+        # the actor imitates the data, weighted by the advantage (Eq. 7) or while maximizing the critic
         mean, log_std = self.actor.moments(params["actor"], state.spec.actor(batch.obs))
         log_density = losses.gaussian_log_density(a, mean, log_std) * weight
         if self.extraction == "awr":

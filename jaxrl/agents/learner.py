@@ -1,4 +1,4 @@
-"""What the updates of agents share: a state and its gradient steps, a normaliser of observations, views of a batch."""
+"""Shared code of agents' updates: a state and its gradient steps, an observation normalizer, views of a batch."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,25 +16,25 @@ from jaxrl.replay.ring import Rings
 from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, pytree
 
 Draws: TypeAlias = dict[str, jax.Array]
-"""The random numbers of one update, by name. Who has them can repeat the update exactly."""
+"""The random numbers of one update, by name. They make the update exactly repeatable."""
 Loss: TypeAlias = Callable[[PyTree], tuple[jax.Array, Metrics]]
 """A loss of parameters, with metrics."""
 Optimizers: TypeAlias = Mapping[str, optax.GradientTransformation]
-"""An optimiser for each network, by its name."""
+"""An optimizer per network, by name."""
 
 
 @pytree
 class State:
-    """What an update of an actor-critic changes."""
+    """The training state of an actor-critic."""
 
     spec: Spec
     params: dict[str, PyTree]  # by network
-    target: dict[str, PyTree]  # slow copies of some of them, by network
-    opt: PyTree  # of one optimiser for all networks, or of each network's by its name
+    target: dict[str, PyTree]  # target networks of some of them, by network
+    opt: PyTree  # state of one optimizer for all networks, or of one per network by name
     step: jax.Array  # [] int32
     normalizer: Normalizer | None = None
-    online: bool = False  # of agents that learn differently there
-    anchor: PyTree | None = None  # of agents that stay near a network as it was before they went online
+    online: bool = False  # for agents that learn differently online
+    anchor: PyTree | None = None  # parameters from before going online, for agents that stay near them
 
 
 def create(
@@ -44,10 +44,10 @@ def create(
     *slow: str,
     normalized: bool = False,
 ) -> State:
-    """Returns the state before the first update, with one optimiser for all networks or one for each.
+    """Returns the state before the first update, with one optimizer for all networks or one for each.
 
-    The targets of the networks `slow` begin as copies. A normaliser, for agents whose observations are `normalized`,
-    changes nothing until `fit` knows the data.
+    The targets of the networks `slow` start as copies. The normalizer, for agents whose observations are `normalized`,
+    is the identity until `fit` is called with the data.
     """
     if isinstance(optimizer, Mapping):
         opt = {name: optimizer[name].init(params[name]) for name in params}
@@ -76,7 +76,7 @@ class WithCritic(Protocol):
 
 
 class Drawing(Protocol):
-    """An agent whose update depends on random numbers that are drawn first."""
+    """An agent that draws the random numbers of an update first."""
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update."""
@@ -92,20 +92,20 @@ class ValuesWindows(WithWindows, WithCritic, Protocol):
 
 
 class WithFlow(WithCritic, Protocol):
-    """An agent with a flow that clones the data's behaviour, and a critic that judges its chunks."""
+    """An agent with a flow that clones the behavior policy of the data, and a critic of its chunks."""
 
     @property
     def flow(self) -> FlowPolicy: ...  # noqa: D102
 
 
 class WithLoss(WithCritic, Protocol):
-    """An agent that descends the sum of all its losses with one optimizer."""
+    """An agent that minimizes the sum of all its losses with one optimizer."""
 
     @property
     def adam(self) -> Adam | AdamW: ...  # noqa: D102
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the sum of all losses and what each of them is."""
+        """Returns the sum of all losses and the individual losses."""
         ...
 
 
@@ -116,28 +116,28 @@ def chunk(agent: WithWindows) -> int:
 
 
 def requires(agent: ValuesWindows) -> Requirements:
-    """Returns what an agent's data must have."""
+    """Returns the requirements on an agent's data."""
     return agent.windows.requires(agent.critic.head)
 
 
 def sample(agent: WithWindows, data: Rings, key: jax.Array) -> Batch:
-    """Returns a batch of windows, uniform over all rings, goals relabeled in hindsight where the task has goals."""
+    """Returns a batch of windows, uniform over all rings, with hindsight-relabeled goals if the task has goals."""
     return agent.windows.sample(data, key)
 
 
 def update(agent: Drawing, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-    """Returns an agent's state after one update, and its metrics: random numbers are drawn, then learned with."""
+    """Returns an agent's state after one update with newly drawn random numbers, and its metrics."""
     return agent.learn(state, batch, agent.draw(state.spec, batch, key))
 
 
 def learn(agent: WithLoss, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
-    """Returns an agent's state after one step on the sum of its losses, of whose networks the critic has a target."""
+    """Returns an agent's state after one step on the sum of its losses; only the critic has a target network."""
     loss = lambda params: agent.loss(params, state, batch, draws)  # noqa: E731
     return descend(state, loss, agent.adam.transformation(), agent.critic.tau, "critic")
 
 
 def proposals(agent: WithFlow, state: State, obs: Observation, noise: jax.Array) -> jax.Array:
-    """Returns the behaviour flow's chunks from this noise, clipped; of the noise's shape."""
+    """Returns the behavior flow's clipped chunks from this noise, with the noise's shape."""
     return agent.flow.sample(state.params["flow"], state.spec.behaviour(obs), noise)
 
 
@@ -154,7 +154,7 @@ def descend(
 ) -> tuple[State, Metrics]:
     """Returns the state after one gradient step of all networks on a joint loss, and one Polyak step of some targets.
 
-    Targets move towards the parameters from before the step, as in the official code of FQL, QC, DQC and QGF.
+    Targets move toward the parameters from before the step, as in the official code of FQL, QC, DQC and QGF.
     """
     gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
     updates, opt = optimizer.update(gradient, state.opt, state.params)
@@ -176,18 +176,18 @@ def step_along(state: State, name: str, gradient: PyTree, optimizer: optax.Gradi
 
 
 def follow(state: State, tau: Scalar, *slow: str) -> State:
-    """Returns the state after one Polyak step of the targets of some networks, towards what these are now."""
+    """Returns the state after one Polyak step of the targets of some networks toward the current parameters."""
     target = {name: losses.polyak(state.params[name], state.target[name], tau) for name in slow}
     return dataclasses.replace(state, target=state.target | target)
 
 
 def counted(state: State) -> State:
-    """Returns the state with one more update counted."""
+    """Returns the state with its update count incremented."""
     return dataclasses.replace(state, step=state.step + 1)
 
 
 def every(period: int, state: State, change: Callable[[State], tuple[State, Metrics]]) -> tuple[State, Metrics]:
-    """Returns the state after a change that only every `period`-th update makes; NaN as the metrics of the others."""
+    """Returns the state after a change applied only in every `period`-th update; other updates have NaN metrics."""
     if period == 1:
         return change(state)
     _, shapes = jax.eval_shape(change, state)
@@ -195,14 +195,14 @@ def every(period: int, state: State, change: Callable[[State], tuple[State, Metr
     return jax.lax.cond((state.step + 1) % period == 0, change, lambda state: (state, nothing), state)
 
 
-# Observations in units of the data's spread
+# Normalization of observations
 
 
 def fit(state: State, data: Rings) -> State:
-    """Returns the state with the normaliser of the offline data, `data[0]`.
+    """Returns the state with the normalizer of the offline data, `data[0]`.
 
-    Rows from which no transition leaves do not count; in tasks with goals the goal's part is measured as a goal of any
-    row.
+    Rows without a transition do not count; in tasks with goals, the statistics of the goal are over the goals of all
+    rows.
     """
     ring = data[0]
     obs = ring.obs
@@ -213,7 +213,7 @@ def fit(state: State, data: Rings) -> State:
 
 
 def normalized(state: State, batch: Batch) -> Batch:
-    """Returns a batch with its observations normalised."""
+    """Returns a batch with normalized observations."""
     assert state.normalizer is not None
     obs, next_obs = state.normalizer(batch.obs), state.normalizer(batch.next_obs)
     return dataclasses.replace(batch, obs=obs, next_obs=next_obs)

@@ -1,15 +1,15 @@
-"""O-DICE: distribution correction with orthogonal gradients, which learns a value of states and imitates by weight.
+"""O-DICE: distribution correction with orthogonal gradients: learns a state value and a weighted imitation policy.
 
 Paper: Mao, Xu, Zhang, Zhan, "ODICE: Revealing the Mystery of Distribution Correction Estimation via Orthogonal-gradient
 Update", arXiv 2402.00348.
 
-The dual of return maximization near the data is a loss of a state value V alone. Its Bellman residual has a forward
-gradient, through V(s), and a backward one, through V(s'), which often conflict. O-DICE takes from the backward gradient
-only what is orthogonal to the forward one. A Gaussian policy then imitates actions with positive residuals. No value of
-an out-of-distribution action is ever needed.
+The dual of return maximization near the data is a loss of a state value V only. Its Bellman residual has a forward
+gradient, through V(s), and a backward one, through V(s'), which often conflict. O-DICE uses only the component of the
+backward gradient that is orthogonal to the forward one. A Gaussian policy then imitates actions with positive
+residuals. Values of out-of-distribution actions are never needed.
 
 As published: the projection is over all parameters of both values together, the policy's weight is max(residual, 0),
-and its weight decay is added to the gradient. Rewards are to be scaled as the paper's, for `trade` depends on them.
+and its weight decay is added to the gradient. Scale rewards as in the paper, since `trade` depends on them.
 """
 
 from typing import ClassVar, Literal
@@ -28,25 +28,25 @@ from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scala
 
 @pytree
 class ODICE:
-    """Dual reinforcement learning by a state value, its two gradients made orthogonal."""
+    """Dual reinforcement learning of a state value, with orthogonalized gradients."""
 
     chunk: ClassVar[int] = 1
 
     transitions: Transitions = Transitions()
     actor: GaussianPolicy = GaussianPolicy(Net((1024, 1024), "relu", "none", "torch"), std="learned")  # pi(a | s)
-    # V_k(s), with no layer norm on the antmazes, and of one head on the harder ones
+    # V_k(s); without layer norm on the antmazes, and with one head on the harder ones
     value: Critic = Critic(Net((256, 256), "relu", "before", "torch"), agg="min", epsilon="1e-5")
     actor_adam: Adam = Adam(2e-4)
     value_adam: Adam = Adam(2e-4)
     weight_decay: NonNegative = 1e-4  # of the policy, as part of its gradient
-    gradient: Literal["orthogonal", "semi", "true"] = "orthogonal"  # which gradient the residual has
-    trade: Fraction = 0.6  # lambda: residuals against the mean value; to be tuned per task
+    gradient: Literal["orthogonal", "semi", "true"] = "orthogonal"  # type of the residual's gradient
+    trade: Fraction = 0.6  # lambda: weight of residuals relative to the mean value; to be tuned per task
     eta: NonNegative = 1.0  # weight of the backward gradient; to be tuned per task
-    divergence: Literal["chi_square", "reverse_kl"] = "chi_square"  # between the policy's visits and the data's
+    divergence: Literal["chi_square", "reverse_kl"] = "chi_square"  # between visitations of policy and data
     max_weight: NonNegative = 100.0  # bound of the policy's weights
 
     def requires(self) -> Requirements:
-        """Returns what its data must have."""
+        """Returns the requirements on its data."""
         return self.transitions.requires()
 
     def optimizers(self) -> dict[str, optax.GradientTransformation]:
@@ -70,7 +70,7 @@ class ODICE:
         return self.transitions.sample(data, key)
 
     def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
-        """Returns the state after a step of the values, of their targets, and of the policy; nothing is random."""
+        """Returns the state after a step of the values, of their targets, and of the policy; deterministic."""
         return self.learn(state, batch)
 
     def learn(self, state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -86,7 +86,7 @@ class ODICE:
     # The values
 
     def conjugate(self, y: jax.Array) -> jax.Array:
-        """Returns f*(y), for chi-square from omega(y) = max(y / 2 + 1, 0), which is its derivative."""
+        """Returns f*(y); for chi-square from its derivative omega(y) = max(y / 2 + 1, 0)."""
         if self.divergence == "reverse_kl":
             return jnp.exp(y - 1)
         omega = jnp.maximum(y / 2 + 1, 0)
@@ -98,9 +98,9 @@ class ODICE:
         return batch.rewards[:, :1].T + bootstrap - value
 
     def residual(self, params: PyTree, state: State, batch: Batch) -> jax.Array:
-        """Returns the forward residual of each value [K, B], the next value the target's; of the true gradient its own.
+        """Returns the forward residual of each value [K, B], with the target's next value ("true": each value's own).
 
-        The policy is weighted by it.
+        It also weights the policy's imitation.
         """
         next_obs = state.spec.critic(batch.next_obs)
         if self.gradient == "true":
@@ -110,7 +110,7 @@ class ODICE:
         return self.bellman(self.value.values(params, state.spec.critic(batch.obs)), next_value, batch)
 
     def backward_residual(self, params: PyTree, state: State, batch: Batch) -> jax.Array:
-        """Returns the residual [K, B] in which the next value is each value's own, and the value the target's."""
+        """Returns the residual [K, B] with each value's own next value, and the target's current value."""
         value = self.value.value(state.target["value"], state.spec.critic(batch.obs))[None]
         return self.bellman(value, self.value.values(params, state.spec.critic(batch.next_obs)), batch)
 
@@ -124,7 +124,7 @@ class ODICE:
         return weight * jnp.mean(self.conjugate(residual) * batch.valid[:, :1].T)
 
     def value_gradient(self, state: State, batch: Batch) -> tuple[PyTree, Metrics]:
-        """Returns the gradient that the values descend, and metrics: of semi and true gradients simply the loss's.
+        """Returns the gradient for the values, and metrics; for semi and true gradients it is the loss's gradient.
 
         The orthogonal one is g_0 + g_f + (g_b - kappa g_f) with kappa = <g_f, g_b> / <g_f, g_f>, over all parameters:
         g_0 of the mean value, g_f and g_b of the forward and backward residuals (section 3.2).
@@ -145,7 +145,7 @@ class ODICE:
     # The policy
 
     def weight(self, residual: jax.Array) -> jax.Array:
-        """Returns the weight of imitation: max(y, 0), of the reverse divergence exp(y - 1), at most `max_weight`."""
+        """Returns the imitation weight: max(y, 0), or exp(y - 1) for the reverse KL, at most `max_weight`."""
         weight = jnp.exp(residual - 1) if self.divergence == "reverse_kl" else jnp.maximum(residual, 0)
         return jnp.minimum(weight, self.max_weight)
 

@@ -1,8 +1,7 @@
 """The parts that agents are built from: frozen settings with `init` and pure functions of parameters.
 
-A part knows sizes only through what it is given: `init` takes examples, as flax does, and later calls take parameters.
-Observations may have any leading axes and so may actions; `dist` in shapes stands for those. What a network sees of an
-observation is the caller's choice, see `types.Spec`.
+A part has no fixed sizes: `init` takes examples, as in flax, and later calls take parameters. Observations and actions
+may have any leading axes. The caller selects which part of an observation a network sees, see `types.Spec`.
 """
 
 import dataclasses
@@ -23,12 +22,12 @@ from jaxrl.replay.ring import Rings, windows
 from jaxrl.types import Batch, Observation, PyTree, Requirements, Scalar, pytree
 
 FEWEST_FEATURES = {"fourier": 4, "sinusoidal": 2, "raw": 1}
-"""The least number of time features of each kind: Fourier features range between two frequencies, and have both."""
+"""Minimum number of time features of each kind: Fourier features include both ends of the frequency range."""
 
 T = TypeVar("T")
 
 CutWindows: TypeAlias = Literal["keep", "drop"]
-"""Whether windows that an episode's end cuts short train the critic."""
+"""Whether windows shortened by an episode's end train the critic."""
 
 
 @pytree
@@ -37,18 +36,18 @@ class Net:
 
     hidden: Widths = (512, 512, 512, 512)  # widths of the hidden layers
     activation: Activation = "gelu"  # between layers
-    norm: Norm = "none"  # where LayerNorm stands
-    initial: Init = "glorot"  # how weights begin
+    norm: Norm = "none"  # position of LayerNorm
+    initial: Init = "glorot"  # initialization of weights
 
 
 @pytree
 class Adam:
-    """The optimiser Adam."""
+    """The Adam optimizer."""
 
     lr: NonNegative = 3e-4  # learning rate
 
     def transformation(self) -> optax.GradientTransformation:
-        """Returns it as optax has it."""
+        """Returns the optax optimizer."""
         return optax.adam(self.lr)
 
 
@@ -57,10 +56,10 @@ class AdamW:
     """Adam with decoupled weight decay."""
 
     lr: NonNegative = 3e-4  # learning rate
-    weight_decay: NonNegative = 0.0  # decay of the weights, times the learning rate
+    weight_decay: NonNegative = 0.0  # weight decay, multiplied by the learning rate
 
     def transformation(self) -> optax.GradientTransformation:
-        """Returns it as optax has it."""
+        """Returns the optax optimizer."""
         return optax.adamw(self.lr, weight_decay=self.weight_decay)
 
 
@@ -69,25 +68,25 @@ class AdamW:
 
 @pytree
 class Windows:
-    """What one update learns from: windows of the data, and the returns in them."""
+    """The training data of one update: windows of the data, and their returns."""
 
     chunk: Count = 1  # H: actions per decision, executed open loop
     backup: Count = 1  # steps of a window and of the return in the TD target, at least `chunk`
     batch: Count = 256  # windows per update
     discount: Fraction = 0.99  # gamma, per environment step
-    cut: CutWindows = "keep"  # whether windows that termination cuts short train the critic
-    goals: Goals = Goals()  # how goals are drawn where the task has some
+    cut: CutWindows = "keep"  # whether windows shortened by termination train the critic
+    goals: Goals = Goals()  # how goals are sampled, if the task has goals
 
     def check(self) -> None:
-        """Raises UserError where the return is shorter than a chunk."""
+        """Raises UserError if the return is shorter than a chunk."""
         check_at_least(self, backup=self.chunk)
 
     def requires(self, head: losses.Head = "mse") -> Requirements:
-        """Returns what the data must have, for values of a kind."""
+        """Returns the requirements on the data for a type of value head."""
         return Requirements(window=self.backup, unit_rewards=head == "bce", batch=self.batch)
 
     def sample(self, data: Rings, key: jax.Array, share: Scalar | None = None) -> Batch:
-        """Returns a batch of windows, uniform over the rows of all rings, or with a `share` of it from the first."""
+        """Returns a batch of windows, uniform over the rows of all rings, or with a fraction `share` from the first."""
         return windows(data, key, self.batch, self.backup, self.goals, share)
 
     def actions(self, batch: Batch) -> jax.Array:
@@ -101,36 +100,36 @@ class Windows:
     def weight(self, batch: Batch) -> jax.Array:
         """Returns the weight [B] of each window in the critic's loss.
 
-        "keep": 1 where all `chunk` actions that the critic sees happened, or the task ended on the way, after which
-        nothing matters. "drop": 1 where the whole window happened, as in the official code of QC and its relatives.
+        "keep": 1 if all `chunk` actions of the critic's input were executed, or the task ended within them. "drop": 1
+        if the whole window was executed, as in the official code of QC and related methods.
         """
         if self.cut == "drop":
             return batch.valid[:, -1]
         return jnp.maximum(batch.valid[:, self.chunk - 1], batch.terminated)
 
     def target(self, batch: Batch, next_value: jax.Array) -> jax.Array:
-        """Returns the TD target [B]: the discounted return of each window, and the value [B] after it."""
+        """Returns the TD target [B]: the discounted return of each window plus the discounted value [B] after it."""
         return losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
 
 
 @pytree
 class Transitions:
-    """What one update of a one-step method learns from: transitions of the data."""
+    """The training data of one update of a one-step method: transitions of the data."""
 
     batch: Count = 256  # transitions per update
     discount: Fraction = 0.99  # gamma, per environment step
-    goals: Goals = Goals()  # how goals are drawn where the task has some
+    goals: Goals = Goals()  # how goals are sampled, if the task has goals
 
     def requires(self, head: losses.Head = "mse") -> Requirements:
-        """Returns what the data must have, for values of a kind."""
+        """Returns the requirements on the data for a type of value head."""
         return Requirements(unit_rewards=head == "bce", batch=self.batch)
 
     def sample(self, data: Rings, key: jax.Array, share: Scalar | None = None) -> Batch:
-        """Returns a batch of transitions, uniform over all rings, or with a `share` of it from the first."""
+        """Returns a batch of transitions, uniform over all rings, or with a fraction `share` from the first."""
         return windows(data, key, self.batch, 1, self.goals, share)
 
     def target(self, batch: Batch, next_value: jax.Array) -> jax.Array:
-        """Returns the TD target [B]: the reward, and the discounted value [B] after it."""
+        """Returns the TD target [B]: the reward plus the discounted value [B] after it."""
         return losses.td_target(batch.rewards, batch.steps, batch.terminated, next_value, self.discount)
 
 
@@ -142,12 +141,12 @@ class FlowPolicy:
     """A flow over action chunks: the velocity v(s, x, t), integrated by Euler steps."""
 
     net: Net = Net()
-    time: TimeFeatures = "raw"  # how the network sees the time
+    time: TimeFeatures = "raw"  # encoding of the time
     time_size: Count = TIME_FEATURES  # number of time features, unless raw
     steps: Count = 10  # Euler steps from noise to action
 
     def check(self) -> None:
-        """Raises UserError for fewer time features than their kind takes."""
+        """Raises UserError for fewer time features than their kind requires."""
         check_at_least(self, time_size=FEWEST_FEATURES[self.time])
 
     def network(self, size: int) -> networks.Velocity:
@@ -163,7 +162,7 @@ class FlowPolicy:
         return lambda x, r, t: apply(self.network(x.shape[-1]), params, obs, x, t)
 
     def sample(self, params: PyTree, obs: Observation, noise: jax.Array) -> jax.Array:
-        """Returns chunks [..., D] from noise [..., D], clipped to the box."""
+        """Returns chunks [..., D] from noise [..., D], clipped to [-1, 1]."""
         return jnp.clip(flow.euler(self.velocity(params, obs), noise, self.steps), -1, 1)
 
     def matching_error(self, params: PyTree, obs: Observation, x0: jax.Array, x1: jax.Array, t: jax.Array) -> jax.Array:
@@ -173,14 +172,14 @@ class FlowPolicy:
 
 @pytree
 class FlowMapPolicy:
-    """A flow map over action chunks: the average velocity u(s, x, r, t) over [r, t], which jumps in one step."""
+    """A flow map over action chunks: the average velocity u(s, x, r, t) over [r, t], for one-step jumps."""
 
     net: Net = Net()
-    time: TimeFeatures = "fourier"  # how the network sees the times; "sinusoidal" is too steep to differentiate
+    time: TimeFeatures = "fourier"  # encoding of the times; derivatives of "sinusoidal" are too large
     time_size: Count = TIME_FEATURES  # number of features of each time, unless raw
 
     def check(self) -> None:
-        """Raises UserError for fewer time features than their kind takes."""
+        """Raises UserError for fewer time features than their kind requires."""
         check_at_least(self, time_size=FEWEST_FEATURES[self.time])
 
     def network(self, size: int) -> networks.Velocity:
@@ -196,21 +195,21 @@ class FlowMapPolicy:
         return lambda x, r, t: apply(self.network(x.shape[-1]), params, obs, x, r, t)
 
     def sample(self, params: PyTree, obs: Observation, noise: jax.Array) -> jax.Array:
-        """Returns chunks [..., D], the jump X_{0,1} from noise [..., D], clipped to the box."""
+        """Returns chunks [..., D], the jump X_{0,1} from noise [..., D], clipped to [-1, 1]."""
         return jnp.clip(flow.jump(self.velocity(params, obs), noise), -1, 1)
 
 
 @pytree
 class SelfDistillation:
-    """How a flow map learns the data: flow matching on the diagonal r = t, and off it from itself."""
+    """The losses of a flow map: flow matching on the diagonal r = t, and self-distillation off it."""
 
     kind: Literal["esd", "lsd", "lsd_reverse", "psd"] = "esd"  # the loss off the diagonal
-    velocity: Literal["sample", "diagonal"] = "sample"  # along which velocity ESD differentiates
-    warmup: Natural = 5_000  # updates with the diagonal loss alone
-    curriculum: Natural = 50_000  # update at which the intervals [r, t] have reached their full width
+    velocity: Literal["sample", "diagonal"] = "sample"  # velocity along which ESD differentiates
+    warmup: Natural = 5_000  # updates with only the diagonal loss
+    curriculum: Natural = 50_000  # update at which the intervals [r, t] reach their full width
 
     def check(self) -> None:
-        """Raises UserError for settings that do not fit each other."""
+        """Raises UserError for inconsistent settings."""
         check_at_least(self, curriculum=self.warmup)
 
     def draw(self, key: jax.Array, count: int, size: int) -> dict[str, jax.Array]:
@@ -229,7 +228,7 @@ class SelfDistillation:
     def losses(
         self, u: flow.AverageVelocity, x1: jax.Array, mask: jax.Array, draws: dict[str, jax.Array], step: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the losses on and off the diagonal at an update's number, of data x1 [B, D] with a mask [B, D]."""
+        """Returns the losses on and off the diagonal at an update number, for data x1 [B, D] with a mask [B, D]."""
         diagonal = flow.matching_error(u, draws["x0"], x1, draws["t"])
         progress = jnp.clip((step - self.warmup) / max(self.curriculum - self.warmup, 1), 0, 1)
         r, t = flow.widen(draws["off_r"], draws["off_t"], progress)
@@ -263,7 +262,7 @@ class OneStepPolicy:
 
 @pytree
 class DeterministicPolicy:
-    """A policy pi(s) of one action, squashed into the box by tanh."""
+    """A deterministic policy pi(s) of one action, squashed to [-1, 1] by tanh."""
 
     net: Net = Net((256, 256), "relu", "none", "torch")
 
@@ -282,21 +281,21 @@ class DeterministicPolicy:
 
 @pytree
 class GaussianPolicy:
-    """A diagonal Gaussian over flat action chunks. Its mean depends on the state."""
+    """A diagonal Gaussian over flat action chunks with state-dependent mean."""
 
     net: Net = Net()
-    std: Literal["unit", "learned"] = "unit"  # a standard deviation of 1, or one number per entry that is learned
+    std: Literal["unit", "learned"] = "unit"  # standard deviation 1, or one learned number per entry
 
     def network(self, size: int) -> networks.Gaussian:
         """Returns the network of chunks of `size` numbers."""
         return networks.Gaussian(size, *_layers(self.net), self.std == "unit", self.net.initial)
 
     def init(self, key: jax.Array, obs: Observation, chunk: jax.Array, *more: jax.Array) -> PyTree:
-        """Returns parameters, for examples [O] and [D], and of what else the mean depends on."""
+        """Returns parameters, for examples [O] and [D], and of further inputs of the mean."""
         return self.network(chunk.shape[-1]).init(key, obs, *more)
 
     def moments(self, params: PyTree, obs: Observation, *more: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns mean and logarithm of the standard deviation, [..., D] each."""
+        """Returns mean and log standard deviation, [..., D] each."""
         return apply(self.network(networks.outputs_of(params)), params, obs, *more)  # ty: ignore[invalid-explicit-return]
 
     def log_density(self, params: PyTree, obs: Observation, chunk: jax.Array) -> jax.Array:
@@ -304,7 +303,7 @@ class GaussianPolicy:
         return losses.gaussian_log_density(chunk, *self.moments(params, obs))
 
     def sample(self, params: PyTree, obs: Observation, noise: jax.Array) -> jax.Array:
-        """Returns mean + std * noise, clipped to the box, [..., D]."""
+        """Returns mean + std * noise, clipped to [-1, 1], [..., D]."""
         mean, log_std = self.moments(params, obs)
         return jnp.clip(mean + jnp.exp(log_std) * noise, -1, 1)
 
@@ -317,7 +316,7 @@ class GaussianPolicy:
 
 @pytree
 class SquashedGaussianPolicy:
-    """The tanh of a diagonal Gaussian whose mean and width both depend on the state."""
+    """The tanh of a diagonal Gaussian with state-dependent mean and width."""
 
     net: Net = Net((256, 256), "relu", "none", "torch")
 
@@ -330,7 +329,7 @@ class SquashedGaussianPolicy:
         return self.network(action.shape[-1]).init(key, obs)
 
     def moments(self, params: PyTree, obs: Observation) -> tuple[jax.Array, jax.Array]:
-        """Returns mean and logarithm of the standard deviation before tanh, [..., A] each."""
+        """Returns mean and log standard deviation before tanh, [..., A] each."""
         network = self.network(networks.outputs_of(params) // 2)
         return apply(network, params, obs)  # ty: ignore[invalid-explicit-return]
 
@@ -343,7 +342,7 @@ class SquashedGaussianPolicy:
 
 @pytree
 class Autoencoder:
-    """A variational autoencoder of actions, G(s, a), whose latents have twice as many entries as actions."""
+    """A variational autoencoder of actions, G(s, a), with latents of twice the action size."""
 
     hidden: Widths = (750, 750)  # widths of the hidden layers of its encoder, and of its decoder
 
@@ -358,7 +357,7 @@ class Autoencoder:
     def rebuild(
         self, params: PyTree, obs: Observation, action: jax.Array, noise: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns G(s, a) [..., A] from noise [..., 2 A]; mean and logarithm of the deviation of q(z | s, a)."""
+        """Returns G(s, a) [..., A] from noise [..., 2 A]; mean and log standard deviation of q(z | s, a)."""
         size = action.shape[-1]
         mean, log_std = apply(networks.Encoder(2 * size, self.hidden), params["encoder"], obs, action)
         latent = mean + jnp.exp(log_std) * noise
@@ -367,13 +366,13 @@ class Autoencoder:
 
 @pytree
 class MixturePolicy:
-    """The tanh of a mixture of diagonal Gaussians, of which weights, means and widths depend on the state."""
+    """The tanh of a mixture of diagonal Gaussians with state-dependent weights, means and widths."""
 
     net: Net = Net((256, 256, 256), "relu", "none", "torch")
-    components: Count = 4  # M: Gaussians
+    components: Count = 4  # M: number of Gaussians
 
     def network(self, outputs: int) -> networks.MLP:
-        """Returns the network of so many outputs."""
+        """Returns the network with `outputs` outputs."""
         return networks.MLP((*self.net.hidden, outputs), self.net.norm, self.net.activation, initial=self.net.initial)
 
     def init(self, key: jax.Array, obs: Observation, action: jax.Array) -> PyTree:
@@ -393,14 +392,14 @@ class MixturePolicy:
 
 @pytree
 class Critic:
-    """An ensemble of critics Q_j(s, a), or of states alone, V_j(s), combined by the mean or the lowest."""
+    """An ensemble of critics Q_j(s, a), or state values V_j(s), aggregated by mean or minimum."""
 
     net: Net = Net(norm="after")
     heads: Count = 2  # number of critics
-    agg: losses.Aggregate = "mean"  # how they are combined
+    agg: losses.Aggregate = "mean"  # how they are aggregated
     head: losses.Head = "mse"  # whether their outputs are values, or logits of probabilities
     tau: Fraction = 0.005  # Polyak rate of their targets
-    epsilon: Literal["1e-6", "1e-5"] = "1e-6"  # added to LayerNorm's variance, by default in flax and in PyTorch
+    epsilon: Literal["1e-6", "1e-5"] = "1e-6"  # LayerNorm's epsilon: the defaults of flax and of PyTorch
 
     @property
     def network(self) -> networks.Critic:
@@ -420,11 +419,11 @@ class Critic:
         return losses.value_of(self.outputs(params, obs, action), self.head)
 
     def value(self, params: PyTree, obs: Observation, action: jax.Array | None = None) -> jax.Array:
-        """Returns the combined value [...] of actions [..., D]."""
+        """Returns the aggregated value [...] of actions [..., D]."""
         return losses.aggregate(self.values(params, obs, action), self.agg)
 
     def score(self, params: PyTree, obs: Observation, action: jax.Array | None = None) -> jax.Array:
-        """Returns the combined output [...] of actions [..., D], to rank and to climb: of values or of logits."""
+        """Returns the aggregated output [...] of actions [..., D], values or logits, for ranking and gradients."""
         return losses.aggregate(self.outputs(params, obs, action), self.agg)
 
     def first(self, params: PyTree, obs: Observation, action: jax.Array | None = None) -> jax.Array:
@@ -441,10 +440,10 @@ class Critic:
 class QuantileCritic:
     """An ensemble of critics Z_k(s, a, level) that learn quantiles of the return (IQN, arXiv 1806.06923)."""
 
-    hidden: Widths = (256, 256)  # widths of each critic's layers before it sees the level
+    hidden: Widths = (256, 256)  # widths of each critic's layers before the level is input
     heads: Annotated[int, Range(2)] = 2  # number of critics
-    levels: Count = 32  # levels of which a value is the mean
-    train_levels: Count = 8  # levels per transition in the loss, random
+    levels: Count = 32  # number of levels averaged in a value
+    train_levels: Count = 8  # number of random levels per transition in the loss
     tau: Fraction = 0.005  # Polyak rate of their targets
 
     @property
@@ -493,7 +492,7 @@ class Value:
 
 
 def check_heads(agent: str, critic: Critic, value: Value) -> None:
-    """Raises UserError where an agent's critic and value do not both learn values, or both probabilities."""
+    """Raises UserError unless an agent's critic and value both learn values, or both probabilities."""
     if critic.head != value.head:
         raise UserError(f"{agent}.value.head = {value.head!r}: must be that of the critic, {critic.head!r}")
 
@@ -506,24 +505,24 @@ def _given(obs: Observation, action: jax.Array | None) -> tuple[Observation, ...
     return (obs,) if action is None else (obs, action)
 
 
-# Settings of agents made of parts
+# Fields of nested settings
 
 
 def with_fields(settings: T, **values: Any) -> T:
-    """Returns settings in which every field of these names has that value, those of its parts included.
+    """Returns settings in which every field with one of these names has the given value, including fields of parts.
 
-    So `with_fields(agent, hidden=(64, 64), lr=1e-3)` changes all networks and all optimizers. Raises TypeError for a
-    name that occurs nowhere.
+    So `with_fields(agent, hidden=(64, 64), lr=1e-3)` changes all networks and all optimizers. Raises TypeError for an
+    unknown name.
     """
     found: set[str] = set()
     changed = _replaced(settings, values, found)
     if missing := values.keys() - found:
-        raise TypeError(f"nothing in {type(settings).__name__} is called {', '.join(sorted(missing))}")
+        raise TypeError(f"no field in {type(settings).__name__} is called {', '.join(sorted(missing))}")
     return changed
 
 
 def _replaced(settings: Any, values: dict[str, Any], found: set[str]) -> Any:
-    """Returns settings with these values, and adds the names that occur to those found."""
+    """Returns settings with these values, and adds the names of replaced fields to `found`."""
     changed = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)

@@ -1,15 +1,15 @@
-"""PRDC: policy regularization with a dataset constraint, TD3 that stays near what anyone did in a state like this one.
+"""PRDC: policy regularization with a dataset constraint, TD3 that stays near dataset actions of similar states.
 
 Paper: Ran, Li, Zhang, Zhang, Yu, "Policy Regularization with Dataset Constraint for Offline Reinforcement Learning",
 arXiv 2306.06569.
 
-Where TD3+BC pulls the actor to the action that was stored with the state, PRDC looks for the pair (beta s', a') of the
-whole dataset that is nearest to (beta s, pi(s)), and pulls it to that a'. With a large beta only the same state counts,
-as in TD3+BC; with a small one any state near by may supply the action.
+While TD3+BC regularizes the actor toward the action stored with the state, PRDC finds the pair (beta s', a') of the
+whole dataset nearest to (beta s, pi(s)), and regularizes toward that a'. With a large beta only the same state counts,
+as in TD3+BC; with a small one any nearby state may provide the action.
 
-As in the official code the penalty is the squared distance of the actions, in the mean over batch and entries. The
-neighbor is looked up anew for every actor step, exactly, in the program (`jaxrl.replay.neighbours`). With `neighbours`
-k > 1, for which the official code is no guide, the actor is pulled to the mean of the k nearest actions.
+As in the official code, the penalty is the squared distance of the actions, averaged over batch and entries. The
+nearest neighbor is searched exactly for every actor step, in the program (`jaxrl.replay.neighbours`). With
+`neighbours` k > 1, not covered by the official code, the actor is regularized toward the mean of the k nearest actions.
 """
 
 import dataclasses
@@ -31,27 +31,27 @@ from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec,
 
 @pytree
 class PRDC:
-    """TD3 whose actor stays near the nearest state and action of the whole dataset."""
+    """TD3 whose actor is regularized toward the nearest state-action pair of the whole dataset."""
 
     chunk: ClassVar[int] = 1
 
     td3: TD3 = TD3(normalize=True)
-    alpha: NonNegative = 2.5  # weight of the critic against the constraint
-    beta: NonNegative = 2.0  # weight of states against actions in the distance
-    neighbours: Count = 1  # how many nearest pairs are averaged
-    search: Method = "auto"  # how they are found: blocks of keys in the program, a tree on the CPU, or approximately
-    block: Count = BLOCK  # keys that are compared at a time
+    alpha: NonNegative = 2.5  # weight of the critic relative to the constraint
+    beta: NonNegative = 2.0  # weight of states relative to actions in the distance
+    neighbours: Count = 1  # number of nearest pairs to average
+    search: Method = "auto"  # search method: blocks of keys in the program, a tree on the CPU, or approximate
+    block: Count = BLOCK  # number of keys compared at a time
 
     def requires(self) -> Requirements:
-        """Returns what its data must have."""
+        """Returns the requirements on its data."""
         return dataclasses.replace(self.td3.requires(), dataset=True, kdtree=self.search in ("auto", "tree"))
 
     def check_data(self, transitions: int) -> None:
-        """Raises UserError where neighbors among so many transitions cannot be searched as asked."""
+        """Raises UserError if neighbors among this many transitions cannot be searched with these settings."""
         check(transitions, self.td3.transitions.batch, self.neighbours, self.search, self.block)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
-        """Returns the initial state. Raises UserError where observations are dicts."""
+        """Returns the initial state. Raises UserError for dict observations."""
         if not isinstance(spec.observation, int):
             raise UserError("PRDC: neighbors are searched among observations that are arrays, these are dicts")
         return self.td3.init(key, spec)
@@ -67,7 +67,7 @@ class PRDC:
     def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after a step of the critics and, every `delay`-th time, of the actor and the targets.
 
-        Neighbors are looked up in `data[0]`, the dataset, never in the replay beside it. Raises UserError without one.
+        Neighbors are searched in `data[0]`, the dataset, never in the replay. Raises UserError without a dataset.
         """
         if not data:
             raise UserError("PRDC.update: data is empty: pass the rings in which neighbors are looked up")
@@ -96,7 +96,7 @@ class PRDC:
         return nearest(index, states, action, self.neighbours, self.search, self.block)
 
     def nearest_action(self, state: State, batch: Batch, data: Rings) -> jax.Array:
-        """Returns the actions [B, A] of these pairs, in the mean over the k."""
+        """Returns the mean action [B, A] over the k nearest pairs."""
         _, row = self.nearest(state, batch, data)
         return self.index(state, data).actions[row].mean(axis=1)
 

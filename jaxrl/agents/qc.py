@@ -1,16 +1,16 @@
-"""QC: Q-learning on chunks of actions, with a policy that stays as coherent as the data.
+"""QC: Q-learning on chunks of actions, with a policy that keeps the temporal coherence of the data.
 
-Paper: Li, Zhou, Levine, "Reinforcement Learning with Action Chunking", arXiv 2507.07969. The critic values whole
-chunks of H actions, so that H rewards pass in one unbiased backup; a behaviour flow proposes chunks.
+Paper: Li, Zhou, Levine, "Reinforcement Learning with Action Chunking", arXiv 2507.07969. The critic evaluates whole
+chunks of H actions, so that one unbiased backup covers H rewards; a behavior flow proposes chunks.
 
 `actor="best_of_n"` (QC) acts on the best of N proposals, in the environment and in the TD target. `actor="distill"`
 (QC-FQL) trains FQL's one-step policy instead. With chunk 1 and backup n they are BFN-n and FQL-n.
 
 Deliberate differences from the official code:
-- Windows that termination cuts short train the critic ("keep"); the official code drops them ("drop").
+- Windows shortened by termination train the critic ("keep"); the official code drops them ("drop").
 - The action after an episode's end repeats the last one instead of reading on into the next episode.
 - In goal-conditioned tasks the flow does not see the goal. `critic.head="bce"` learns probabilities of success.
-- The best-of-N agent has no one-step policy; the official one initialises it and leaves it alone.
+- The best-of-N agent has no one-step policy; the official one initializes it without using it.
 """
 
 from typing import Literal
@@ -29,23 +29,23 @@ from jaxrl.types import Batch, Metrics, Observation, PyTree, Spec, count_of, pyt
 
 @pytree
 class QC:
-    """Q-chunking: a chunked critic over a behaviour flow, best-of-N or distilled."""
+    """Q-chunking: a chunked critic with a behavior flow, best-of-N or distilled."""
 
     windows: Windows = Windows(chunk=5, backup=5)
-    actor: Literal["best_of_n", "distill"] = "best_of_n"  # how actions come from the flow and the critic
-    flow: FlowPolicy = FlowPolicy()  # the behaviour, v(s, a_t, t)
-    policy: OneStepPolicy = OneStepPolicy()  # mu(s, z), of "distill"
+    actor: Literal["best_of_n", "distill"] = "best_of_n"  # how actions are derived from the flow and the critic
+    flow: FlowPolicy = FlowPolicy()  # the behavior, v(s, a_t, t)
+    policy: OneStepPolicy = OneStepPolicy()  # mu(s, z), for "distill"
     critic: Critic = Critic()  # Q_j(s, chunk)
     adam: AdamW = AdamW()
-    num_samples: Count = 32  # N, of "best_of_n": proposals of which the best is acted on
-    alpha: NonNegative = 100.0  # weight of the distillation, of "distill"; to be tuned per task
+    num_samples: Count = 32  # N, for "best_of_n": number of proposals, of which the best is executed
+    alpha: NonNegative = 100.0  # weight of the distillation, for "distill"; to be tuned per task
 
     chunk, requires, sample = learner.chunk, learner.requires, learner.sample
     learn, update = learner.learn, learner.update
     proposals, scores = learner.proposals, learner.scores
 
     def check(self) -> None:
-        """Raises UserError for settings that do not fit each other."""
+        """Raises UserError for inconsistent settings."""
         self.windows.goals.check_head(self.critic.head)
 
     def init(self, key: jax.Array, spec: Spec) -> State:
@@ -61,7 +61,7 @@ class QC:
         return learner.create(spec, params, self.adam.transformation(), "critic")
 
     def noise(self, spec: Spec, key: jax.Array, count: int) -> jax.Array:
-        """Returns the noise that `choose` takes for so many observations: [B, N, D], or [B, 1, D] when distilled."""
+        """Returns the noise for `choose` for `count` observations: [B, N, D], or [B, 1, D] if distilled."""
         samples = self.num_samples if self.actor == "best_of_n" else 1
         return jax.random.normal(key, (count, samples, self.chunk * spec.action))
 
@@ -77,14 +77,14 @@ class QC:
         }
 
     def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
-        """Returns y [B]: the return of the window and what the policy's chunk is worth after it (Eq. 7)."""
+        """Returns y [B]: the return of the window plus the discounted value of the policy's next chunk (Eq. 7)."""
         action = self.choose(state, batch.next_obs, draws["next_noise"])
         next_value = self.critic.value(state.target["critic"], state.spec.critic(batch.next_obs), action)
         y = self.windows.target(batch, next_value)
         return losses.bounded(y, self.critic.head)
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the sum of all losses and what each of them is, in the paper's order."""
+        """Returns the sum of all losses and the individual losses, in the paper's order."""
         spec, a, happened = state.spec, self.windows.actions(batch), batch.valid[:, 0]
         whole = self.windows.weight(batch)
 
@@ -92,7 +92,7 @@ class QC:
         error = self.critic.error(params["critic"], spec.critic(batch.obs), a, self.td_target(state, batch, draws))
         critic = losses.masked_mean(error.mean(axis=0), whole)
 
-        # the flow clones the behaviour: |v(s, a_t, t) - (a - z)|^2
+        # the flow clones the behavior: |v(s, a_t, t) - (a - z)|^2
         seen = spec.behaviour(batch.obs)
         matching = self.flow.matching_error(params["flow"], seen, draws["x0"], a, draws["t"])
         cloning = losses.masked_mean(matching, self.windows.mask(batch))
@@ -100,7 +100,7 @@ class QC:
         if self.actor == "best_of_n":
             return total, metrics
 
-        # FQL's policy stays near the flow's solution F(s, z) and climbs the critic
+        # FQL's policy stays near the flow's solution F(s, z) and maximizes the critic
         noise = draws["distill_noise"]
         action = self.policy.sample(params["policy"], spec.actor(batch.obs), noise)
         solution = jax.lax.stop_gradient(self.flow.sample(state.params["flow"], seen, noise))
@@ -119,6 +119,6 @@ class QC:
         return guidance.best_of(candidates, self.scores(state, obs, candidates))
 
     def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
-        """Returns chunks [B, H, A] from fresh noise; `greedy` changes nothing."""
+        """Returns chunks [B, H, A] from new noise; `greedy` has no effect."""
         chunk = self.choose(state, obs, self.noise(state.spec, key, count_of(obs)))
         return learner.unflatten(chunk, state.spec.action)

@@ -1,15 +1,15 @@
-"""QGF: a behaviour flow and an IQL critic, trained apart from each other; at test time the critic guides the flow.
+"""QGF: a behavior flow and an IQL critic, trained independently; at test time the critic guides the flow.
 
 Paper: "Q-Guided Flow", arXiv 2606.11087. The flow learns the data's chunks, the critic learns with IQL (Kostrikov et
 al., arXiv 2110.06169), both from the same batch. All improvement happens in `act`: see `guidance.QGuidance`, whose
-weight is a number, so that a grid of weights is one vmapped evaluation of one state.
+weight is a Scalar, so that a grid of weights is one vmapped evaluation of one state.
 
 Deliberate differences from the official code:
 - The flow does not learn the actions after an episode's end (`mask_actor`); the official code does.
-- Windows that termination cuts short train the critic ("keep"), with the return and the discount of the steps that
-  they have; the official code drops them ("drop").
-- The Jacobian enters as one vector-Jacobian product, where the official code builds the matrix. Equal, and cheaper.
-- In goal-conditioned tasks the flow does not see the goal: it is a behaviour, and the critic gives it direction.
+- Windows shortened by termination train the critic ("keep"), with the return and the discount of their steps; the
+  official code drops them ("drop").
+- The Jacobian is applied as one vector-Jacobian product; the official code builds the matrix. Equal, and cheaper.
+- In goal-conditioned tasks the flow does not see the goal: it models the behavior, and the critic guides it.
 """
 
 import jax
@@ -27,10 +27,10 @@ from jaxrl.types import Batch, Metrics, Observation, PyTree, Spec, count_of, pyt
 
 @pytree
 class QGF:
-    """Q-guided flow: behaviour cloning and IQL, joined at test time."""
+    """Q-guided flow: behavior cloning and IQL, combined at test time."""
 
     windows: Windows = Windows(chunk=5, backup=5)
-    flow: FlowPolicy = FlowPolicy(Net(norm="before_but_last"), "sinusoidal", 16)  # the behaviour, v(s, a_t, t)
+    flow: FlowPolicy = FlowPolicy(Net(norm="before_but_last"), "sinusoidal", 16)  # the behavior, v(s, a_t, t)
     critic: Critic = Critic(Net(norm="before"), agg="min")  # Q_j(s, chunk)
     value: Value = Value(Net(norm="before"))  # V(s)
     flow_adam: Adam = Adam()
@@ -38,13 +38,13 @@ class QGF:
     value_adam: Adam = Adam()
     expectile: Fraction = 0.9  # level of the value's expectile
     guide: guidance.QGuidance = guidance.QGuidance()  # how the critic guides the flow's Euler steps
-    num_samples: Count = 1  # N: guided samples of which the best is acted on (QGF+BFN)
-    mask_actor: bool = True  # whether the flow ignores what follows an episode's end
+    num_samples: Count = 1  # N: number of guided samples, of which the best is executed (QGF+BFN)
+    mask_actor: bool = True  # whether the flow ignores actions after an episode's end
 
     chunk, requires, sample, update = learner.chunk, learner.requires, learner.sample, learner.update
 
     def check(self) -> None:
-        """Raises UserError for settings that do not fit each other."""
+        """Raises UserError for inconsistent settings."""
         check_heads("QGF", self.critic, self.value)
         self.windows.goals.check_head(self.critic.head)
 
@@ -77,17 +77,17 @@ class QGF:
         return learner.descend(state, loss, self.optimizer(), self.critic.tau, "critic")
 
     def td_target(self, state: State, batch: Batch) -> jax.Array:
-        """Returns y [B], the return of the window and the online value after it."""
+        """Returns y [B], the return of the window plus the discounted online value after it."""
         next_value = self.value.value(state.params["value"], state.spec.critic(batch.next_obs))
         y = self.windows.target(batch, next_value)
         return losses.bounded(y, self.critic.head)
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
-        """Returns the sum of the three losses, which share no parameter, and what each of them is."""
+        """Returns the sum of the three losses, which share no parameters, and the individual losses."""
         spec, a, seen = state.spec, self.windows.actions(batch), state.spec.critic(batch.obs)
         whole = self.windows.weight(batch)
 
-        # the flow clones the behaviour: |v(s, a_t, t) - (a - z)|^2
+        # the flow clones the behavior: |v(s, a_t, t) - (a - z)|^2
         matching = self.flow.matching_error(params["flow"], spec.behaviour(batch.obs), draws["x0"], a, draws["t"])
         mask = self.windows.mask(batch)
         cloning = losses.masked_mean(matching, mask if self.mask_actor else jnp.ones_like(mask))
@@ -104,7 +104,7 @@ class QGF:
         return cloning + critic + value, {"actor/flow_loss": cloning, "critic/loss": critic, "value/loss": value}
 
     def score(self, state: State, obs: Observation) -> guidance.Value:
-        """Returns the target critic's score as a function of flat chunks: what guides, and what chooses."""
+        """Returns the target critic's score as a function of flat chunks, used for guidance and selection."""
         return lambda chunk: self.critic.score(state.target["critic"], state.spec.critic(obs), chunk)
 
     def choose(self, state: State, obs: Observation, noise: jax.Array) -> jax.Array:
@@ -115,6 +115,6 @@ class QGF:
         return guidance.best_of(candidates, self.score(state, obs)(candidates))
 
     def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
-        """Returns chunks [B, H, A] of the guided flow; `greedy` changes nothing."""
+        """Returns chunks [B, H, A] of the guided flow; `greedy` has no effect."""
         noise = jax.random.normal(key, (count_of(obs), self.num_samples, self.chunk * state.spec.action))
         return learner.unflatten(self.choose(state, obs, noise), state.spec.action)

@@ -1,17 +1,18 @@
-"""ReBRAC: TD3+BC revisited, with a penalty on the target's actions as well and layer norm in the critics.
+"""ReBRAC: TD3+BC with an additional penalty on the target's actions, and layer norm in the critics.
 
 Paper: Tarasov, Kurenkov, Nikulin, Kolesnikov, "Revisiting the Minimalist Approach to Offline Reinforcement Learning",
 arXiv 2305.09836.
 
-The target is lowered by how far the slow actor's next action lies from the one that the data took next (equation 3),
-and the actor is held by how far its own lies from the data's (equation 4); both distances are sums over the action's
-entries. The actor climbs the lower of the two critics. Observations are not normalized.
+The target is penalized by the distance of the target actor's next action from the data's next action (equation 3), and
+the actor's loss by the distance of its action from the data's (equation 4); both squared distances are sums over the
+action's entries. The actor maximizes the lower of the two critics. Observations are not normalized.
 
 Deliberate differences from the official code:
-- A transition after which the data took no action, for the clock ran out, trains the actor but not the critics.
-- Layers begin as in TD3; the authors' hidden biases of 0.1 and small last layers are not copied.
-- `joint` is the order of FQL's authors: one optimizer for both networks, which also moves the actor on its momentum in
-  updates that do not train it; errors averaged over the two critics; targets that follow the parameters from before.
+- Transitions without a next action in the data, because of truncation, train the actor but not the critics.
+- Layers are initialized as in TD3; the authors' hidden biases of 0.1 and small last layers are not copied.
+- `joint` is the scheme of FQL's authors: one optimizer for both networks, whose momentum also moves the actor in
+  updates that do not train it; errors averaged over the two critics; targets follow the parameters from before the
+  step.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec,
 
 @pytree
 class ReBRAC:
-    """TD3 with penalties for leaving the data, in the actor's loss and in the critics' target."""
+    """TD3 with behavior penalties in the actor's loss and in the critics' target."""
 
     chunk: ClassVar[int] = 1
 
@@ -42,10 +43,10 @@ class ReBRAC:
     )
     beta_actor: NonNegative = 0.01  # penalty in the actor's loss; to be tuned per task
     beta_critic: NonNegative = 0.01  # penalty in the critics' target; to be tuned per task
-    joint: bool = False  # whether one optimizer, at the actor's rate, serves both networks; see above
+    joint: bool = False  # whether both networks share one optimizer, at the actor's learning rate; see above
 
     def requires(self) -> Requirements:
-        """Returns what its data must have."""
+        """Returns the requirements on its data."""
         return self.td3.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:
@@ -56,7 +57,7 @@ class ReBRAC:
         return dataclasses.replace(state, opt=self.td3.actor_adam.transformation().init(state.params))
 
     def fit(self, state: State, data: Rings) -> State:
-        """Returns the initial state with the data's normalizer, where observations are to be normalized."""
+        """Returns the initial state with the data's normalizer, if observations are normalized."""
         return self.td3.fit(state, data)
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
@@ -96,7 +97,7 @@ class ReBRAC:
         return learner.descend(state, loss, self.td3.actor_adam.transformation(), tau, "actor", "critic")
 
     def td_target(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
-        """Returns y [B], in which the next action's value is lowered by beta_critic |a' - a'_data|^2 (eq. 3)."""
+        """Returns y [B], the TD target with the next value reduced by beta_critic |a' - a'_data|^2 (eq. 3)."""
         action = self.td3.target_action(state, batch, draws)
         return self.td3.td_target(state, state.target["critic"], batch, action, self.penalty(batch, action))
 
@@ -124,6 +125,6 @@ class ReBRAC:
 
 
 def continued(batch: Batch) -> jax.Array:
-    """Returns 1 for the transitions after which the data took an action or the task was over, else 0, as [B]."""
+    """Returns 1 for transitions with a next action in the data or a terminated task, else 0, [B]."""
     assert batch.followed is not None
     return batch.valid[:, 0] * jnp.maximum(batch.followed, batch.terminated)

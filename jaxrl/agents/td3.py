@@ -1,14 +1,14 @@
-"""TD3: a deterministic actor, twin critics, and targets that follow them.
+"""TD3: a deterministic actor, twin critics, and target networks.
 
 Paper: Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods", arXiv 1802.09477.
 
 The critics learn from the lower of two targets at a smoothed target action (sections 4.2 and 5.3); the actor and the
-targets move in every `delay`-th update (section 5.2). TD3+BC, ReBRAC, PRDC and A2PR differ in what holds the actor near
-the data: each has a TD3 as a field, and a file of its own.
+targets are updated in every `delay`-th update (section 5.2). TD3+BC, ReBRAC, PRDC and A2PR differ in how they
+regularize the actor toward the data: each has a TD3 as a field, and its own file.
 
 Deliberate differences from the official code:
-- A transition cut off by the clock bootstraps from its true next state.
-- The noise of exploration is clipped as that of target actions is.
+- Truncated transitions bootstrap from their true next state.
+- Exploration noise is clipped like that of target actions.
 - `critic.head="bce"` learns probabilities of success instead of values.
 """
 
@@ -45,19 +45,19 @@ class TD3:
     delay: Count = 2  # critic updates per actor update
     target_noise: NonNegative = 0.2  # standard deviation of the noise on target actions
     noise_clip: NonNegative = 0.5  # bound of that noise, and of exploration's
-    exploration: NonNegative = 0.1  # standard deviation of the noise on actions, but in evaluation
-    normalize: bool = False  # whether observations are normalized by the data's mean and spread
+    exploration: NonNegative = 0.1  # standard deviation of the noise on actions, except in evaluation
+    normalize: bool = False  # whether observations are normalized by the data's mean and standard deviation
 
     def check(self) -> None:
-        """Raises UserError for settings that do not fit each other."""
+        """Raises UserError for inconsistent settings."""
         self.transitions.goals.check_head(self.critic.head)
 
     def requires(self) -> Requirements:
-        """Returns what its data must have."""
+        """Returns the requirements on its data."""
         return self.transitions.requires(self.critic.head)
 
     def init(self, key: jax.Array, spec: Spec, **more: tuple[PyTree, optax.GradientTransformation]) -> State:
-        """Returns the initial state; `more` are further networks by name, parameters and optimizer of each."""
+        """Returns the initial state; `more` has (parameters, optimizer) of further networks by name."""
         key_actor, key_critic = jax.random.split(key)
         obs, action = spec.example(), jnp.zeros(spec.action)
         actor = self.actor.init(key_actor, spec.actor(obs), action)
@@ -71,7 +71,7 @@ class TD3:
         return learner.create(spec, params, optimizers, "actor", "critic", normalized=True)
 
     def fit(self, state: State, data: Rings) -> State:
-        """Returns the initial state with the data's normalizer, where observations are to be normalized."""
+        """Returns the initial state with the data's normalizer, if `normalize`."""
         return learner.fit(state, data) if self.normalize else state
 
     def sample(self, data: Rings, key: jax.Array) -> Batch:
@@ -97,18 +97,18 @@ class TD3:
     # The critics
 
     def target_action(self, state: State, batch: Batch, draws: Draws) -> jax.Array:
-        """Returns a' [B, A], the slow actor's action at the next state with clipped noise (section 5.3)."""
+        """Returns a' [B, A], the target actor's action at the next state with clipped noise (section 5.3)."""
         action = self.actor.action(state.target["actor"], state.spec.actor(batch.next_obs))
         return self.noisy(action, draws["target_noise"], self.target_noise)
 
     def noisy(self, action: jax.Array, noise: jax.Array, scale: Scalar) -> jax.Array:
-        """Returns actions [B, A] with standard normal noise, scaled and clipped; within the box again."""
+        """Returns actions [B, A] plus standard normal noise, scaled and clipped; the sum is clipped to [-1, 1]."""
         return jnp.clip(action + jnp.clip(scale * noise, -self.noise_clip, self.noise_clip), -1, 1)
 
     def td_target(
         self, state: State, critic: PyTree, batch: Batch, action: jax.Array, penalty: jax.Array | float = 0.0
     ) -> jax.Array:
-        """Returns y [B]: the reward and the lower of two critics' values of the next action, less a penalty."""
+        """Returns y [B]: the TD target with the lower of two critics' values of the next action, minus a penalty."""
         next_value = self.critic.value(critic, state.spec.critic(batch.next_obs), action) - penalty
         y = self.transitions.target(batch, next_value)
         return losses.bounded(y, self.critic.head)
@@ -119,7 +119,7 @@ class TD3:
         return losses.masked_mean(error.sum(axis=0), weight)
 
     def learn_critic(self, state: State, batch: Batch, y: jax.Array, weight: jax.Array) -> tuple[State, Metrics]:
-        """Returns the state after a step of the critics towards y [B], in which transitions have these weights [B]."""
+        """Returns the state after a step of the critics toward y [B], with transition weights [B]."""
 
         def loss(critic: PyTree) -> tuple[jax.Array, Metrics]:
             value = self.critic_loss(critic, state, batch, y, weight)
@@ -164,10 +164,10 @@ class TD3:
 
 
 def climb(q: jax.Array, alpha: Scalar, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Returns the loss -lambda mean Q of values [B], and lambda = alpha / mean |Q|, which carries no gradient.
+    """Returns the loss -lambda mean Q of values [B], and lambda = alpha / mean |Q|, without gradient.
 
-    So normalized, the weight between climbing and staying does not depend on the rewards' scale (Fujimoto and Gu,
-    arXiv 2106.06860, equation 5).
+    With this normalization, the trade-off between maximizing Q and imitating does not depend on the reward scale
+    (Fujimoto and Gu, arXiv 2106.06860, equation 5).
     """
     weight = jax.lax.stop_gradient(alpha / jnp.abs(q).mean())
     return -weight * losses.masked_mean(q, batch.valid[:, 0]), weight

@@ -1,12 +1,12 @@
-"""TD3+BC: TD3 whose actor also imitates the data, the least that makes it work offline.
+"""TD3+BC: TD3 whose actor also imitates the data, a minimal change for offline learning.
 
 Paper: Fujimoto, Gu, "A Minimalist Approach to Offline Reinforcement Learning", arXiv 2106.06860.
 
-The critic learns as in TD3. The actor climbs the critic, whose scale is divided out, and stays near the action that
-the data took (equations 3 and 5). Observations are normalized.
+The critic learns as in TD3. The actor maximizes the critic, normalized by its scale, and stays near the data's action
+(equations 3 and 5). Observations are normalized.
 
-Deliberate difference from the official code: a transition cut off by the clock keeps its true next state, where the
-official data drop it.
+Deliberate difference from the official code: truncated transitions keep their true next state; the official data drop
+them.
 """
 
 from typing import ClassVar
@@ -25,15 +25,15 @@ from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec,
 
 @pytree
 class TD3BC:
-    """TD3 with behaviour cloning in the actor's loss."""
+    """TD3 with behavior cloning in the actor's loss."""
 
     chunk: ClassVar[int] = 1
 
     td3: TD3 = TD3(normalize=True)
-    alpha: NonNegative = 2.5  # weight of the critic against the imitation
+    alpha: NonNegative = 2.5  # weight of the critic relative to the imitation
 
     def requires(self) -> Requirements:
-        """Returns what its data must have."""
+        """Returns the requirements on its data."""
         return self.td3.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:

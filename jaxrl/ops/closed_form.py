@@ -1,4 +1,4 @@
-"""CFPI: the best action near a behavior in closed form, for a critic that is approximated as linear there.
+"""CFPI: the best action near a behavior policy in closed form, for a locally linearized critic.
 
 Paper: Li, Zhang, Yin, Bai, Wang, Wang, "Offline Reinforcement Learning with Closed-Form Policy Improvement Operators",
 arXiv 2211.15956. Formulas and constants follow its official code.
@@ -26,7 +26,7 @@ from jaxrl.ranges import Count, Fraction, NonNegative, check_at_least
 from jaxrl.types import Scalar, pytree
 
 NEAR_BOUND = 0.999  # actions are clipped to it before atanh
-KAPPA = 1e-7  # keeps a vanishing critic gradient a vanishing step
+KAPPA = 1e-7  # makes the step vanish with the critic's gradient
 VARIANCE = 1e-6  # added to variances in Jensen's bound
 
 Act: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
@@ -37,7 +37,7 @@ Act: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 class Mixture:
     """A density of flat action chunks per row: tanh of a mixture of M diagonal Gaussians over u."""
 
-    log_weight: jax.Array  # [B, M], of which the exponentials add up to 1
+    log_weight: jax.Array  # [B, M], whose exponentials sum to 1
     mean: jax.Array  # [B, M, D]
     std: jax.Array  # [B, M, D]
 
@@ -52,24 +52,24 @@ class Mixture:
 
 @pytree
 class ClosedForm:
-    """The operator: candidates on the boundary of the behavior's level sets, of which the critic's best is taken."""
+    """The operator: selects the best candidate by the critic on the boundary of the behavior's level sets."""
 
-    bound: Literal["lse", "jensen", "both"] = "both"  # on the log of the mixture's sum: LogSumExp, Jensen, or both
-    delta: NonNegative = 0.5  # how far the log density may fall; the lowest that is drawn
-    delta_high: NonNegative = 0.5  # the highest that is drawn
-    draws: Count = 1  # how many are drawn, uniformly, per action
+    bound: Literal["lse", "jensen", "both"] = "both"  # on the mixture's log density: LogSumExp, Jensen, or both
+    delta: NonNegative = 0.5  # allowed decrease of the log density; lower end of the sampling range
+    delta_high: NonNegative = 0.5  # upper end of the sampling range
+    draws: Count = 1  # number of uniform samples of delta per action
     stretch: NonNegative = 2**0.5  # factor of LogSumExp's radius: sqrt(2) in the official code, 1 in the derivation
-    threshold: Fraction = 0.05  # weight below which a component is left out, unless it is the heaviest
+    threshold: Fraction = 0.05  # components with lower weight are ignored, except the heaviest
 
     def check(self) -> None:
-        """Raises UserError where the highest delta is below the lowest."""
+        """Raises UserError if the highest delta is below the lowest."""
         check_at_least(self, delta_high=self.delta)
 
     def improve(self, key: Key[Array, ""], behaviour: Mixture, value: Value) -> Float[Array, "b d"]:
         """Returns the candidate with the highest value; `value` maps actions [B, N, D] to values [B, N].
 
-        If `delta` equals `delta_high`, nothing is random. Where no candidate exists, which can happen with Jensen's
-        bound alone, the mean of the heaviest component is returned.
+        If `delta` equals `delta_high`, the result is deterministic. Without a candidate, which can happen with only
+        Jensen's bound, the mean of the heaviest component is returned.
         """
         deltas = jax.random.uniform(key, (len(behaviour.mean), self.draws), minval=self.delta, maxval=self.delta_high)
         center, precision = middle(behaviour)
@@ -99,7 +99,7 @@ def step(
     gradient: Float[Array, "*#n d"],
     radius: Float[Array, "*n"],
 ) -> Float[Array, "*n d"]:
-    """Returns argmax g.u where (u - mean)^T Sigma^-1 (u - mean) <= radius^2; the mean where the gradient vanishes."""
+    """Returns argmax g.u s.t. (u - mean)^T Sigma^-1 (u - mean) <= radius^2; the mean if the gradient vanishes."""
     norm = jnp.sqrt(jnp.sum(variance * jnp.square(gradient), axis=-1, keepdims=True))
     return mean + radius[..., None] * variance * gradient / (norm + KAPPA)
 
@@ -113,16 +113,16 @@ def squared_radii(behaviour: Mixture, deltas: Float[Array, "b k"]) -> Float[Arra
 
 
 def middle(behaviour: Mixture) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
-    """Returns mu_bar, the components' mean by weight and precision, and A, the mean precision (Jensen)."""
+    """Returns mu_bar, the components' mean weighted by precision, and A, the mean precision (Jensen)."""
     precision = weighted_precision(behaviour)
     total = precision.sum(axis=1)
     return (precision * behaviour.mean).sum(axis=1) / total, total
 
 
 def jensen_squared_radius(behaviour: Mixture, deltas: Float[Array, "b k"]) -> Float[Array, "b k"]:
-    """Returns R = 2 delta - sum_i lambda_i ||mu_i - mu_bar||^2, in units of Sigma_i; no candidate where it is negative.
+    """Returns R = 2 delta - sum_i lambda_i ||mu_i - mu_bar||^2, in units of Sigma_i; if negative, no candidate exists.
 
-    That is 2 delta - sum_i lambda_i mu_i^T Sigma_i^-1 mu_i + mu_bar^T A mu_bar, without its cancellation.
+    Equals 2 delta - sum_i lambda_i mu_i^T Sigma_i^-1 mu_i + mu_bar^T A mu_bar, without numerical cancellation.
     """
     center, _ = middle(behaviour)
     spread = weighted_precision(behaviour) * jnp.square(behaviour.mean - center[:, None])
@@ -135,28 +135,28 @@ def weighted_precision(behaviour: Mixture) -> Float[Array, "b m d"]:
 
 
 def heavy(log_weight: Float[Array, "b m"], threshold: Scalar) -> Bool[Array, "b m"]:
-    """Returns which components are used: those of at least this weight, and always the heaviest."""
+    """Returns which components are used: those with at least this weight, and always the heaviest."""
     return (jnp.exp(log_weight) >= threshold) | (log_weight == log_weight.max(axis=-1, keepdims=True))
 
 
 def lower_bound(heads: Float[Array, "k *n"], pessimism: Scalar) -> Float[Array, "*n"]:
-    """Returns Q_LB = mean - pessimism * std of two or more heads; the std is unbiased, of two |Q_1 - Q_2| / sqrt(2)."""
+    """Returns Q_LB = mean - pessimism * std over two or more heads, with unbiased std (two: |Q_1 - Q_2| / sqrt(2))."""
     return heads.mean(axis=0) - pessimism * heads.std(axis=0, ddof=1)
 
 
 def before_tanh(actions: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Returns u of actions, which are first clipped to `NEAR_BOUND`."""
+    """Returns u of actions, after clipping them to `NEAR_BOUND`."""
     return jnp.arctanh(jnp.clip(actions, -NEAR_BOUND, NEAR_BOUND))
 
 
 def around(actions: Float[Array, "b d"], std: Scalar = 1.0) -> Mixture:
-    """Returns the density of one component around actions, with standard deviation `std` before tanh."""
+    """Returns a one-component density around actions, with standard deviation `std` before tanh."""
     u = before_tanh(actions)[:, None]
     return Mixture(jnp.zeros(u.shape[:2]), u, jnp.full_like(u, std))
 
 
 def flat(chunks: Float[Array, "b h a"]) -> Float[Array, "b d"]:
-    """Returns chunks as flat ones."""
+    """Returns flattened chunks."""
     return chunks.reshape(len(chunks), -1)
 
 
@@ -167,7 +167,7 @@ def improved(
     action: int,
     pessimism: Scalar = 1.0,
 ) -> Act:
-    """Returns the policy that improves a behavior, given as a density for (observations [B, O], key).
+    """Returns the improved policy of a behavior, given as a density for (observations [B, O], key).
 
     `heads` maps observations [B, O] and flat chunks [B, N, D] to values [K, B, N]; `action` is the size of one action.
     """

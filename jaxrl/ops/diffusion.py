@@ -1,14 +1,13 @@
-"""Diffusion over trajectories as functions of arrays: the denoiser, its error, the sampler, guidance by a policy.
+"""Diffusion over trajectories as functions of arrays: the denoiser, its error, the sampler, policy guidance.
 
 Papers: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv 2206.00364 (EDM), with
 data of standard deviation 1; Jackson et al., "Policy-Guided Diffusion", arXiv 2404.06356.
 
-Noise falls from level sigma_0 = 80 to 0, the data. While a trajectory is denoised, guidance moves its actions towards
-those that are likely under a policy; the model then adapts the states.
+The noise level decreases from sigma_0 = 80 to 0, the data. During denoising, guidance moves the actions toward those
+that are likely under a policy; the model then adapts the states.
 
 Deliberate differences from the official code of policy-guided diffusion: the predictor of a step also starts from the
-point that the churn moved; the network is never evaluated at noise of level 0; a direction is normalized without
-dividing by 0.
+churned point; the network is never evaluated at noise level 0; the normalization of directions does not divide by 0.
 """
 
 from collections.abc import Callable
@@ -28,13 +27,13 @@ LogDensity: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 """log pi(a | s): (observations [N, O], actions [N, A]) -> [N]."""
 
 LOWEST, HIGHEST, CURVATURE = 0.002, 80.0, 7.0  # sigma_min, sigma_max and rho of the schedule
-CHURNED = (0.05, 50.0)  # the levels at which the sampler adds noise
+CHURNED = (0.05, 50.0)  # range of levels at which the sampler adds noise
 LOG_LEVEL = (-1.2, 1.2)  # mean and standard deviation of ln sigma in training
 
 
 @pytree
 class Scale:
-    """The meaning of standardized features [..., O + A + 2]."""
+    """Layout and scale of standardized features [..., O + A + 2]."""
 
     observation: int  # O
     action: int  # A
@@ -43,7 +42,7 @@ class Scale:
 
     @property
     def actions(self) -> slice:
-        """The actions' place among the features."""
+        """The slice of the actions in the features."""
         return slice(self.observation, self.observation + self.action)
 
     def read(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -55,14 +54,14 @@ class Scale:
 
 @pytree
 class Sampler:
-    """How trajectories are drawn, and how strongly a policy guides them."""
+    """Settings of the sampler and of policy guidance."""
 
-    denoising_steps: Annotated[int, Range(2)] = 256  # T: levels of noise between noise and data
-    guidance: NonNegative = 1.0  # eta: strength of guidance at each level; used only with a policy
-    guidance_bump: NonNegative = 0.3  # weight of the sine that makes guidance strongest some way into the sampling
+    denoising_steps: Annotated[int, Range(2)] = 256  # T: number of noise levels
+    guidance: NonNegative = 1.0  # eta: guidance strength at each level; used only with a policy
+    guidance_bump: NonNegative = 0.3  # weight of the sine term that puts the peak of guidance inside the schedule
     normalize_guidance: bool = False  # whether the direction has norm 1 over each whole trajectory
-    denoised_guidance: bool = False  # whether the policy sees the denoised x instead of x; 3 network calls for 2
-    churn: NonNegative = 80.0  # noise that is added on the way
+    denoised_guidance: bool = False  # whether the policy sees the denoised x instead of x; 3 network calls, not 2
+    churn: NonNegative = 80.0  # noise added during sampling
     churn_scale: NonNegative = 1.003  # standard deviation of that noise
 
 
@@ -86,7 +85,7 @@ def denoiser_of(network: Callable[[jax.Array, jax.Array], jax.Array]) -> Denoise
 
 
 def training_levels(key: jax.Array, batch: int) -> jax.Array:
-    """Returns noise levels [B] to train at, log-normal."""
+    """Returns log-normal noise levels [B] for training."""
     mean, std = LOG_LEVEL
     return jnp.exp(mean + std * jax.random.normal(key, (batch,)))
 
@@ -138,7 +137,7 @@ def noise_schedule(steps: int) -> jax.Array:
 
 
 def churn_schedule(sampler: Sampler, sigma: jax.Array) -> jax.Array:
-    """Returns gamma_i, the relative increase of each level before its step, at most sqrt 2 - 1."""
+    """Returns gamma_i, the relative increase of each level before its step, at most sqrt(2) - 1."""
     low, high = CHURNED
     gamma = jnp.minimum(sampler.churn / sampler.denoising_steps, 2**0.5 - 1)
     return jnp.where((sigma >= low) & (sigma <= high), gamma, 0.0)
@@ -147,9 +146,9 @@ def churn_schedule(sampler: Sampler, sigma: jax.Array) -> jax.Array:
 def heun_step(
     denoise: Denoiser, x: jax.Array, sigma: jax.Array, following: jax.Array, gamma: jax.Array, noise: jax.Array
 ) -> jax.Array:
-    """Returns x at the next level: noise up to sigma (1 + gamma), then a step of second order down to `following`.
+    """Returns x at the next level: noise up to sigma (1 + gamma), then a second-order step down to `following`.
 
-    The step to level 0 is of first order.
+    The step to level 0 is first-order.
     """
     level = jnp.full(len(x), sigma * (1 + gamma))
     x = x + sigma * jnp.sqrt(gamma * (2 + gamma)) * noise  # sqrt(level^2 - sigma^2), never of a negative number
@@ -164,7 +163,7 @@ def heun_step(
 def sample(
     denoise: Denoiser, sampler: Sampler, key: jax.Array, shape: tuple[int, int, int], guide: Guide | None = None
 ) -> jax.Array:
-    """Returns trajectories [B, H, F] drawn from the denoiser's data distribution, guided if there is a guide."""
+    """Returns trajectories [B, H, F] sampled from the denoiser's data distribution, guided if there is a guide."""
     key_start, key_churn = jax.random.split(key)
     sigma = noise_schedule(sampler.denoising_steps)
     levels = (sigma[:-1], sigma[1:], churn_schedule(sampler, sigma[:-1]), guidance_schedule(sampler))

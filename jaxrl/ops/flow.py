@@ -1,11 +1,11 @@
-"""Flows and flow maps as functions of arrays: errors to minimise, and samplers.
+"""Flows and flow maps as functions of arrays: errors to minimize, and samplers.
 
-Time runs from noise (0) to data (1) along x_t = (1 - t) x0 + t x1. The one network behind all of it is the
+Time runs from noise (0) to data (1) along x_t = (1 - t) x0 + t x1. All functions use one network, the
 average velocity u(x, r, t) over [r, t], so that X_{r,t}(x) = x + (t - r) u(x, r, t) is the flow map and
 u(x, t, t) is the instantaneous velocity (Boffi, Albergo, Vanden-Eijnden, arXiv 2505.18825, section 2).
 
 Every error below is a squared residual [B, D] that the caller averages under its own mask; noise and times are
-arguments. Teachers carry the only `stop_gradient`s.
+arguments. `stop_gradient` is applied only to teachers.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 AverageVelocity: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""u(x [..., D], r [..., 1], t [..., 1]) -> [..., D]; whatever it is conditioned on is closed over."""
+"""u(x [..., D], r [..., 1], t [..., 1]) -> [..., D]; conditioning inputs are closed over."""
 
 Points: TypeAlias = Float[Array, "*b d"]
 Times: TypeAlias = Float[Array, "*b 1"]
@@ -51,8 +51,8 @@ def esd_error(
 ) -> Points:
     """Returns the Eulerian self-distillation error || u_{r,t} - sg(b_r + (t-r) du/dr) ||^2 per element.
 
-    The total derivative runs along b_r, which is the sample's x1 - x0 (MeanFlow; FMQ's and MVP's loss) or the
-    network's own diagonal u_{r,r} (Boffi et al.).
+    The total derivative is taken along b_r, which is the sample's x1 - x0 (MeanFlow; FMQ's and MVP's loss) or the
+    network's diagonal u_{r,r} (Boffi et al.).
     """
     x_r = interpolate(x0, x1, r)
     b_r = x1 - x0 if velocity == "sample" else u(x_r, r, r)
@@ -63,8 +63,8 @@ def esd_error(
 def lsd_error(u: AverageVelocity, x0: Points, x1: Points, r: Times, t: Times, reverse: bool = False) -> Points:
     """Returns the Lagrangian self-distillation error || dX_{r,t}/dt - u_{t,t}(X_{r,t}) ||^2 per element.
 
-    The two-time map learns from the instantaneous field (Boffi et al.); `reverse` pulls the diagonal towards the
-    map instead, as the official FMQ code does.
+    The two-time map learns from the instantaneous field (Boffi et al.); with `reverse` the diagonal learns from the
+    map instead, as in the official FMQ code.
     """
     x_r = interpolate(x0, x1, r)
     end, speed = jax.jvp(lambda time: map_to(u, x_r, r, time), (t,), (jnp.ones_like(t),))
@@ -76,7 +76,7 @@ def lsd_error(u: AverageVelocity, x0: Points, x1: Points, r: Times, t: Times, re
 def psd_error(u: AverageVelocity, x0: Points, x1: Points, r: Times, t: Times, split: Times) -> Points:
     """Returns the progressive self-distillation error per element: one jump against two that meet at w.
 
-    `split` in [0, 1] places w = r + split (t - r). The velocity form weighs all step sizes alike.
+    `split` in [0, 1] sets w = r + split (t - r). The velocity form weights all step sizes equally.
     """
     x_r = interpolate(x0, x1, r)
     w = r + split * (t - r)
@@ -85,17 +85,17 @@ def psd_error(u: AverageVelocity, x0: Points, x1: Points, r: Times, t: Times, sp
     return jnp.square(u(x_r, r, t) - lax.stop_gradient(split * first + (1 - split) * second))
 
 
-# Laws of the times
+# Distributions of times
 
 
 def uniform_times(key: Key[Array, ""], batch: int) -> tuple[Times, Times]:
-    """Returns r <= t: two sorted uniform draws."""
+    """Returns r <= t: two sorted uniform samples."""
     draws = jnp.sort(jax.random.uniform(key, (batch, 2)), axis=-1)
     return draws[:, :1], draws[:, 1:]
 
 
 def widen(r: Times, t: Times, progress: Float[Array, ""]) -> tuple[Times, Times]:
-    """Returns the interval [r, t] shrunk about its middle: to a point at progress 0, itself at progress 1."""
+    """Returns the interval [r, t] shrunk around its center: a point at progress 0, unchanged at progress 1."""
     middle, reach = (r + t) / 2, progress * (t - r) / 2
     return middle - reach, middle + reach
 
@@ -119,7 +119,7 @@ def euler_step(u: AverageVelocity) -> AverageVelocity:
 
 
 def euler_from(u: AverageVelocity, x: Points, start: Times, steps: int = 10) -> Points:
-    """Returns samples at time 1 from points x at times `start`, multiples of 1 / steps: the Euler steps still ahead."""
+    """Returns samples at time 1 from points x at times `start`, multiples of 1 / steps (the remaining Euler steps)."""
 
     def ahead(y: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
         return jnp.where(r >= start, euler_step(u)(y, r, t), y)

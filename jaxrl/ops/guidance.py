@@ -1,7 +1,7 @@
-"""What turns a critic into better actions: best-of-N, Q-guided flow, the trust-region step, Q-guided beam search.
+"""Critic-based improvement of actions: best-of-N, Q-guided flow, the trust-region step, Q-guided beam search.
 
 A critic is given as `heads(actions) -> [K, ...]` with its observations closed over; actions are flat chunks.
-Source, where none is named: Ziakas, Russo, Bose, "Aligning Flow Map Policies with Optimal Q-Guidance", arXiv
+Source, unless another is named: Ziakas, Russo, Bose, "Aligning Flow Map Policies with Optimal Q-Guidance", arXiv
 2605.12416.
 """
 
@@ -21,17 +21,17 @@ Value: TypeAlias = Callable[[jax.Array], jax.Array]
 """One value [...] per flat action [..., D], its observations closed over."""
 GradientOf: TypeAlias = Literal["first", "min", "mean"]
 
-KAPPA = 1e-8  # keeps a vanishing critic gradient a vanishing step (Algorithm 1, line 7)
+KAPPA = 1e-8  # makes the step vanish with the critic's gradient (Algorithm 1, line 7)
 
 
 def best_of(candidates: Float[Array, "b n d"], scores: Float[Array, "b n"]) -> Float[Array, "b d"]:
-    """Returns the best-scored of each row's N candidates."""
+    """Returns the candidate with the highest score in each row of N candidates."""
     best = jnp.argmax(scores, axis=-1)
     return jnp.take_along_axis(candidates, best[:, None, None], axis=1)[:, 0]
 
 
 def ascent_direction(heads: Heads, actions: Float[Array, "*n d"], of: GradientOf = "first") -> Float[Array, "*n d"]:
-    """Returns grad_a Q / (||grad_a Q|| + kappa), the norm over the whole flat chunk; 0 where Q is flat."""
+    """Returns grad_a Q / (||grad_a Q|| + kappa), with the norm over the whole flat chunk; 0 if Q is flat."""
     pick = {"first": lambda q: q[0], "min": lambda q: q.min(axis=0), "mean": lambda q: q.mean(axis=0)}[of]
     gradient = jax.grad(lambda a: pick(heads(a)).sum())(actions)
     return gradient / (jnp.linalg.norm(gradient, axis=-1, keepdims=True) + KAPPA)
@@ -40,7 +40,7 @@ def ascent_direction(heads: Heads, actions: Float[Array, "*n d"], of: GradientOf
 def adaptive_radius(eta: Scalar, beta: Scalar, heads: Float[Array, "k b"]) -> Float[Array, " b"]:
     """Returns eta / (1 + beta d), d the disagreement of the heads relative to its batch mean (Eq. 13).
 
-    The heads' standard deviation stands in for |Q_1 - Q_2| / sqrt(2): a constant factor cancels.
+    The heads' standard deviation replaces |Q_1 - Q_2| / sqrt(2): a constant factor cancels.
     """
     disagreement = heads.std(axis=0)
     return eta / (1 + beta * disagreement / (disagreement.mean() + KAPPA))
@@ -55,25 +55,25 @@ def trust_region_target(
 
 @pytree
 class QGuidance:
-    """Q-guided flow: every Euler step of a behaviour flow also climbs a critic, x <- x + (v(x, t) + w g) / T.
+    """Q-guided flow: every Euler step of a behavior flow adds a critic gradient, x <- x + (v(x, t) + w g) / T.
 
-    Nothing is trained for it ("Q-Guided Flow", arXiv 2606.11087, Algorithm 1). What the gradient g is:
+    Requires no training ("Q-Guided Flow", arXiv 2606.11087, Algorithm 1). Choices of the gradient g:
 
-    one_step  at the one-step denoised action, clip(x + (1 - t) v), which is in-distribution for the critic; its
-              Jacobian in x is left out (QGF)
-    jacobian  the same, with its Jacobian, clip included (QGF-Jacobian)
+    one_step  at the one-step denoised action, clip(x + (1 - t) v), which is in-distribution for the critic; without
+              its Jacobian in x (QGF)
+    jacobian  the same, with its Jacobian, including that of clip (QGF-Jacobian)
     noisy     at x itself, which is out of distribution for the critic (QFQL)
-    bptt      through all Euler steps still ahead (BPTT)
+    bptt      through all remaining Euler steps (BPTT)
     after     none during denoising: the final action takes `ascent_steps` clipped steps of `ascent_size` (GradStep)
     """
 
-    weight: NonNegative = 1.0  # w = 1 / beta; the gradient is not normalised
-    gradient: Literal["one_step", "jacobian", "noisy", "bptt", "after"] = "one_step"  # where it is taken, and how
+    weight: NonNegative = 1.0  # w = 1 / beta; the gradient is not normalized
+    gradient: Literal["one_step", "jacobian", "noisy", "bptt", "after"] = "one_step"  # where and how it is computed
     ascent_steps: Natural = 3  # of "after"
     ascent_size: NonNegative = 0.01  # of "after"
 
     def sample(self, v: AverageVelocity, value: Value, noise: Float[Array, "*n d"], steps: int) -> Float[Array, "*n d"]:
-        """Returns actions from noise in `steps` Euler steps, clipped. With weight 0 they are the behaviour flow's."""
+        """Returns actions from noise in `steps` Euler steps, clipped. With weight 0 they are the behavior flow's."""
         if self.gradient != "after":
             return jnp.clip(euler(self.guided(v, value, steps), noise, steps), -1, 1)
         action = jnp.clip(euler(v, noise, steps), -1, 1)
@@ -94,7 +94,7 @@ class QGuidance:
     def ascent(
         self, v: AverageVelocity, value: Value, x: jax.Array, t: jax.Array, speed: jax.Array, steps: int
     ) -> jax.Array:
-        """Returns g at points x and times t, where the behaviour flow's velocity is `speed`."""
+        """Returns g at points x and times t, where the behavior flow's velocity is `speed`."""
         climb = jax.grad(lambda a: value(a).sum())
         if self.gradient == "noisy":
             return climb(x)
@@ -114,8 +114,8 @@ class BeamSearch:
     """Q-guided beam search (QGBS, Algorithm 2), a test-time search that needs no training.
 
     Each round renoises every beam `branches` times to t' = snr / (1 + snr) (Eq. 14), completes the branches to time 1,
-    keeps the best by the minimum over heads, and moves those by `eta` along the normalised gradient. Without rounds
-    the beams are moved once. Costs width (1 + rounds * branches) actor calls, the initial beams' own included.
+    keeps the best by the minimum over heads, and moves those by `eta` along the normalized gradient. Without rounds
+    the beams are moved once. Costs width (1 + rounds * branches) actor calls, including those for the initial beams.
     """
 
     width: Count = 4  # M: beams kept
@@ -145,7 +145,7 @@ class BeamSearch:
         return jnp.clip(actions + self.eta * ascent_direction(heads, actions, "min"), -1, 1)
 
     def renoise(self, key: Key[Array, ""], actions: Float[Array, "b n d"], u: AverageVelocity) -> Float[Array, "b n d"]:
-        """Returns the actions thrown back to time t', each with noise of its own, completed to time 1 and clipped."""
+        """Returns the actions renoised to time t' with independent noise, completed to time 1 and clipped."""
         time = jnp.broadcast_to(jnp.asarray(self.snr / (1 + self.snr), actions.dtype), (*actions.shape[:-1], 1))
         noisy = interpolate(jax.random.normal(key, actions.shape), actions, time)
         end = jnp.ones_like(time) if self.completion == "jump" else time

@@ -12,13 +12,13 @@ from jaxrl.types import PyTree, Scalar
 
 Aggregate: TypeAlias = Literal["mean", "min"]
 Head: TypeAlias = Literal["mse", "bce"]
-"""What a value network's output is: the value, or the logit of a probability of success."""
+"""Output of a value network: the value, or the logit of a success probability."""
 
 
 def masked_mean(x: Float[Array, "*n"], mask: Float[Array, "*n"]) -> Float[Array, ""]:
-    """Returns mean(x * mask) over all elements, masked ones counted as zeros.
+    """Returns mean(x * mask) over all elements, with masked ones counted as zeros.
 
-    The divisor is the full count, as in the official Q-chunking code: rows do not gain weight when others are cut.
+    The divisor is the full count, as in the official Q-chunking code: masking rows does not increase others' weight.
     """
     return jnp.mean(x * mask)
 
@@ -31,7 +31,7 @@ def aggregate(heads: Float[Array, "k *n"], how: Aggregate) -> Float[Array, "*n"]
 def chunk_return(
     rewards: Float[Array, "b h"], steps: Int[Array, " b"], discount: Scalar
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """Returns (sum_i gamma^i r_i, gamma^k) of windows that reach k steps far; rewards that do not count are 0."""
+    """Returns (sum_i gamma^i r_i, gamma^k) of windows of k steps; rewards that do not count are 0."""
     powers = discount ** jnp.arange(rewards.shape[-1])
     return jnp.sum(rewards * powers[None], axis=-1), discount**steps
 
@@ -66,8 +66,8 @@ def quantile_huber(
 ) -> Float[Array, " b"]:
     """Returns mean_i sum_j share_j |level_i - 1(z_i > y_j)| H(y_j - z_i), H the Huber loss with threshold 1.
 
-    Quantiles z at their levels learn a law that puts the shares on the targets y (Dabney et al., arXiv 1806.06923).
-    Targets carry no gradient here.
+    Fits quantiles z at their levels to the distribution with weights `share` on targets y (Dabney et al., arXiv
+    1806.06923). Targets have no gradient.
     """
     error = jax.lax.stop_gradient(target)[:, None] - z[..., None]
     tilt = jnp.abs(level[..., None] - (error < 0))
@@ -75,12 +75,12 @@ def quantile_huber(
 
 
 def value_of(output: Float[Array, "*n"], head: Head) -> Float[Array, "*n"]:
-    """Returns the value that a network's output stands for: itself, or the probability whose logit it is."""
+    """Returns the value of a network's output: the output itself, or the sigmoid of a logit."""
     return jax.nn.sigmoid(output) if head == "bce" else output
 
 
 def bounded(target: Float[Array, "*n"], head: Head) -> Float[Array, "*n"]:
-    """Returns a target within what the head can say: probabilities are clipped to [0, 1]."""
+    """Returns a target within the head's range: probabilities are clipped to [0, 1]."""
     return jnp.clip(target, 0, 1) if head == "bce" else target
 
 
@@ -99,9 +99,9 @@ def tilted(
 ) -> Float[Array, "*n"]:
     """Returns the error of a head, weighted by `level` where the target is not below its value, else by 1 - level.
 
-    "expectile" weighs its regression (Kostrikov et al., arXiv 2110.06169), "quantile" the distance to the target, for
+    "expectile" weights its regression (Kostrikov et al., arXiv 2110.06169), "quantile" the distance to the target, for
     a probability in logits and at least `margin` away from 0 and 1 (Li, Park, Levine, arXiv 2512.10926). Levels above
-    one half make the minimiser optimistic. Targets carry no gradient here.
+    0.5 make the minimizer optimistic. Targets have no gradient.
     """
     target = jax.lax.stop_gradient(target)
     weight = tilt_weight(output, target, level, head)
@@ -137,7 +137,7 @@ def bce_logit(logit: Float[Array, "*n"], target: Float[Array, "*#n"]) -> Float[A
 def polyak(online: PyTree, target: PyTree, tau: Scalar) -> PyTree:
     """Returns tau * online + (1 - tau) * target, leaf by leaf.
 
-    Callers say whether `online` is from before the gradient step, a lag of one step that the official code of QC, FQL
-    and FMQ has, or from after it, as in TD3.
+    Callers choose whether `online` is from before the gradient step, the lag of one step in the official code of QC,
+    FQL and FMQ, or from after it, as in TD3.
     """
     return optax.incremental_update(online, target, tau)

@@ -1,8 +1,8 @@
-"""Mean and variance of rows: of a dataset, on the device or on the host, or running; and observations in their units.
+"""Mean and variance of rows: of a dataset, on device or host, or running; and normalization of observations.
 
-The moments of two sets of rows give those of both together (Chan, Golub, LeVeque, "Updating formulae and a pairwise
-algorithm for computing sample variances", 1979), in whatever order sets are merged. So a running normalizer is
-`updated` with each batch, and what several devices or members saw is one `merge`.
+The moments of two sets of rows can be merged into those of their union (Chan, Golub, LeVeque, "Updating formulae and a
+pairwise algorithm for computing sample variances", 1979), in any order. So a running normalizer is `updated` with each
+batch, and the moments of several devices or members are combined by `merge`.
 """
 
 from typing import Any, TypeVar
@@ -15,20 +15,20 @@ from jaxrl.types import Observation, Scalar, pytree
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
-LIMIT = 2**32 - 1  # rows that are counted
+LIMIT = 2**32 - 1  # maximum row count
 PIECE = 1 << 16  # rows that the host sums at a time
 
 
 @pytree
 class Normalizer:
-    """The mean and the standard deviation that observations are measured in. Images are left alone."""
+    """Mean and standard deviation for normalizing observations. Images are not changed."""
 
     mean: Observation  # [O]
     std: Observation  # [O]
     clip: Scalar | None = None  # bound of normalized entries
 
     def __call__(self, obs: Observation) -> Observation:
-        """Returns observations [..., O] less their mean, in standard deviations, and clipped where there is a bound."""
+        """Returns (obs - mean) / std of observations [..., O], clipped to [-clip, clip] if `clip` is set."""
         return jax.tree.map(self._leaf, obs, self.mean, self.std)
 
     def _leaf(self, x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
@@ -41,11 +41,11 @@ class Normalizer:
 
 @pytree
 class Moments:
-    """How many rows there were, and the mean and the population variance of each entry.
+    """The number of rows, and the mean and population variance of each entry.
 
-    They hold the variance instead of the sum of squares m2 = count * variance: in float32 that sum no longer grows once
-    a batch adds less than 2^-24 of it, and the variance, divided by a count that does grow, would tend to 0. `count`
-    stops at 2^32 - 1 rows; from there on later rows replace earlier ones, as in a moving average over so many.
+    The variance is stored instead of the sum of squares m2 = count * variance: in float32, m2 stops growing once a
+    batch adds less than 2^-24 of it, and the variance, divided by a growing count, would tend to 0. `count` saturates
+    at 2^32 - 1 rows; from then on later rows replace earlier ones, as in a moving average over that many rows.
     """
 
     count: jax.Array  # [] uint32
@@ -55,8 +55,7 @@ class Moments:
     def normalizer(self, epsilon: float = 1e-3, clip: Scalar | None = None) -> Normalizer:
         """Returns the normalizer (x - mean) / (std + epsilon), clipped to [-clip, clip] if that is given.
 
-        An entry that has never changed is left in its own units: divided by epsilon, the least deviation from it would
-        dwarf all others.
+        Constant entries are not scaled: divided by epsilon, the smallest deviation would dominate all other entries.
         """
 
         def units(mean: jax.Array, variance: jax.Array) -> jax.Array:
@@ -68,28 +67,28 @@ class Moments:
 
 
 def empty(example: Observation) -> Moments:
-    """Returns the moments of no rows, for observations like an example [O]. They normalize nothing."""
+    """Returns the moments of zero rows, for observations like an example [O]. Their normalizer is the identity."""
     zeros = jax.tree.map(lambda x: jnp.zeros(() if x.dtype == jnp.uint8 else x.shape), example)
     return Moments(jnp.zeros((), jnp.uint32), zeros, zeros)
 
 
 def identity(example: Observation) -> Normalizer:
-    """Returns the normalizer that changes nothing, for observations like an example [O]."""
+    """Returns the identity normalizer, for observations like an example [O]."""
     return empty(example).normalizer()
 
 
 def of_rows(rows: Observation, mask: jax.Array) -> Moments:
-    """Returns the moments of rows [..., O], each leaf of them, where the mask [...] is true; all are to be finite."""
+    """Returns the moments of each leaf of rows [..., O] where the mask [...] is true; all rows must be finite."""
     leaves, tree = jax.tree.flatten(rows)
-    nothing = jnp.zeros(()), jnp.zeros(())  # is known of an image
+    nothing = jnp.zeros(()), jnp.zeros(())  # for images
     means, variances = zip(*(nothing if x.dtype == jnp.uint8 else weighted(x, mask) for x in leaves), strict=True)
     return Moments(mask.sum(dtype=jnp.uint32), tree.unflatten(means), tree.unflatten(variances))
 
 
 def updated(moments: Moments, batch: Observation, mask: jax.Array) -> Moments:
-    """Returns the moments of the rows so far and of a batch [..., O], where its mask [...] is true, or 1.
+    """Returns the moments of the previous rows and a batch [..., O], where its mask [...] is true, or 1.
 
-    The leading axes are any, such as time and environment. Rows that are masked out may hold anything, NaN included.
+    Leading axes are arbitrary, such as time and environment. Masked rows may contain anything, including NaN.
     """
     mask = mask.astype(bool)
     batch = jax.tree.map(lambda x: jnp.where(_beside(mask, x), x, 0), batch)
@@ -106,27 +105,27 @@ def merge(a: Moments, b: Moments) -> Moments:
         return here + share * (there - here + (1 - share) * jnp.square(away))
 
     return Moments(
-        count=jnp.where(counted < a.count, jnp.uint32(LIMIT), counted),  # where the sum has wrapped around
+        count=jnp.where(counted < a.count, jnp.uint32(LIMIT), counted),  # if the sum has wrapped around
         mean=jax.tree.map(lambda mean, away: mean + share * away, a.mean, away),
         variance=jax.tree.map(spread, a.variance, b.variance, away),
     )
 
 
-# Of arrays that are whole
+# Moments of complete arrays
 
 
 def weighted(x: Array, weight: Array) -> tuple[Array, Array]:
-    """Returns mean and variance [O] of rows x [..., O] that count `weight` [...] times each; of JAX or of NumPy."""
+    """Returns mean and variance [O] of rows x [..., O] with weights `weight` [...]; for JAX or NumPy arrays."""
     xp, axes, each = x.__array_namespace__(), tuple(range(weight.ndim)), _beside(weight, x)
     count = xp.maximum(weight.sum(), 1)
     mean = (x * each).sum(axis=axes) / count
-    if x.dtype != np.float64:  # float32 sums of a million rows err: a second pass corrects the first
+    if x.dtype != np.float64:  # float32 sums of a million rows are inaccurate: a second pass corrects the first
         mean = mean + ((x - xp.expand_dims(mean, axes)) * each).sum(axis=axes) / count
     return mean, (xp.square(x - xp.expand_dims(mean, axes)) * each).sum(axis=axes) / count
 
 
 def of_columns(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and variance [O] of values [N, O] on the host, in float64, without a copy of all in float64."""
+    """Returns mean and variance [O] of values [N, O] on the host, in float64, without a full float64 copy."""
     count, mean, squares = 0, np.zeros(values.shape[1]), np.zeros(values.shape[1])
     for start in range(0, len(values), PIECE):
         piece = values[start : start + PIECE].astype(np.float64)
@@ -138,5 +137,5 @@ def of_columns(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _beside(weight: Any, x: Any) -> Any:
-    """Returns weights [...] with as many axes as arrays [..., O]."""
+    """Returns weights [...] with trailing axes added to match arrays [..., O]."""
     return weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim))

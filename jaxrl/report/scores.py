@@ -128,7 +128,7 @@ def estimate(members: Sequence[RunRecord], score: Score, separate: bool = False)
     """Returns the interquartile mean over seeds and tasks; None if no member has a score.
 
     The interval is a stratified bootstrap over seeds, with tasks as strata. With one seed, or no spread among seeds,
-    it is the Wilson interval over the episodes of one seed (only for success, and a single seed on a single task).
+    it is the Wilson interval over the episodes of one seed (only for success; with one seed, only on a single task).
     """
     found = [(member, *member.scored(score, separate)) for member in members]
     known = [(member, value, episodes) for member, value, episodes in found if value is not None]

@@ -54,7 +54,7 @@ def plan(config: Config, env: Env | HostEnv) -> str:
     lines = amounts | {"total on the device": sum(amounts.values())}
     if jax.default_backend() == "cpu":
         # The host keeps a copy of the dataset.
-        lines["process at its peak, having compiled all"] = peak_rss() + sum(amounts.values()) + amounts["dataset"]
+        lines["process peak, including compilation"] = peak_rss() + sum(amounts.values()) + amounts["dataset"]
     return "\n".join(f"{name:<42}{amount / 2**20:>10.1f} MiB" for name, amount in lines.items())
 
 

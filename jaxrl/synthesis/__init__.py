@@ -1,1 +1,1 @@
-"""Synthetic datasets by generative models of trajectories, and the correction of actions towards dense data."""
+"""Synthetic datasets from generative models of trajectories, and correction of actions toward high data density."""

@@ -1,13 +1,14 @@
-"""Correction of any policy's actions towards dense data: an independent design, not a reproduction.
+"""Correction of any policy's actions toward high data density: an independent design, not a reproduction.
 
 The idea is that of "CDSA: Conservative Denoising Score-based Algorithm for Offline Reinforcement Learning" (Liu, Yang,
 Li, arXiv 2406.07541), of which neither code nor details were available: networks, noise levels, the correction and its
-constants are this project's own, and its results say nothing about the paper's.
+constants are this project's own, so results do not carry over to the paper.
 
-Denoising score matching learns the gradient field of log p(s, a) from the dataset alone. Its action part moves an
-action directly; its state part is a change of the next state, which an inverse model turns into an action. States are
-in units of the data's spread. On poor data a move towards density lowers the return, so strengths have no defaults:
-compare with the uncorrected policy on the same seeds. With an agent, its state, its environment and its data's ring:
+Denoising score matching learns the gradient of log p(s, a) from the dataset only. Its action part moves an action
+directly; its state part is a change of the next state, which an inverse model converts to an action. States are in
+units of the data's standard deviation. On poor data, moving toward density lowers the return, so strengths have no
+defaults: compare with the uncorrected policy on the same seeds. With an agent, its state, its environment and its
+data's ring:
 
     from jaxrl.synthesis import cdsa
 
@@ -40,24 +41,24 @@ from jaxrl.types import Batch, Metrics, PyTree, Scalar, Spec, pytree
 Score: TypeAlias = Callable[[jax.Array, jax.Array, Scalar], tuple[jax.Array, jax.Array]]
 """The gradient (g_s [B, S], g_a [B, A]) of log p_sigma at (states [B, S], actions [B, A], sigma)."""
 Inverse: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
-"""The actions [B, A] that change states [B, S] by an amount [B, S], in units of the states' spread."""
+"""The actions [B, A] that change states [B, S] by an amount [B, S], in units of the states' standard deviation."""
 
-LARGEST = 3.0  # largest change that the inverse model sees, in root mean squares of the data's own changes
+LARGEST = 3.0  # largest input change of the inverse model, in root mean squares of the data's changes
 
 
 @pytree
 class Correction:
-    """How far actions are moved."""
+    """The strength of the correction."""
 
-    action: NonNegative  # w_a: share of the way to the denoised action
-    state: NonNegative  # w_s: share of the action that moves the next state along the state's gradient
+    action: NonNegative  # w_a: fraction of the way to the denoised action
+    state: NonNegative  # w_s: fraction of the action that moves the next state along the state's gradient
     kappa: NonNegative = 0.01  # change of the next state per gradient of the state
     sigma: NonNegative = 0.1  # noise level at which the gradient is taken
-    steps: Count = 1  # K: corrections in a row
+    steps: Count = 1  # K: number of corrections
 
 
 def correct(act: Act, score: Score, inverse: Inverse, correction: Correction, spec: Spec) -> Act:
-    """Returns the policy with its actions moved towards dense data within [-1, 1]; with strengths of 0, `act`.
+    """Returns the policy with its actions moved toward data density within [-1, 1]; with strengths of 0, `act`.
 
     Raises UserError for a policy of chunks, since their later actions are taken in states that are not yet known.
     """
@@ -86,7 +87,7 @@ def moved(states: jax.Array, actions: jax.Array, score: Score, inverse: Inverse,
 def kernel_score(x: jax.Array, data: jax.Array, sigma: Scalar) -> jax.Array:
     """Returns (E[x_0 | x] - x) / sigma^2 [B, D], the exact gradient at points x [B, D] for noisy data [N, D].
 
-    Every point is compared with all data: a reference for tests and small sets.
+    Compares every point with all data: a reference for tests and small datasets.
     """
     apart = data[None] - x[:, None]
     weight = jax.nn.softmax(-jnp.square(apart).sum(axis=-1) / (2 * jnp.square(sigma)), axis=-1)
@@ -98,7 +99,7 @@ def kernel_score(x: jax.Array, data: jax.Array, sigma: Scalar) -> jax.Array:
 
 @pytree
 class Models:
-    """What was learned from a dataset, for any policy, and what training changes."""
+    """The models of a dataset, independent of the policy, and their training state."""
 
     spec: Spec
     score_hidden: tuple[int, ...]
@@ -106,24 +107,24 @@ class Models:
     params: dict[str, PyTree]
     opt: PyTree
     normalizer: Normalizer  # of states
-    change: jax.Array  # [S], root mean square of the data's s' - s in units of the states' spread
+    change: jax.Array  # [S], root mean square of the data's s' - s in units of the states' standard deviation
 
     def score(self, states: jax.Array, actions: jax.Array, sigma: Scalar) -> tuple[jax.Array, jax.Array]:
-        """Returns (g_s, g_a) at raw states; g_s is in units of the states' spread."""
+        """Returns (g_s, g_a) at raw states; g_s is in units of the states' standard deviation."""
         x = jnp.concatenate([self.normalizer(states), actions], axis=-1)
         level = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), (len(x), 1))
         gradient = -denoised_noise(self.score_hidden, self.params["score"], x, level) / level
         return gradient[:, : states.shape[-1]], gradient[:, states.shape[-1] :]
 
     def inverse(self, states: jax.Array, change: jax.Array) -> jax.Array:
-        """Returns the actions for a change of raw states, in units of their spread; clipped to what the data show."""
+        """Returns the actions for a change of raw states, in units of their standard deviation; clips the change."""
         change = jnp.clip(change / self.change[None], -LARGEST, LARGEST)
         return action_between(self.inverse_hidden, self.spec, self.params["inverse"], self.normalizer(states), change)
 
 
 @pytree
 class Training:
-    """How the models learn: a learner (`types.Learner`) of score and inverse model."""
+    """A learner (`types.Learner`) of score and inverse model."""
 
     score_hidden: Widths = (256, 256, 256)  # widths of the score's network
     inverse_hidden: Widths = (256, 256)  # widths of the inverse model
@@ -133,11 +134,11 @@ class Training:
     sigma_high: Positive = 1.0  # highest noise level
 
     def check(self) -> None:
-        """Raises UserError where the highest noise level is below the lowest."""
+        """Raises UserError if the highest noise level is below the lowest."""
         check_at_least(self, sigma_high=self.sigma_low)
 
     def init(self, key: jax.Array, spec: Spec) -> Models:
-        """Returns the models before the first update, for raw states. Raises UserError for observations in a dict."""
+        """Returns the models before the first update, for raw states. Raises UserError for dict observations."""
         if not isinstance(spec.observation, int):
             raise UserError("CDSA corrects policies that observe one vector; these observations are a dict of arrays")
         key_score, key_inverse = jax.random.split(key)
@@ -153,7 +154,7 @@ class Training:
         return Models(spec, self.score_hidden, self.inverse_hidden, params, opt, units, jnp.ones(size))
 
     def fit(self, state: Models, data: Rings) -> Models:
-        """Returns the models with the spread of the data's states and of their changes."""
+        """Returns the models with the scales of the data's states and of their changes."""
         ring = data[0]
         units = normalizer.of_rows(ring.obs, ring.valid).normalizer()
         changes = (jnp.roll(ring.obs, -1, axis=1) - ring.obs) * ring.valid[..., None] / units.std.reshape(1, 1, -1)
@@ -194,7 +195,7 @@ def train(training: Training, spec: Spec, data: Ring, key: jax.Array, updates: i
 def loss(
     params: dict[str, PyTree], training: Training, models: Models, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """Returns the sum of the losses of score and inverse model, and each of them."""
+    """Returns the sum of the losses of score and inverse model, and each loss."""
     key_sigma, key_noise = jax.random.split(key)
     states, after = (models.normalizer(models.spec.behaviour(obs)) for obs in (batch.obs, batch.next_obs))
     x = jnp.concatenate([states, batch.actions[:, 0]], axis=-1)

@@ -1,6 +1,6 @@
-"""Synthetic datasets on the host: a model is trained and kept in a folder, sampled, and compared with the data.
+"""Synthetic datasets on the host: training a model in a folder, sampling it, and comparing samples with the data.
 
-A model's folder holds generator.json (its settings and the digest of its data) and checkpoints/.
+A model's folder contains generator.json (its settings and the digest of its data) and checkpoints/.
 """
 
 import dataclasses
@@ -34,24 +34,24 @@ from jaxrl.synthesis.segments import Segments
 from jaxrl.training import loop
 from jaxrl.types import Env, HostEnv, PyTree, Spec
 
-AT_ONCE = 256  # trajectories in one program
-SAVES = 10  # checkpoints of a model while it is trained
-COMPARED = 4096  # actions whose log density is averaged, spread evenly over a dataset
+AT_ONCE = 256  # trajectories per program
+SAVES = 10  # number of checkpoints during training
+COMPARED = 4096  # actions whose log density is averaged, evenly spaced over a dataset
 
 
 def check(dataset: Dataset) -> None:
-    """Raises UserError for a dataset that a model cannot learn: without rewards, or with other data than vectors."""
+    """Raises UserError for a dataset that a model cannot learn: without rewards, or with non-vector observations."""
     if isinstance(dataset.observations, Mapping):
         names = ", ".join(dataset.observations)
         raise UserError(f"dataset {dataset.path}: observations are a dict ({names}); only vectors can be generated")
     if dataset.observations.ndim > 2:
         raise UserError(f"dataset {dataset.path}: observations are images; only vectors can be generated")
     if dataset.rewards is None:
-        raise UserError(f"dataset {dataset.path}: has no rewards: name the environment that gives them with --env")
+        raise UserError(f"dataset {dataset.path}: has no rewards: name the environment that defines them with --env")
 
 
 def policy_for(dataset: Dataset, config: Config, env: Env | HostEnv, path: Path) -> TrainedAgent:
-    """Returns a run's agent and newest state. Raises UserError if their sizes are not the dataset's."""
+    """Returns a run's agent and latest state. Raises UserError if their sizes are not the dataset's."""
     sizes = (dataset.observations.shape[1], dataset.actions.shape[1])
     if sizes != (env.spec.observation, env.spec.action):
         raise UserError(
@@ -81,9 +81,9 @@ def _description(path: Path) -> dict[str, Any]:
 
 
 def prepare(generator: Generator, dataset: Dataset, path: Path) -> tuple[Segments, Segments]:
-    """Returns the sub-trajectories to learn from and those held out; makes the model's folder if there is none.
+    """Returns the sub-trajectories for training and those held out; creates the model's folder if there is none.
 
-    Raises UserError if the folder holds another model, or one of other data.
+    Raises UserError if the folder contains another model, or a model of other data.
     """
     found = settings_in(path)
     if found is not None:
@@ -104,8 +104,7 @@ def _check_same(found: Generator, generator: Generator, dataset: Dataset, path: 
     for name, value in dataclasses.asdict(generator).items():
         if was[name] != value:
             raise UserError(
-                f"{name} = {value}: the model in {path} has {was[name]}; leave it out, or name another folder with "
-                "--model"
+                f"{name} = {value}: the model in {path} has {was[name]}; omit it, or name another folder with --model"
             )
     if _description(path)["dataset_digest"] != dataset.digest:
         raise UserError(f"the model in {path} was trained on other data or rewards: name another with --model")
@@ -114,9 +113,9 @@ def _check_same(found: Generator, generator: Generator, dataset: Dataset, path: 
 def fitted(
     generator: Generator, parts: tuple[Segments, Segments], path: Path, key: jax.Array, stop: StopRequests
 ) -> tuple[PyTree, str]:
-    """Returns the parameters to sample from, and the last errors in words; continues from the newest checkpoint.
+    """Trains from the latest checkpoint on; returns the parameters for sampling, and the last errors as text.
 
-    Raises StopRequested, with a checkpoint, if asked to stop.
+    Raises StopRequested, after saving a checkpoint, on a stop request.
     """
     learn, held_out = parts
     generator, spec = loop.on_device(generator), Spec(learn.scale.observation, learn.scale.action)
@@ -160,9 +159,9 @@ def generate(
 
 
 def comparison(data: Dataset, generated: Dataset, scale: Scale, policy: TrainedAgent | None) -> list[str]:
-    """Returns lines that compare generated trajectories with the data: lengths of steps, likelihood of actions.
+    """Returns lines that compare generated trajectories with the data: step lengths, likelihood of actions.
 
-    A step's length is that of the change of the observation, in standard deviations of the data.
+    A step's length is the norm of the observation change, in standard deviations of the data.
     """
     std = np.asarray(scale.std)[: scale.observation]
     lines = [f"{'':<24}{'data':>12}{'generated':>12}"]

@@ -2,8 +2,8 @@
 
 Paper: Jackson et al., "Policy-Guided Diffusion", arXiv 2404.06356; the mathematics is in `jaxrl.ops.diffusion`.
 
-Deliberate differences from the official code: batches are drawn with replacement; the average of the parameters slows
-down gradually, so that after a short training it does not depend on their initial values.
+Deliberate differences from the official code: batches are drawn with replacement; the EMA decay is warmed up, so that
+after a short training the average does not depend on the initial parameters.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jaxrl.synthesis.segments import Segments
 from jaxrl.training import loop
 from jaxrl.types import Agent, Density, Metrics, PyTree, Scalar, Spec, pytree
 
-EPOCH = 500  # updates in one program, at most; a request to stop is answered after each
+EPOCH = 500  # maximum number of updates per program; stop requests are handled in between
 HELD_OUT = 256  # held-out sub-trajectories on which the error is estimated after each epoch
 
 TrainedAgent: TypeAlias = tuple[Agent, PyTree]
@@ -31,30 +31,30 @@ TrainedAgent: TypeAlias = tuple[Agent, PyTree]
 
 @pytree
 class State:
-    """All that changes in training."""
+    """The training state."""
 
     params: PyTree
-    ema: PyTree  # their slow average, which is sampled from
+    ema: PyTree  # exponential moving average of the parameters, used for sampling
     opt: PyTree
     step: jax.Array  # [] int32
-    key: jax.Array  # of the epochs to come
+    key: jax.Array  # for future epochs
 
 
 @pytree
 class Generator:
     """A diffusion model of sub-trajectories. The defaults are for CPUs; published: widths 1024 2048 4096."""
 
-    length: Annotated[int, Range(2)] = 32  # H: steps of each trajectory, in training and when it is generated
+    length: Annotated[int, Range(2)] = 32  # H: steps per trajectory, in training and generation
     stride: Count = 8  # steps between the starts of the data's sub-trajectories
     widths: Annotated[tuple[int, ...], Range(8)] = (64, 128)  # channels of the U-Net's levels, each half as long
     updates: Count = 10_000  # gradient steps
     batch_size: Count = 32  # sub-trajectories per gradient step
-    lr: Positive = 2e-3  # highest learning rate of Adam, reached after a tenth of the updates
-    ema: Annotated[Scalar, Range(0, 0.999999)] = 0.995  # how slow the average of the parameters is
-    ema_every: Count = 10  # gradient steps between two updates of it
+    lr: Positive = 2e-3  # peak learning rate of Adam, reached after 10 % of the updates
+    ema: Annotated[Scalar, Range(0, 0.999999)] = 0.995  # decay of the parameters' moving average
+    ema_every: Count = 10  # gradient steps between two updates of the average
 
     def check(self) -> None:
-        """Raises UserError for widths that the U-Net cannot have, or that halve the trajectory too often."""
+        """Raises UserError for invalid widths of the U-Net, or too many for the trajectory's length."""
         if not self.widths or any(width % 8 for width in self.widths) or self.widths[0] < 16:
             raise UserError(f"Generator.widths = {self.widths}: must be multiples of 8, the first at least 16")
         least = 2 ** (len(self.widths) - 1)
@@ -66,13 +66,13 @@ class Generator:
 
     @property
     def epochs(self) -> tuple[int, int]:
-        """(Epochs, updates of each): at least as many updates as were asked for."""
+        """(Epochs, updates per epoch), rounded up to at least `updates` in total."""
         count = -(-self.updates // EPOCH)
         return count, -(-self.updates // count)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam, warmed up and then decaying to 0."""
+        """Adam with learning-rate warmup and cosine decay to 0."""
         total = self.epochs[0] * self.epochs[1]
         rise = optax.linear_schedule(self.lr / 10, self.lr, total // 10)
         fall = optax.cosine_decay_schedule(self.lr, total - total // 10)
@@ -114,7 +114,7 @@ class Generator:
 
 
 def epoch(generator: Generator, state: State, learn: Segments, held_out: Segments) -> tuple[State, Metrics]:
-    """Returns the state after an epoch's updates, their mean error and that of the average on held-out data."""
+    """Returns the state after an epoch's updates, their mean error, and the EMA's error on held-out data."""
     key, key_updates, key_draw, key_error = jax.random.split(state.key, 4)
     state, metrics = loop.updates(generator, state, learn, key_updates, generator.epochs[1])
     if len(held_out.starts):
@@ -146,8 +146,8 @@ def trajectories(
 def log_density_of(agent: Agent, state: PyTree) -> LogDensity:
     """Returns log pi(a | s) [N] of observations [N, O] and actions [N, A].
 
-    It is that of an agent with `types.Density`. For other agents it is a Gaussian's of standard deviation 1 around the
-    first action of the chunk in evaluation, as in the paper for deterministic actors.
+    Agents with `types.Density` use their own. For other agents it is a Gaussian of standard deviation 1 around the
+    first action of the greedy chunk, as in the paper for deterministic actors.
     """
     if isinstance(agent, Density):
         return lambda obs, action: agent.log_density(state, obs, action)

@@ -1,7 +1,7 @@
-"""Datasets as sub-trajectories for a generative model, and its output as a dataset again.
+"""Conversion of datasets to sub-trajectories for a generative model, and of its output to a dataset.
 
 A step is one row of features: state, action, reward, and whether the step ended the task. Actions are stored as their
-atanh, so that no generated action leaves [-1, 1]; every feature is standardized (Jackson et al., arXiv 2404.06356).
+atanh, so that generated actions stay in [-1, 1]; every feature is standardized (Jackson et al., arXiv 2404.06356).
 """
 
 import jax
@@ -16,12 +16,12 @@ from jaxrl.ops.closed_form import NEAR_BOUND
 from jaxrl.ops.diffusion import Scale
 from jaxrl.types import pytree
 
-HELD_OUT = 0.05  # share of the episodes that the model does not learn from, to measure its error on
+HELD_OUT = 0.05  # fraction of episodes held out to measure the model's error
 
 
 @pytree
 class Segments:
-    """S sub-trajectories of H steps. They overlap, so that only their first rows are kept."""
+    """S sub-trajectories of H steps. They overlap, so only the indices of their first rows are stored."""
 
     length: int  # H
     rows: jax.Array  # [N, O + A + 2], all rows of the dataset, standardized
@@ -35,7 +35,7 @@ class Segments:
 
 
 def features(dataset: Dataset) -> np.ndarray:
-    """Returns a row of features [O + A + 2] per row of a dataset with rewards, not yet standardized, in float64."""
+    """Returns features [N, O + A + 2] of a dataset with rewards, not yet standardized, in float64."""
     actions = np.arctanh(np.clip(dataset.actions.astype(np.float64), -NEAR_BOUND, NEAR_BOUND))
     columns = (dataset.observations, actions, _column(dataset.rewards), _column(_ended(dataset)))
     return np.concatenate(columns, axis=1, dtype=np.float64)
@@ -47,7 +47,7 @@ def _column(values: np.ndarray | None) -> np.ndarray:
 
 
 def _ended(dataset: Dataset) -> np.ndarray:
-    """Returns for each row whether the task ended in the step that leaves it, [N] bool."""
+    """Returns for each row whether its step ended the task, [N] bool."""
     if dataset.masks is None:
         return np.zeros(len(dataset.terminals), bool)
     return (dataset.masks == 0) & ~dataset.terminals
@@ -56,11 +56,11 @@ def _ended(dataset: Dataset) -> np.ndarray:
 def starts_of(dataset: Dataset, length: int, stride: int) -> np.ndarray:
     """Returns the first rows of all sub-trajectories of `length` steps, ascending, [S].
 
-    They begin at every `stride`-th step from the start of an episode, or from where the task started again; one more
-    ends where the task ends. None continues after an end, and none has the step after which the clock ran out.
+    They begin at every `stride`-th step from the start of an episode, or from a restart of the task; one more ends
+    where the task ends. None continues after an end, and none includes the step that was truncated.
     """
     ended = _ended(dataset)
-    last_step = np.append(dataset.terminals[1:], False)  # the row after it closes the episode
+    last_step = np.append(dataset.terminals[1:], False)  # the next row ends the episode
     last = np.flatnonzero((ended | last_step) & ~dataset.terminals)
     begins = np.append(True, dataset.terminals[:-1] | ended[:-1]) & ~dataset.terminals
     first = np.flatnonzero(begins)
@@ -74,7 +74,7 @@ def starts_of(dataset: Dataset, length: int, stride: int) -> np.ndarray:
 
 
 def segments(dataset: Dataset, length: int, stride: int) -> tuple[Segments, Segments]:
-    """Returns the sub-trajectories to learn from, and those of 5 % of the episodes, held out (perhaps none).
+    """Returns the sub-trajectories for training, and those of 5 % of the episodes, held out (possibly none).
 
     Raises UserError if no episode is long enough.
     """
@@ -82,12 +82,12 @@ def segments(dataset: Dataset, length: int, stride: int) -> tuple[Segments, Segm
     _, closing = files.episodes(dataset)
     held_out = np.random.default_rng(0).permutation(len(closing))[: int(HELD_OUT * len(closing))]
     aside = np.isin(np.searchsorted(closing, starts), held_out)
-    if aside.all():  # with nothing left to learn from, nothing is held out
+    if aside.all():  # if nothing would be left for training, nothing is held out
         aside = np.zeros_like(aside)
     if not len(starts):
         raise UserError(
-            f"dataset {dataset.path}: no episode has {length} steps in a row in which neither the task ends early nor "
-            "the clock runs out: lower length"
+            f"dataset {dataset.path}: no episode has {length} consecutive steps without truncation or an earlier "
+            "termination: lower length"
         )
     raw = features(dataset)
     mean, std = moments(raw, starts[~aside], length)
@@ -106,10 +106,10 @@ def moments(rows: np.ndarray, starts: np.ndarray, length: int) -> tuple[np.ndarr
 
 
 def to_dataset(obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, ended: np.ndarray) -> Dataset:
-    """Returns generated trajectories of H steps [N, H, ...] as episodes of H - 1 transitions, cut by the clock.
+    """Returns generated trajectories of H steps [N, H, ...] as truncated episodes of H - 1 transitions.
 
-    An episode ends where the task ended; what was generated after it is dropped. If the task ended in the last step,
-    that step is kept: the state it led to was not generated, but has no value, and is filled with the one before.
+    An episode ends where the task ended; later steps are dropped. If the task ended in the last step, that step is
+    kept: its next state was not generated, but is not bootstrapped from, and is filled with the previous state.
 
     Raises UserError for values that are not finite.
     """

@@ -243,7 +243,7 @@ def test_the_plan_is_what_is_held_and_the_largest_programs_scratch(whole):
     assert {name: lines[name] for name in held} == pytest.approx(held, **rounding)
     assert lines["working memory"] == pytest.approx(working, **rounding) and working > 0
     assert lines["total on the device"] == pytest.approx(sum(held.values()) + working, **rounding)
-    peak = lines["process at its peak, having compiled all"]
+    peak = lines["process peak, including compilation"]
     assert before < peak - sum(held.values()) - working - held["dataset"] < memory.peak_rss() + 2**20
 
 

@@ -159,7 +159,10 @@ def mistake(line: str, capsys) -> str:
             "Generator.length = 2: must be at least 4, since each of 3",
         ),
         ("ok.npz --out new.npz --length 13", "dataset ok.npz: no episode has 13 consecutive steps without"),
-        ("bare.npz --out new.npz", "dataset bare.npz: has no rewards: name the environment that defines them with --env"),
+        (
+            "bare.npz --out new.npz",
+            "dataset bare.npz: has no rewards: name the environment that defines them with --env",
+        ),
         ("ok.npz --out new.npz --env pont", "unknown environment 'pont': did you mean 'point'?"),
         ("ok.npz --out new.npz --policy nothing", "nothing is not a run directory: config.json is missing"),
         ("ok.npz --out new.npz --length 8 --model other", "other exists, but holds no diffusion model: name another"),
