@@ -65,14 +65,18 @@ class WithWindows(Protocol):
     """An agent that learns from windows."""
 
     @property
-    def windows(self) -> Windows: ...  # noqa: D102
+    def windows(self) -> Windows:
+        """What one update learns from."""
+        ...
 
 
 class WithCritic(Protocol):
     """An agent with a critic."""
 
     @property
-    def critic(self) -> Critic: ...  # noqa: D102
+    def critic(self) -> Critic:
+        """The critic."""
+        ...
 
 
 class Drawing(Protocol):
@@ -95,14 +99,18 @@ class WithFlow(WithCritic, Protocol):
     """An agent with a flow that clones the behavior policy of the data, and a critic of its chunks."""
 
     @property
-    def flow(self) -> FlowPolicy: ...  # noqa: D102
+    def flow(self) -> FlowPolicy:
+        """The flow."""
+        ...
 
 
 class WithLoss(WithCritic, Protocol):
     """An agent that minimizes the sum of all its losses with one optimizer."""
 
     @property
-    def adam(self) -> Adam | AdamW: ...  # noqa: D102
+    def adam(self) -> Adam | AdamW:
+        """The optimizer."""
+        ...
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the sum of all losses and the individual losses."""

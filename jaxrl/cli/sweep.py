@@ -39,14 +39,15 @@ class Slurm:
 class SweepOptions(Generic[A]):
     """Train many settings and seeds as one program. Any flag of `jaxrl train` may have several values.
 
-        jaxrl sweep fmq maze-medium --agent.eta 0.3 1.0 3.0 --agent.lr 1e-4 3e-4 --seeds 16      96 runs, grid
-        jaxrl sweep bc --agent.lr log:1e-5:1e-2 --draws 32                                    random search
-        jaxrl sweep fmq --agent.eta 0.3 1 --agent.lr 1e-4 3e-4 --paired agent.eta agent.lr    paired values
-        jaxrl sweep qc --agent.chunk 1 5 10 --env maze-medium maze-large                      six programs, one by one
+        jaxrl sweep fmq maze-medium --agent.eta 0.3 1 3 --agent.adam.lr 1e-4 3e-4 --seeds 16  96 runs, grid
+        jaxrl sweep bc --agent.adam.lr log:1e-5:1e-2 --draws 32                               random search
+        jaxrl sweep fmq --agent.eta 0.3 1 --agent.beta 0 1 --paired agent.eta agent.beta      paired values
+        jaxrl sweep qc --agent.windows.chunk 1 2 5 --env maze-medium maze-large               six programs, one by one
         jaxrl sweep --resume runs/NAME                                                        resume exactly
 
     Fields that change the program (integers, strings, lists, everything outside the agent) need one program per value.
-    Lists are comma-separated: --agent.actor-hidden 256,256 512,512. Distributions are uniform:LOW:HIGH or log:LOW:HIGH.
+    Lists are comma-separated: --agent.critic.net.hidden 256,256 512,512. Distributions are uniform:LOW:HIGH or
+    log:LOW:HIGH.
     Members share the dataset. A member whose parameters become non-finite is stopped and reported. Every member is
     equivalent to a run of `jaxrl train`; `jaxrl eval` and `render` accept its folder, runs/NAME/members/007.
 

@@ -69,7 +69,7 @@ class Space:
         if bool(self.drawn) != (self.draws > 0):
             raise UserError(
                 f"draws = {self.draws}: drawn fields require --draws, at least 1, "
-                "as in --agent.lr log:1e-5:1e-3 --draws 16"
+                "as in --agent.adam.lr log:1e-5:1e-3 --draws 16"
             )
         for path in (*self.grid, *self.drawn):
             check_axis(self.base, path)
