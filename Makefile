@@ -6,7 +6,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 READY = $(VENV)/ready
 
-.PHONY: help train test lint notebooks clean
+.PHONY: help train test check lint notebooks clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -24,7 +24,7 @@ lint: $(READY) ## Check format, style and types
 	$(BIN)/ty check --python $(VENV)
 
 notebooks: $(READY) ## Run the notebooks and keep their output
-	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+	$(BIN)/jupyter-execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
 
 clean: ## Remove the environment and everything built or cached; runs/ and datasets/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.qgf import QGF
-from jaxrl.ops import flow
+from jaxrl.ops import flow, losses
 from jaxrl.ops.guidance import QGuidance
 from jaxrl.ranges import NonNegative
 from jaxrl.replay.ring import Rings
@@ -64,7 +64,7 @@ class EDP:
 
         # the policy maximizes the target critic: -Q(s, clip(a_t + (1 - t) v(s, a_t, t)))
         action = self.one_step(params, state, batch, draws)
-        climbing = -self.qgf.score(state, batch.obs)(action).mean()
+        climbing = -losses.masked_mean(self.qgf.score(state, batch.obs)(action), batch.valid[:, 0])
 
         policy = self.bc_weight * found["actor/flow_loss"] + climbing
         return policy + found["critic/loss"] + found["value/loss"], {**found, "actor/q_loss": climbing}

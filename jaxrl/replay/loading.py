@@ -147,7 +147,7 @@ def check_window(sizes: Sizes, window: int) -> None:
     if sizes.longest < window:
         raise UserError(
             f"dataset {sizes.path}: its longest episode has {sizes.longest} steps, the agent's windows have {window}: "
-            "lower agent.chunk, or agent.backup where there is one"
+            "lower agent.windows.backup and agent.windows.chunk"
         )
 
 

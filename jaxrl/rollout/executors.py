@@ -234,7 +234,7 @@ def check_delay(delay: int, length: int, chunk: int) -> None:
     if length + delay > chunk:
         raise UserError(
             f"execution.delay = {delay}: must be at most {chunk - length}, what a chunk of {chunk} has left after "
-            f"{length} executed steps: lower it or execution.execute, or raise agent.chunk"
+            f"{length} executed steps: lower it or execution.execute, or raise agent.windows.chunk"
         )
 
 
