@@ -9,6 +9,7 @@ from jaxrl.errors import UserError, unknown
 from jaxrl.ops.closed_form import ClosedForm
 from jaxrl.runs.config import Config
 from jaxrl.training.schedule import Schedule
+from jaxrl.types import Agent
 
 Preset = Literal["quick", "paper"]
 A = TypeVar("A")
@@ -33,7 +34,7 @@ def _small(agent: A) -> A:
     return with_fields(agent, hidden=(128, 128, 128), lr=1e-3)
 
 
-def _published(agent: Any, schedule: Schedule = _LONG, reward_shift: float = 0.0) -> Config:
+def _published(agent: Agent, schedule: Schedule = _LONG, reward_shift: float = 0.0) -> Config:
     """Returns the configuration of an agent with its published sizes, by default for offline training only."""
     return Config(agent, schedule=schedule, data_steps=1_000_000, reward_shift=reward_shift)
 
