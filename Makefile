@@ -27,6 +27,13 @@ train: $(READY) ## Train, e.g. make train ARGS="--help"
 test: $(READY) ## Run the tests, e.g. make test ARGS="-k flow"
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests $(ARGS)
 
+# What most changes break: the order of packages, pure functions, one agent of each kind, recordings, the command line.
+CHECK = tests/test_project.py tests/test_stats.py tests/ops/test_guidance.py tests/ops/test_losses.py tests/data/test_files.py \
+	tests/agents/test_catalogue.py tests/agents/test_bc.py tests/agents/test_td3bc.py tests/replay/test_ring.py
+
+check: lint ## Check format, types and the quick tests, in about three minutes
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(CHECK) $(ARGS)
+
 lint: $(READY) ## Check format, style and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check

@@ -23,3 +23,14 @@ def pytest_runtest_setup(item):
     """Sets the rule before any fixture runs; only tests marked `simulator` may broadcast across ranks."""
     rule = "allow" if item.get_closest_marker("simulator") else "raise"
     jax.config.update("jax_numpy_rank_promotion", rule)
+
+
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Drops compiled programs between modules when there are many: each maps memory, and Linux limits the maps."""
+    between = nextitem is None or nextitem.path != item.path
+    if between and MAPS.exists() and MAPS.read_text().count("\n") > 20_000:
+        jax.clear_caches()
