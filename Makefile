@@ -27,7 +27,7 @@ train: $(READY) ## Train, e.g. make train ARGS="--help"
 test: $(READY) ## Run the tests, e.g. make test ARGS="-k flow"
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests $(ARGS)
 
-# What most changes break: the order of packages, pure functions, one agent of each kind, recordings, the command line.
+# What most changes break: the order of packages, docstrings, pure functions, data and ring, two kinds of agent.
 CHECK = tests/test_project.py tests/test_stats.py tests/ops/test_guidance.py tests/ops/test_losses.py tests/data/test_files.py \
 	tests/agents/test_catalogue.py tests/agents/test_bc.py tests/agents/test_td3bc.py tests/replay/test_ring.py
 
