@@ -244,7 +244,8 @@ def test_the_plan_is_what_is_held_and_the_largest_programs_scratch(whole):
     assert lines["working memory"] == pytest.approx(working, **rounding) and working > 0
     assert lines["total on the device"] == pytest.approx(sum(held.values()) + working, **rounding)
     peak = lines["process peak, including compilation"]
-    assert before < peak - sum(held.values()) - working - held["dataset"] < memory.peak_rss() + 2**20
+    before_compiling = peak - sum(held.values()) - working - held["dataset"]
+    assert before - 2**20 < before_compiling < memory.peak_rss() + 2**20  # a process that was larger before stays so
 
 
 def test_scratch_is_what_a_program_needs_besides_its_arguments():
