@@ -18,9 +18,8 @@ import jax.numpy as jnp
 
 from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
-from jaxrl.agents.parts import Adam, Autoencoder, Critic, DeterministicPolicy, Net, Value
+from jaxrl.agents.parts import Adam, Autoencoder, Critic, DeterministicPolicy, Net, Value, check_heads
 from jaxrl.agents.td3 import TD3, climb
-from jaxrl.errors import UserError
 from jaxrl.ops import losses
 from jaxrl.ranges import NonNegative
 from jaxrl.replay.ring import Rings
@@ -49,10 +48,7 @@ class A2PR:
 
     def check(self) -> None:
         """Raises UserError for inconsistent settings."""
-        if self.value.head != self.td3.critic.head:
-            raise UserError(
-                f"A2PR.value.head = {self.value.head!r}: must be that of td3.critic.head, {self.td3.critic.head!r}"
-            )
+        check_heads("A2PR", self.td3.critic, self.value, "td3.critic.head")
 
     def requires(self) -> Requirements:
         """Returns the requirements on its data."""

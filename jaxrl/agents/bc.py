@@ -26,7 +26,8 @@ class BC:
     flow: FlowPolicy = FlowPolicy(time="fourier")  # v(s, x_t, t)
     adam: Adam = Adam()
 
-    chunk, sample, update = learner.chunk, learner.sample, learner.update
+    chunk, sample = learner.chunk, learner.sample
+    draw, update = learner.draw, learner.update
 
     def requires(self) -> Requirements:
         """Returns the requirements on its data."""
@@ -36,12 +37,6 @@ class BC:
         """Returns the initial state."""
         params = {"flow": self.flow.init(key, spec.actor(spec.example()), jnp.zeros(self.chunk * spec.action))}
         return learner.create(spec, params, self.adam.transformation())
-
-    def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
-        """Returns the random numbers of one update: the flow's noise and times."""
-        key_noise, key_time = jax.random.split(key)
-        noise = jax.random.normal(key_noise, (len(batch.actions), self.chunk * spec.action))
-        return {"x0": noise, "t": jax.random.uniform(key_time, (len(noise), 1))}
 
     def learn(self, state: State, batch: Batch, draws: Draws) -> tuple[State, Metrics]:
         """Returns the state after the update with these random numbers."""

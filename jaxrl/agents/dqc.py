@@ -53,7 +53,7 @@ class DQC:
     valid_index: Literal["step", "flat"] = "step"  # how the mask is indexed
 
     chunk, requires, sample = learner.chunk, learner.requires, learner.sample
-    learn, update = learner.learn, learner.update
+    draw, td_target, learn, update = learner.draw, learner.td_target, learner.learn, learner.update
     proposals, scores = learner.proposals, learner.scores
 
     @property
@@ -80,18 +80,6 @@ class DQC:
                 key_chunk, spec.critic(obs), jnp.zeros(self.windows.backup * spec.action)
             )
         return learner.create(spec, params, self.adam.transformation(), "critic")
-
-    def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
-        """Returns the random numbers of one update: the flow's noise and times."""
-        key_noise, key_time = jax.random.split(key)
-        noise = jax.random.normal(key_noise, (len(batch.actions), self.chunk * spec.action))
-        return {"x0": noise, "t": jax.random.uniform(key_time, (len(noise), 1))}
-
-    def td_target(self, state: State, batch: Batch) -> jax.Array:
-        """Returns y [B]: the return within the window plus the discounted online value after it."""
-        next_value = self.value.value(state.params["value"], state.spec.critic(batch.next_obs))
-        y = self.windows.target(batch, next_value)
-        return losses.bounded(y, self.critic.head)
 
     def distillation_target(self, state: State, batch: Batch) -> jax.Array:
         """Returns the target of each head of the short critic, [K, B]: its chunk head, or the TD target."""

@@ -60,20 +60,27 @@ class EDP:
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the sum of the losses and the individual losses."""
-        _, found = self.qgf.loss(params, state, batch, draws)
+        x, v = self.velocity(params, state, batch, draws)
+        cloning = self.qgf.cloning(lambda x, r, t: v, batch, draws)
 
         # the policy maximizes the target critic: -Q(s, clip(a_t + (1 - t) v(s, a_t, t)))
-        action = self.one_step(params, state, batch, draws)
+        action = self.one_step(x, v, draws)
         climbing = -losses.masked_mean(self.qgf.score(state, batch.obs)(action), batch.valid[:, 0])
 
-        policy = self.bc_weight * found["actor/flow_loss"] + climbing
-        return policy + found["critic/loss"] + found["value/loss"], {**found, "actor/q_loss": climbing}
+        critic, value = self.qgf.value_losses(params, state, batch)
+        metrics = {"actor/flow_loss": cloning, "actor/q_loss": climbing, "critic/loss": critic, "value/loss": value}
+        return self.bc_weight * cloning + climbing + critic + value, metrics
 
-    def one_step(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> jax.Array:
+    def velocity(
+        self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the points between noise and data, and the flow's velocity there, [B, H * A] each."""
+        x = flow.interpolate(draws["x0"], self.qgf.windows.actions(batch), draws["t"])
+        return x, self.qgf.flow.velocity(params["flow"], state.spec.actor(batch.obs))(x, draws["t"], draws["t"])
+
+    def one_step(self, x: jax.Array, v: jax.Array, draws: Draws) -> jax.Array:
         """Returns the one-step denoised chunks [B, H * A], clipped: the action approximation, for a flow."""
-        x0, t, velocity = draws["x0"], draws["t"], self.qgf.flow.velocity(params["flow"], state.spec.actor(batch.obs))
-        x = flow.interpolate(x0, self.qgf.windows.actions(batch), t)
-        return jnp.clip(x + (1 - t) * velocity(x, t, t), -1, 1)
+        return jnp.clip(x + (1 - draws["t"]) * v, -1, 1)
 
     def act(self, state: State, obs: Observation, key: jax.Array, *, greedy: bool = False) -> jax.Array:
         """Returns chunks [B, H, A] of the flow, the best of `qgf.num_samples`; `greedy` has no effect."""

@@ -45,7 +45,7 @@ class IQL:
     eval_temperature: NonNegative = 0.0  # scale of the actor's noise in evaluation
 
     chunk, requires, sample = learner.chunk, learner.requires, learner.sample
-    learn, update = learner.learn, learner.update
+    td_target, learn, update = learner.td_target, learner.learn, learner.update
 
     def check(self) -> None:
         """Raises UserError for inconsistent settings."""
@@ -66,12 +66,6 @@ class IQL:
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the noise of the actor's samples."""
         return {"actor_noise": jax.random.normal(key, (len(batch.actions), self.chunk * spec.action))}
-
-    def td_target(self, state: State, batch: Batch) -> jax.Array:
-        """Returns y [B], the return of the window plus the discounted value after it (Eq. 6)."""
-        next_value = self.value.value(state.params["value"], state.spec.critic(batch.next_obs))
-        y = self.windows.target(batch, next_value)
-        return losses.bounded(y, self.critic.head)
 
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the sum of all losses and the individual losses, in the paper's order."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents.parts import Adam, AdamW, Critic, FlowPolicy, Windows
+from jaxrl.agents.parts import Adam, AdamW, Critic, FlowPolicy, Value, Windows
 from jaxrl.ops import losses, normalizer
 from jaxrl.ops.normalizer import Normalizer
 from jaxrl.replay.hindsight import goals_of, with_goals
@@ -104,6 +104,15 @@ class WithFlow(WithCritic, Protocol):
         ...
 
 
+class WithValue(ValuesWindows, Protocol):
+    """An agent whose critic bootstraps from a state value."""
+
+    @property
+    def value(self) -> Value:
+        """The state value."""
+        ...
+
+
 class WithLoss(WithCritic, Protocol):
     """An agent that minimizes the sum of all its losses with one optimizer."""
 
@@ -142,6 +151,19 @@ def learn(agent: WithLoss, state: State, batch: Batch, draws: Draws) -> tuple[St
     """Returns an agent's state after one step on the sum of its losses; only the critic has a target network."""
     loss = lambda params: agent.loss(params, state, batch, draws)  # noqa: E731
     return descend(state, loss, agent.adam.transformation(), agent.critic.tau, "critic")
+
+
+def draw(agent: WithWindows, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
+    """Returns the random numbers of one update with flow matching: the flow's noise and times."""
+    key_noise, key_time = jax.random.split(key)
+    noise = jax.random.normal(key_noise, (len(batch.actions), agent.windows.chunk * spec.action))
+    return {"x0": noise, "t": jax.random.uniform(key_time, (len(noise), 1))}
+
+
+def td_target(agent: WithValue, state: State, batch: Batch) -> jax.Array:
+    """Returns y [B], the return of the window plus the discounted online value after it, bounded for probabilities."""
+    next_value = agent.value.value(state.params["value"], state.spec.critic(batch.next_obs))
+    return losses.bounded(agent.windows.target(batch, next_value), agent.critic.head)
 
 
 def proposals(agent: WithFlow, state: State, obs: Observation, noise: jax.Array) -> jax.Array:

@@ -309,9 +309,7 @@ class GaussianPolicy:
 
     def squashed(self, params: PyTree, obs: Observation, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns tanh(mean + std * noise) [..., D] and its log density [...]."""
-        mean, log_std = self.moments(params, obs)
-        u = mean + jnp.exp(log_std) * noise
-        return jnp.tanh(u), losses.tanh_log_density(u, mean, log_std)
+        return _squashed(*self.moments(params, obs), noise)
 
 
 @pytree
@@ -335,9 +333,7 @@ class SquashedGaussianPolicy:
 
     def sample(self, params: PyTree, obs: Observation, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns actions [..., A] in [-1, 1] and their log density [...]."""
-        mean, log_std = self.moments(params, obs)
-        u = mean + jnp.exp(log_std) * noise
-        return jnp.tanh(u), losses.tanh_log_density(u, mean, log_std)
+        return _squashed(*self.moments(params, obs), noise)
 
 
 @pytree
@@ -491,14 +487,20 @@ class Value:
         return losses.value_of(self.output(params, obs), self.head)
 
 
-def check_heads(agent: str, critic: Critic, value: Value) -> None:
+def check_heads(agent: str, critic: Critic, value: Value, name: str = "the critic") -> None:
     """Raises UserError unless an agent's critic and value both learn values, or both probabilities."""
     if critic.head != value.head:
-        raise UserError(f"{agent}.value.head = {value.head!r}: must be that of the critic, {critic.head!r}")
+        raise UserError(f"{agent}.value.head = {value.head!r}: must be that of {name}, {critic.head!r}")
 
 
 def _layers(net: Net) -> tuple[tuple[int, ...], Norm, Activation]:
     return net.hidden, net.norm, net.activation
+
+
+def _squashed(mean: jax.Array, log_std: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns tanh(mean + std * noise) and its log density."""
+    u = mean + jnp.exp(log_std) * noise
+    return jnp.tanh(u), losses.tanh_log_density(u, mean, log_std)
 
 
 def _given(obs: Observation, action: jax.Array | None) -> tuple[Observation, ...]:

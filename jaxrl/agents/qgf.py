@@ -20,7 +20,8 @@ from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value, Windows, check_heads
 from jaxrl.networks import repeat_for
-from jaxrl.ops import guidance, losses
+from jaxrl.ops import flow, guidance, losses
+from jaxrl.ops.flow import AverageVelocity
 from jaxrl.ranges import Count, Fraction
 from jaxrl.types import Batch, Metrics, Observation, PyTree, Spec, count_of, pytree
 
@@ -41,7 +42,8 @@ class QGF:
     num_samples: Count = 1  # N: number of guided samples, of which the best is executed (QGF+BFN)
     mask_actor: bool = True  # whether the flow ignores actions after an episode's end
 
-    chunk, requires, sample, update = learner.chunk, learner.requires, learner.sample, learner.update
+    chunk, requires, sample = learner.chunk, learner.requires, learner.sample
+    td_target, update = learner.td_target, learner.update
 
     def check(self) -> None:
         """Raises UserError for inconsistent settings."""
@@ -76,21 +78,21 @@ class QGF:
         loss = lambda params: self.loss(params, state, batch, draws)  # noqa: E731
         return learner.descend(state, loss, self.optimizer(), self.critic.tau, "critic")
 
-    def td_target(self, state: State, batch: Batch) -> jax.Array:
-        """Returns y [B], the return of the window plus the discounted online value after it."""
-        next_value = self.value.value(state.params["value"], state.spec.critic(batch.next_obs))
-        y = self.windows.target(batch, next_value)
-        return losses.bounded(y, self.critic.head)
-
     def loss(self, params: dict[str, PyTree], state: State, batch: Batch, draws: Draws) -> tuple[jax.Array, Metrics]:
         """Returns the sum of the three losses, which share no parameters, and the individual losses."""
-        spec, a, seen = state.spec, self.windows.actions(batch), state.spec.critic(batch.obs)
-        whole = self.windows.weight(batch)
+        velocity = self.flow.velocity(params["flow"], state.spec.behaviour(batch.obs))
+        cloning, (critic, value) = self.cloning(velocity, batch, draws), self.value_losses(params, state, batch)
+        return cloning + critic + value, {"actor/flow_loss": cloning, "critic/loss": critic, "value/loss": value}
 
-        # the flow clones the behavior: |v(s, a_t, t) - (a - z)|^2
-        matching = self.flow.matching_error(params["flow"], spec.behaviour(batch.obs), draws["x0"], a, draws["t"])
+    def cloning(self, velocity: AverageVelocity, batch: Batch, draws: Draws) -> jax.Array:
+        """Returns the loss of a flow that clones the behavior, |v(s, a_t, t) - (a - z)|^2."""
+        matching = flow.matching_error(velocity, draws["x0"], self.windows.actions(batch), draws["t"])
         mask = self.windows.mask(batch)
-        cloning = losses.masked_mean(matching, mask if self.mask_actor else jnp.ones_like(mask))
+        return losses.masked_mean(matching, mask if self.mask_actor else jnp.ones_like(mask))
+
+    def value_losses(self, params: dict[str, PyTree], state: State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Returns the losses of critic and value, as in IQL."""
+        a, seen, whole = self.windows.actions(batch), state.spec.critic(batch.obs), self.windows.weight(batch)
 
         # the critic: (Q(s, a) - y)^2, averaged over the heads
         error = self.critic.error(params["critic"], seen, a, self.td_target(state, batch))
@@ -99,9 +101,7 @@ class QGF:
         # the value is an expectile of the target critic at the data's chunks
         q = self.critic.value(state.target["critic"], seen, a)
         tilted = losses.tilted(self.value.output(params["value"], seen), q, self.expectile, self.value.head)
-        value = losses.masked_mean(tilted, whole)
-
-        return cloning + critic + value, {"actor/flow_loss": cloning, "critic/loss": critic, "value/loss": value}
+        return critic, losses.masked_mean(tilted, whole)
 
     def score(self, state: State, obs: Observation) -> guidance.Value:
         """Returns the target critic's score as a function of flat chunks, used for guidance and selection."""

@@ -9,7 +9,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -198,18 +198,22 @@ def advance(
     states, steps = execute(env, rollout.states, actions)
     steps = with_extras(steps, extras)
     returns = rollout.returns + steps.rewards.sum(axis=1)
-    over = steps.ended
-    sums = {
-        "episodes": over.sum(),
-        "successes": (over & states.success).sum(),
-        "returns": jnp.sum(returns * over),
-        "steps": steps.taken.sum(),
-        "broken": (steps.taken & ~steps.valid).sum(),
-    }
+    over, sums = steps.ended, sums_of(steps, states.success, returns)
     drawn = jax.random.randint(key_bank, over.shape, 0, len(bank.reward))
     fresh = jax.tree.map(lambda x: x[drawn], bank)
     memory = where(over, policy.start(fresh, key_memory), memory)
     return Rollout(where(over, fresh, states), memory, jnp.where(over, 0, returns)), steps, sums
+
+
+def sums_of(steps: Steps, success: Any, returns: Any) -> Metrics:
+    """Returns sums over the episodes that ended with these steps, of JAX or of NumPy."""
+    return {
+        "episodes": steps.ended.sum(),
+        "successes": (steps.ended & success).sum(),
+        "returns": (returns * steps.ended).sum(),
+        "steps": steps.taken.sum(),
+        "broken": (steps.taken & ~steps.valid).sum(),
+    }
 
 
 def unroll(

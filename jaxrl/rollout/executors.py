@@ -219,7 +219,7 @@ def executed(execute: int, chunk: int) -> int:
     if execute > chunk:
         raise UserError(
             f"execution.execute = {execute}: must be at most {chunk}, the actions that the agent predicts at a time "
-            "(agent.chunk); 0 executes all of them"
+            "(agent.windows.chunk); 0 executes all of them"
         )
     return execute or chunk
 

@@ -129,19 +129,12 @@ def advance(simulators: Simulators, chunks: np.ndarray, random: np.random.Genera
     success = result.pop("success")
     steps = Steps(**result)
     returns, over = flight.returns + steps.rewards.sum(axis=1), np.asarray(steps.ended)
-    sums = {
-        "episodes": over.sum(),
-        "successes": (over & success).sum(),
-        "returns": np.sum(returns * over),
-        "steps": steps.taken.sum(),
-        "broken": (steps.taken & ~steps.valid).sum(),
-    }
     seeds, tasks = seeds_of(random, len(over)), random.integers(2**31, size=len(over))
     obs = jax.tree.map(lambda x: np.array(x[:, -1]), steps.obs)
     if over.any():
         put(obs, over, simulators.begin("training", slots[over], seeds[over], tasks[over]))
     simulators.flight = Flight(obs, np.where(over, 0, returns).astype(np.float32), over, flight.memory)
-    return steps, sums
+    return steps, dict(ro.sums_of(steps, success, returns))
 
 
 def put(obs: Observation, rows: np.ndarray, values: Observation) -> None:

@@ -72,12 +72,16 @@ class Schedule:
         per_iteration = self.envs * length
         filling = -(-self.warmup_steps // per_iteration)
         warmup = Phase("warmup", 1, filling, True, 0, reward, data="none", evaluated=False)
-        iterations = max(min(self.steps_per_epoch, self.online_steps) // per_iteration, 1)
+        epochs, iterations = self.collected(per_iteration)
         updates = max(round(self.utd * per_iteration), 1) if self.utd else 0
-        epochs = -(-self.online_steps // (per_iteration * iterations))
         alone = self.online_data == "replay" or (self.online_data == "auto" and not self.offline_updates)
         online = Phase("online", epochs, iterations, True, updates, reward, data="replay" if alone else "both")
         return (warmup, online) if self.warmup_steps else (online,)
+
+    def collected(self, per_iteration: int) -> tuple[int, int]:
+        """Returns the epochs for all online steps, and the iterations of each, from the steps per iteration."""
+        iterations = max(min(self.steps_per_epoch, self.online_steps) // per_iteration, 1)
+        return -(-self.online_steps // (per_iteration * iterations)), iterations
 
     def on_policy(self, length: int, unroll: int, reward: tuple[float, float] = (1.0, 0.0)) -> tuple[Phase, ...]:
         """Returns the phase of an on-policy agent; empty without online steps.
@@ -86,9 +90,7 @@ class Schedule:
         """
         if not self.online_steps:
             return ()
-        per_iteration = self.envs * length * unroll
-        iterations = max(min(self.steps_per_epoch, self.online_steps) // per_iteration, 1)
-        epochs = -(-self.online_steps // (per_iteration * iterations))
+        epochs, iterations = self.collected(self.envs * length * unroll)
         return (Phase("online", epochs, iterations, True, 1, reward, data="none"),)
 
 

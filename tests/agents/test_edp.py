@@ -60,11 +60,15 @@ def drawn(x0=0.0, t=0.5):
     return {"x0": jnp.full((1, 1), x0), "t": jnp.full((1, 1), t)}
 
 
+def one_step(state, batch, draws):
+    return KNOWN.one_step(*KNOWN.velocity(state.params, state, batch, draws), draws)
+
+
 def test_the_policy_climbs_the_slow_critic_at_the_one_step_action():
     state, batch = known(target=(5.0, 1.0), slope=(3.0, 2.0)), batch_of([[0.0]], actions=[[[0.4]]])
     x = 0.25 * 0.4 + 0.75 * 0.8  # at time 1/4 between noise 0.8 and the action
     action = x + 0.75 * (0.2 - x)
-    found = KNOWN.one_step(state.params, state, batch, drawn(0.8, 0.25))
+    found = one_step(state, batch, drawn(0.8, 0.25))
     np.testing.assert_allclose(found, [[action]], rtol=1e-6)
     losses = metrics_of(KNOWN, state, batch, drawn(0.8, 0.25))
     assert losses["actor/q_loss"] == pytest.approx(-(1 + 2 * action), rel=1e-6)  # the lower head
@@ -76,7 +80,7 @@ def test_the_policy_climbs_the_slow_critic_at_the_one_step_action():
 
 def test_the_one_step_action_is_clipped_and_pulls_nowhere_beyond_the_box():
     state, batch = known(drift=9.0, slope=(1.0, 1.0)), batch_of([[0.0]], actions=[[[0.4]]])
-    assert float(KNOWN.one_step(state.params, state, batch, drawn())[0, 0]) == 1.0
+    assert float(one_step(state, batch, drawn())[0, 0]) == 1.0
     slopes = slopes_of(KNOWN, state, batch, drawn())
     assert reached(slopes["actor/q_loss"]) == set() and reached(slopes["actor/flow_loss"]) == {"flow"}
 

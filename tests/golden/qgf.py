@@ -49,7 +49,7 @@ def edp(r: Recorded) -> dict[str, Any]:
         return named | {"actor": total - metrics["critic/loss"] - metrics["value/loss"]}
 
     def values(state, batch, draws):
-        action = agent.one_step(state.params, state, batch, draws)
+        action = agent.one_step(*agent.velocity(state.params, state, batch, draws), draws)
         one_step = {"one_step_actions": action, "one_step_q": agent.qgf.score(state, batch.obs)(action)}
         return intermediate(agent.qgf, state, batch, draws) | one_step
 

@@ -279,7 +279,11 @@ def test_an_evaluation_lasts_to_the_horizon_whatever_is_executed(execute):
 @pytest.mark.parametrize(
     ("execution", "chunk", "said"),
     [
-        (Execution("receding", 7), 6, r"execution.execute = 7: must be at most 6, .*agent.chunk.*; 0 executes all"),
+        (
+            Execution("receding", 7),
+            6,
+            r"execution.execute = 7: must be at most 6, .*\(agent.windows.chunk\); 0 executes all",
+        ),
         (Execution("real_time", 3, delay=4), 6, r"execution.delay = 4: must be at most 3, the steps between queries"),
         (Execution("real_time", 4, delay=3), 6, r"execution.delay = 3: must be at most 2, what a chunk of 6 has left"),
         (Execution("real_time", delay=1), 6, r"execution.delay = 1: must be at most 0"),
