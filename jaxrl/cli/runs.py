@@ -227,7 +227,7 @@ def render(args: list[str]) -> int:
     options = fl.parse("jaxrl render RUN", RenderOptions, RenderOptions(), flags)
     config = directory.read_config(path)
     environment = fl.make(config.env)
-    if not (isinstance(environment, HostEnv) or isinstance(environment, Drawable)):
+    if not isinstance(environment, HostEnv | Drawable):
         raise UserError(f"environment {config.env!r} has no draw(obs, size) and cannot be rendered")
     out = options.out or path / "rollout.gif"
     if out.suffix != ".gif":

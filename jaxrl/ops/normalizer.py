@@ -5,12 +5,13 @@ pairwise algorithm for computing sample variances", 1979), in any order. So a ru
 batch, and the moments of several devices or members are combined by `merge`.
 """
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl.ops.masks import beside
 from jaxrl.types import Observation, Scalar, pytree
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
@@ -91,7 +92,7 @@ def updated(moments: Moments, batch: Observation, mask: jax.Array) -> Moments:
     Leading axes are arbitrary, such as time and environment. Masked rows may contain anything, including NaN.
     """
     mask = mask.astype(bool)
-    batch = jax.tree.map(lambda x: jnp.where(_beside(mask, x), x, 0), batch)
+    batch = jax.tree.map(lambda x: jnp.where(beside(mask, x), x, 0), batch)
     return merge(moments, of_rows(batch, mask))
 
 
@@ -116,7 +117,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 def weighted(x: Array, weight: Array) -> tuple[Array, Array]:
     """Returns mean and variance [O] of rows x [..., O] with weights `weight` [...]; for JAX or NumPy arrays."""
-    xp, axes, each = x.__array_namespace__(), tuple(range(weight.ndim)), _beside(weight, x)
+    xp, axes, each = x.__array_namespace__(), tuple(range(weight.ndim)), beside(weight, x)
     count = xp.maximum(weight.sum(), 1)
     mean = (x * each).sum(axis=axes) / count
     if x.dtype != np.float64:  # float32 sums of a million rows are inaccurate: a second pass corrects the first
@@ -134,8 +135,3 @@ def of_columns(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         squares += ((piece - middle) ** 2).sum(axis=0) + away**2 * count * len(piece) / total
         mean, count = mean + away * len(piece) / total, total
     return mean, squares / count
-
-
-def _beside(weight: Any, x: Any) -> Any:
-    """Returns weights [...] with trailing axes added to match arrays [..., O]."""
-    return weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim))

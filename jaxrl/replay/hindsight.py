@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.errors import UserError
+from jaxrl.ops.masks import beside
 from jaxrl.ranges import Fraction
 from jaxrl.types import Batch, History, Observation, pytree
 
@@ -134,7 +135,7 @@ def history_towards(
     met = start[:, None] + jnp.arange(-count, 0)[None] == goal[:, None]
     rewards = jnp.where(met, 0, -1) if law.negative else met
     goals = jnp.repeat(goals_of(obs, hindsight)[goal][:, None], count, axis=1)
-    there = history.valid.reshape(*history.valid.shape, *(1,) * (goals.ndim - 2))
+    there = beside(history.valid, goals)
     return dataclasses.replace(
         history,
         obs=with_goals(history.obs, jnp.where(there > 0, goals, jnp.zeros((), goals.dtype))),

@@ -1,7 +1,8 @@
 """A dataset prepared for a task: sizes checked against the environment's, rewards and goals added, as a ring."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -216,10 +217,9 @@ def weigh(dataset: Dataset, weighting: Weighting, room: int = 0) -> Weights | No
     if weighting.kind == "uniform":
         return None
     first, last = files.episodes(dataset)
-    returns = np.add.reduceat(np.where(dataset.terminals, 0.0, np.asarray(dataset.rewards)), first, dtype=np.float64)
     law = (weighting.kind, weighting.temperature, weighting.fraction)
     initial = files.vectors(files.mapped(lambda x: x[first], dataset.observations))
-    log_weights = trajectory_weights(returns, last - first, initial, *law)
+    log_weights = trajectory_weights(files.episode_returns(dataset), last - first, initial, *law)
     return weights_of(log_weights, first, last - first, room)
 
 
@@ -300,25 +300,12 @@ def from_dataset(
         raise UserError("dataset: the last row must close an episode (terminals[-1] is False)")
     first, last = files.episodes(dataset)
     dealt = _deal(first, last, lanes)
-    filled = [len(pile) for pile in dealt]
-    rows = max(max(filled), room[0]) + 1  # the head's row stays free
+    count = jnp.asarray([len(pile) for pile in dealt], jnp.int32)
+    rows = max(*map(len, dealt), room[0]) + 1  # the head's row stays free
     valid = ~dataset.terminals
     truncated = np.roll(dataset.terminals, -1) & valid & ~terminated
 
-    def lay(column: np.ndarray) -> jax.Array:
-        laid = np.zeros((lanes, rows, *column.shape[1:]), column.dtype.newbyteorder("="))
-        for lane, pile in enumerate(dealt):
-            laid[lane, : len(pile)] = column[pile]
-        return jnp.asarray(laid)
-
-    hindsight = None
-    if goals is not None:
-        none = max(room[1] - len(last), 0)  # episodes without steps
-        begin, steps = (np.pad(x, (0, none)).astype(np.int32) for x in (first, last - first))
-        leaves = jax.tree.leaves(dataset.observations)
-        own = None if len(leaves) == 1 and goals is leaves[0] else lay(goals)[0]
-        hindsight = Hindsight(own, jnp.asarray(begin), jnp.asarray(steps))
-    count = jnp.asarray(filled, jnp.int32)
+    lay = functools.partial(_lay, dealt=dealt, rows=rows)
     return Ring(
         obs=jax.tree.map(lay, dataset.observations),
         actions=lay(dataset.actions),
@@ -328,9 +315,25 @@ def from_dataset(
         valid=lay(valid),
         head=count,
         count=count,
-        hindsight=hindsight,
+        hindsight=None if goals is None else _hindsight(goals, dataset, lay, room[1]),
         extra={name: lay(dataset.extra[name]) for name in columns},
     )
+
+
+def _hindsight(goals: np.ndarray, dataset: Dataset, lay: Callable[[np.ndarray], jax.Array], episodes: int) -> Hindsight:
+    """Returns the goals, not stored again where they are the observations, and at least so many episodes."""
+    leaves, (first, last) = jax.tree.leaves(dataset.observations), files.episodes(dataset)
+    own = None if len(leaves) == 1 and goals is leaves[0] else lay(goals)[0]
+    none = max(episodes - len(last), 0)  # episodes without steps
+    return Hindsight(own, *(jnp.asarray(np.pad(x, (0, none)), jnp.int32) for x in (first, last - first)))
+
+
+def _lay(column: np.ndarray, dealt: list[np.ndarray], rows: int) -> jax.Array:
+    """Returns a column [N, ...] as lanes [L, rows, ...] of the rows dealt to each, zero beyond them."""
+    laid = np.zeros((len(dealt), rows, *column.shape[1:]), column.dtype.newbyteorder("="))
+    for lane, pile in enumerate(dealt):
+        laid[lane, : len(pile)] = column[pile]
+    return jnp.asarray(laid)
 
 
 def _deal(first: np.ndarray, last: np.ndarray, lanes: int) -> list[np.ndarray]:

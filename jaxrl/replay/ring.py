@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.errors import UserError
+from jaxrl.ops.masks import beside
 from jaxrl.replay import hindsight as goal_drawing
 from jaxrl.replay.hindsight import DEFAULT, Goals, Hindsight
 from jaxrl.replay.kdtree import Forest
@@ -167,7 +168,7 @@ def windows(
         source = (jnp.arange(batch) >= jnp.round(batch * share)).astype(jnp.int32)
     chosen = parts[0]
     for i, part in enumerate(parts[1:], start=1):
-        chosen = jax.tree.map(lambda a, b, here=source == i: jnp.where(_like(here, a), b, a), chosen, part)
+        chosen = jax.tree.map(lambda a, b, here=source == i: jnp.where(beside(here, a), b, a), chosen, part)
     return chosen
 
 
@@ -250,7 +251,7 @@ def history_at(ring: Ring, lane: jax.Array, start: jax.Array, length: int) -> Hi
 
     def stored(column: jax.Array) -> jax.Array:
         values = column[lane, row]
-        return jnp.where(_like(valid, values), values, jnp.zeros((), column.dtype))
+        return jnp.where(beside(valid, values), values, jnp.zeros((), column.dtype))
 
     return History(
         obs=jax.tree.map(stored, ring.obs),
@@ -268,7 +269,3 @@ def _followed(ring: Ring, lane: jax.Array, row: jax.Array, age: jax.Array) -> ja
 def _row(ring: Ring, lane: jax.Array, age: jax.Array) -> jax.Array:
     """Returns the row that lies `age` rows after the oldest of its lane, never beyond the head."""
     return (ring.head[lane] - ring.count[lane] + jnp.minimum(age, ring.count[lane])) % ring.valid.shape[1]
-
-
-def _like(mask: jax.Array, x: jax.Array) -> jax.Array:
-    return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jaxrl.ops.masks import beside
 from jaxrl.replay.ring import Steps
 from jaxrl.sharding import spread
 from jaxrl.types import (
@@ -139,7 +140,7 @@ def resets(env: Env, key: jax.Array, count: int) -> EnvState:
 
 def where(mask: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     """Returns `a` where mask [N] is true and `b` elsewhere, per environment."""
-    return jax.tree.map(lambda x, y: jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, y), a, b)
+    return jax.tree.map(lambda x, y: jnp.where(beside(mask, x), x, y), a, b)
 
 
 def execute(env: Env, states: EnvState, actions: jax.Array) -> tuple[EnvState, Steps]:

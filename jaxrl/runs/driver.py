@@ -183,7 +183,7 @@ def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
             result[f"{phase}_interval"] = [evaluated[-1]["eval/success_low"], evaluated[-1]["eval/success_high"]]
     write_json(path / "result.json", result)
     plots.curves(rows, path / "curves.png")
-    if isinstance(run.env, HostEnv) or isinstance(run.env, Drawable):
+    if isinstance(run.env, HostEnv | Drawable):
         try:
             animate(run.config, run.agent, run.env, carry.agent, path / "rollout.gif")
         except UserError as error:

@@ -110,18 +110,16 @@ def abstract_data(config: Config, env: Env | HostEnv) -> tuple[Ring | None, int]
     For a dataset of several files: the shapes of the largest file, and two copies, the file in use and the next. None
     and 0 for a run that does not learn from a dataset.
     """
-    needs = requirements(config.agent)
+    copies, trees = 1, asks_trees(config)
     if records(config):
         sizes = recorded_sizes(config, env)
-        return loading.abstract_ring(sizes, env, config.weighting, asks_trees(config), needs.columns), 1
-    dataset = load_data(config, env)
-    if dataset is None:
+    elif (dataset := load_data(config, env)) is None:
         return None, 0
-    if isinstance(dataset, Shards):
-        ring = loading.abstract_ring(dataset.sizes, env, config.weighting, columns=needs.columns)
-        return ring, min(len(dataset.shards), 2)
-    sizes = loading.sizes_of(dataset)
-    return loading.abstract_ring(sizes, env, config.weighting, asks_trees(config), needs.columns), 1
+    elif isinstance(dataset, Shards):
+        sizes, copies, trees = dataset.sizes, min(len(dataset.shards), 2), False
+    else:
+        sizes = loading.sizes_of(dataset)
+    return loading.abstract_ring(sizes, env, config.weighting, trees, requirements(config.agent).columns), copies
 
 
 def recorded_sizes(config: Config, env: Env | HostEnv) -> Sizes:

@@ -16,22 +16,7 @@ from tests.golden.recorded import Recorded
 
 def replay(r: Recorded) -> dict[str, Any]:
     """Returns all that the file expects."""
-    h = r.hparams
-    critic = Critic(r.net("action_critic"), r.critics("action_critic"), h["q_agg"], "bce", h["tau"])
-    agent = DQC(
-        Windows(h["policy_chunk_size"], h["backup_horizon"], discount=h["discount"]),
-        FlowPolicy(r.net("actor_bc"), steps=h["flow_steps"], **r.time("actor_bc")),
-        critic,
-        Value(r.net("value"), "bce"),
-        h["use_chunk_critic"],
-        Adam(h["lr"]),
-        kappa_d=h["kappa_d"],
-        distill=h["distill_method"],
-        kappa_b=h["kappa_b"],
-        implicit_backup=h["implicit_backup_type"],
-        num_samples=h["best_of_n"],
-        valid_index="flat",
-    )
+    agent = build(r)
     nets = {"flow": "actor_bc", "critic": "action_critic", "value": "value"}
     nets |= {"chunk_critic": "chunk_critic"} if agent.chunk_critic else {}
     state = r.state(agent, r.spec(r["batch/high_value_goals"].shape[1]), nets, "critic", "target_action_critic")
@@ -60,6 +45,26 @@ def replay(r: Recorded) -> dict[str, Any]:
         "expected/sample/index": scores.argmax(axis=1),
         "expected/sample/actions": jax.jit(agent.choose)(state, obs, noise),
     }
+
+
+def build(r: Recorded) -> DQC:
+    """Returns the agent that the file describes."""
+    h = r.hparams
+    critic = Critic(r.net("action_critic"), r.critics("action_critic"), h["q_agg"], "bce", h["tau"])
+    return DQC(
+        Windows(h["policy_chunk_size"], h["backup_horizon"], discount=h["discount"]),
+        FlowPolicy(r.net("actor_bc"), steps=h["flow_steps"], **r.time("actor_bc")),
+        critic,
+        Value(r.net("value"), "bce"),
+        h["use_chunk_critic"],
+        Adam(h["lr"]),
+        kappa_d=h["kappa_d"],
+        distill=h["distill_method"],
+        kappa_b=h["kappa_b"],
+        implicit_backup=h["implicit_backup_type"],
+        num_samples=h["best_of_n"],
+        valid_index="flat",
+    )
 
 
 def proposed(agent: DQC, state, obs, noise) -> tuple[jax.Array, jax.Array]:
