@@ -25,6 +25,15 @@ def pytest_runtest_setup(item):
     jax.config.update("jax_numpy_rank_promotion", rule)
 
 
+@pytest.fixture(scope="module")
+def quick():
+    """Compiles without most optimizations, for modules whose programs run once or twice."""
+    from tests.known import quick_to_compile  # after the import hook
+
+    with quick_to_compile():
+        yield
+
+
 MAPS = Path("/proc/self/maps")
 
 

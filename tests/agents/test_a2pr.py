@@ -14,17 +14,13 @@ from jaxrl.agents import A2PR, TD3BC
 from jaxrl.agents.parts import Adam, Autoencoder, Value
 from jaxrl.errors import UserError
 from jaxrl.types import Spec
-from tests.known import KEY, batch_of, bias_of, one_layer_each, quick_to_compile, random_batch, with_fields
+from tests.known import KEY, batch_of, bias_of, one_layer_each, random_batch, with_fields
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 AGENT = with_fields(A2PR(alpha=1.5, mask=0.4, vae_weight=3.0), hidden=())
 CLIMB = ([[0, 1], [0, 0]], 0)  # Q_1 = a
 STATE = (1, 0)  # V = s
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def known(pi=0.5, critic=CLIMB, value=STATE, encoder=(0, 0), decoder=(0, 0), agent=AGENT, **more):

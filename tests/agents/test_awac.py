@@ -24,17 +24,12 @@ from tests.known import (
     jitted,
     leaning,
     lines,
-    quick_to_compile,
     same,
     state_of,
     with_fields,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 KNOWN = AWAC(

@@ -17,7 +17,9 @@ from jaxrl.networks import repeat_for
 from jaxrl.ops import closed_form, losses
 from jaxrl.ops.closed_form import ClosedForm, Mixture
 from jaxrl.types import Spec
-from tests.known import KEY, WIDE, formula, jitted, quick_to_compile, random_batch, same, state_of, with_fields
+from tests.known import KEY, WIDE, formula, jitted, random_batch, same, state_of, with_fields
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 SLOPE = np.array([0.3, -1.1], np.float32)
 MEAN, STD = np.array([[0.2, -0.4]], np.float32), np.array([[0.5, 0.9]], np.float32)
@@ -25,12 +27,6 @@ JENSEN = ClosedForm(bound="jensen")
 improve = jax.jit(ClosedForm.improve, static_argnums=3)
 squared_radii, jensen_squared_radius = jax.jit(closed_form.squared_radii), jax.jit(closed_form.jensen_squared_radius)
 log_density = jax.jit(Mixture.log_density)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def linear(actions):

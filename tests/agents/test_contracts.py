@@ -21,7 +21,9 @@ from jaxrl.replay.hindsight import Goals
 from jaxrl.replay.loading import from_dataset
 from jaxrl.training.loop import on_device
 from jaxrl.types import Agent, Phase, Spec, Staged
-from tests.known import KEY, WIDE, quick_to_compile, random_batch, same, some_data, values_of, with_fields
+from tests.known import KEY, WIDE, random_batch, same, some_data, values_of, with_fields
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 TASKS = Spec(observation=5, action=2, goal=2)
 SMALL = {
@@ -36,12 +38,6 @@ SMALL = {
 }
 OFFLINE = Phase("offline", epochs=1, iterations=1, collects=False, updates=1, data="dataset")
 ONLINE = Phase("online", epochs=1, iterations=1, collects=True, updates=1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def small(name: str, **fields):

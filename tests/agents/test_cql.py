@@ -33,7 +33,6 @@ from tests.known import (
     lines,
     metrics_of,
     pull_of,
-    quick_to_compile,
     reached,
     same,
     slopes_of,
@@ -41,11 +40,7 @@ from tests.known import (
     with_fields,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 KNOWN = CQL(

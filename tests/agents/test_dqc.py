@@ -29,7 +29,6 @@ from tests.known import (
     linear_heads,
     metrics_of,
     pull_of,
-    quick_to_compile,
     random_batch,
     reached,
     same,
@@ -38,11 +37,7 @@ from tests.known import (
     with_fields,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # A task for short chunks

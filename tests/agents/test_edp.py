@@ -20,7 +20,6 @@ from tests.known import (
     formula,
     linear_heads,
     metrics_of,
-    quick_to_compile,
     random_batch,
     reached,
     same,
@@ -28,6 +27,8 @@ from tests.known import (
     state_of,
     with_fields,
 )
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 TINY = with_fields(EDP(), chunk=2, backup=3, hidden=(8,), batch=16)
 KNOWN = EDP(
@@ -41,12 +42,6 @@ KNOWN = EDP(
     bc_weight=2.0,
 )
 """EDP with v(s, x, t) = drift - pull x, Q_j(s, a) = b_j + c_j (sum of the chunk) and V(s) = v + s."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def known(drift=0.2, pull=1.0, target=(0.0, 0.0), slope=(0.0, 0.0)):

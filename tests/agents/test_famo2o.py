@@ -28,19 +28,14 @@ from tests.known import (
     linear_heads,
     metrics_of,
     pull_of,
-    quick_to_compile,
     same,
     state_of,
     with_fields,
 )
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 ONLINE = Phase("online", epochs=1, iterations=1, collects=True, updates=1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def gaussian(p, x):

@@ -26,12 +26,13 @@ from tests.known import (
     formula,
     jitted,
     metrics_of,
-    quick_to_compile,
     random_batch,
     same,
     state_of,
     with_fields,
 )
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 OFFLINE = Phase("offline", epochs=1, iterations=1, collects=False, updates=1, data="dataset")
 ONLINE = Phase("online", epochs=1, iterations=1, collects=True, updates=1)
@@ -47,12 +48,6 @@ KNOWN = dataclasses.replace(
     ),
 )
 """FMQ with X_{0,1}(x) = shift + scale x + sight s for each entry, and Q_j(s, a) = b_j + c_j a + s."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def heads(*rows):

@@ -21,7 +21,6 @@ from tests.known import (
     linear_heads,
     metrics_of,
     pull_of,
-    quick_to_compile,
     random_batch,
     reached,
     same,
@@ -30,6 +29,8 @@ from tests.known import (
     with_fields,
 )
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 TINY = with_fields(FQL(), hidden=(8,), batch=16, steps=2)
 KNOWN = FQL(
     flow=formula(FlowPolicy(steps=1), lambda p, s, x, t: (p["point"] - x) / (1 - t)),
@@ -37,12 +38,6 @@ KNOWN = FQL(
     critic=formula(Critic(), lambda p, s, a: linear_heads(p["bias"], p["slope"], a.sum(axis=-1)) + s[None, ..., 0]),
 )
 """FQL whose flow goes straight to p, with mu(s, z) = m + n z and Q_j(s, a) = b_j + c_j (sum of the chunk) + s."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def known(bias=(0.0, 0.0), slope=(0.0, 0.0), shift=0.0, scale=0.0, point=0.3, target=None):

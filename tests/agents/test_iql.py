@@ -23,7 +23,6 @@ from tests.known import (
     linear_heads,
     metrics_of,
     pull_of,
-    quick_to_compile,
     random_batch,
     reached,
     same,
@@ -32,13 +31,9 @@ from tests.known import (
     with_fields,
 )
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 TINY = with_fields(IQL(), hidden=(8,), batch=16)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def gaussian(std: str, size: int) -> GaussianPolicy:

@@ -23,20 +23,15 @@ from tests.known import (
     gradient_of,
     jitted,
     linear_heads,
-    quick_to_compile,
     random_batch,
     same,
     state_of,
     with_fields,
 )
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 TINY = with_fields(ODICE(), hidden=(8,), batch=16)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def gaussian(p, s):

@@ -20,18 +20,14 @@ from jaxrl.replay import ring as rings
 from jaxrl.replay.loading import from_dataset
 from jaxrl.replay.neighbours import with_forest
 from jaxrl.types import ChecksData, Leaf, Requirements, Spec
-from tests.known import KEY, NARROW, WIDE, batch_of, bias_of, one_layer_each, quick_to_compile, with_fields
+from tests.known import KEY, NARROW, WIDE, batch_of, bias_of, one_layer_each, with_fields
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 AGENT = with_fields(PRDC(), hidden=())
 STATES, ACTIONS = np.array([[1.0], [1.1], [2.0]]), np.array([[0.0], [0.5], [0.6]])
 window_at = jax.jit(rings.window_at, static_argnums=3)
 nearest, nearest_action = jax.jit(PRDC.nearest), jax.jit(PRDC.nearest_action)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def pairs(states, actions) -> rings.Ring:

@@ -24,7 +24,6 @@ from tests.known import (
     linear_heads,
     metrics_of,
     pull_of,
-    quick_to_compile,
     random_batch,
     reached,
     same,
@@ -32,6 +31,8 @@ from tests.known import (
     state_of,
     with_fields,
 )
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 TINY = with_fields(QC(), chunk=2, backup=3, hidden=(8,), batch=16, num_samples=4, steps=2)
 KNOWN = QC(
@@ -42,12 +43,6 @@ KNOWN = QC(
 )
 """QC with v = drift - pull x, mu(s, z) = m + n z, and Q_j(s, a) = b_j + c_j (sum of the chunk) + s."""
 STRAIGHT = formula(FlowPolicy(), lambda p, s, x, t: (p["drift"] - x) / (1 - t))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def made(size=1, **fields) -> QC:

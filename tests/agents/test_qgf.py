@@ -31,7 +31,6 @@ from tests.known import (
     formula,
     linear_heads,
     metrics_of,
-    quick_to_compile,
     random_batch,
     reached,
     same,
@@ -39,6 +38,8 @@ from tests.known import (
     state_of,
     with_fields,
 )
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 TINY = with_fields(QGF(), chunk=2, backup=3, hidden=(8,), batch=16)
 KNOWN = QGF(
@@ -48,12 +49,6 @@ KNOWN = QGF(
     value=formula(Value(), lambda p, s: p["v"] + s[..., 0]),
 )
 """QGF with v(s, x, t) = drift - pull x, Q_j(s, a) = b_j + c_j (sum of the chunk) and V(s) = v + s."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def made(size=1, **fields) -> QGF:

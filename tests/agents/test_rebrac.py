@@ -18,19 +18,15 @@ from jaxrl.errors import UserError
 from jaxrl.replay import ring as rings
 from jaxrl.replay.loading import from_dataset
 from jaxrl.types import Spec
-from tests.known import KEY, WIDE, batch_of, bias_of, one_layer_each, quick_to_compile, random_batch, same, with_fields
+from tests.known import KEY, WIDE, batch_of, bias_of, one_layer_each, random_batch, same, with_fields
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 PAIR = Spec(observation=1, action=2)
 AGENT = with_fields(ReBRAC(beta_actor=0.3, beta_critic=0.2), hidden=(), discount=0.5)
 TRUNCATED = {"followed": [0.0], "next_action": [[9.0, 9.0]]}
 window_at = jax.jit(rings.window_at, static_argnums=3)
 learn = jax.jit(lambda agent, *update: agent.learn(*update))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def known(pi=(0.5, -0.2), critic=([[0, 1, 0], [0, 0, 1]], (2, 2)), spec=PAIR):

@@ -32,13 +32,14 @@ from tests.known import (
     batch_of,
     bias_of,
     one_layer_each,
-    quick_to_compile,
     random_batch,
     same,
     some_data,
     values_of,
     with_fields,
 )
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 FAMILY = [TD3, TD3BC, ReBRAC, PRDC, A2PR]
 every_one = pytest.mark.parametrize("cls", FAMILY, ids=lambda cls: cls.__name__)
@@ -55,12 +56,6 @@ def td3_of(agent) -> TD3:
 
 
 LINEAR = linear(TD3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def close(a, b, **tolerance) -> None:

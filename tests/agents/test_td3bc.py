@@ -13,16 +13,12 @@ from jaxrl import ranges
 from jaxrl.agents import TD3, TD3BC
 from jaxrl.errors import UserError
 from jaxrl.types import Spec
-from tests.known import batch_of, bias_of, fitted, one_layer_each, quick_to_compile, with_fields
+from tests.known import batch_of, bias_of, fitted, one_layer_each, with_fields
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 PAIR = Spec(observation=1, action=2)
 AGENT = with_fields(TD3BC(alpha=1.5), hidden=())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def known(pi=(0.5, -0.2), critic=([[1, 2, 0], [9, 9, 9]], (0.5, 9)), spec=PAIR):

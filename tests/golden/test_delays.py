@@ -7,15 +7,10 @@ import numpy as np
 import pytest
 
 from tests import golden
-from tests.known import quick_to_compile
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 FOLDER = Path(golden.__file__).parent
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def replay(name: str, whole: list[bool], folder: Path) -> golden.Outcome:

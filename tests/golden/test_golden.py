@@ -10,18 +10,13 @@ import numpy as np
 import pytest
 
 from tests import golden
-from tests.known import quick_to_compile
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 FOLDER = Path(golden.__file__).parent
 FILES = sorted(FOLDER.glob("*.npz"))
 SMALL = FOLDER / "bc_chunk.npz"
 ARRAY = "expected/sample/actions"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def changed(path: Path, arrays: dict[str, np.ndarray]) -> Path:

@@ -13,15 +13,11 @@ from jaxrl.replay import ring as rings
 from jaxrl.replay.loading import from_dataset
 from jaxrl.replay.returns import STRETCH, returns_to_go
 from jaxrl.replay.ring import Ring, Steps
-from tests.known import NARROW, quick_to_compile
+from tests.known import NARROW
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 add = jax.jit(rings.add)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 EPISODES = {  # rewards of its steps, how it ended, returns to go at discount 1/2

@@ -31,16 +31,11 @@ from jaxrl.runs.config import Config, from_dict, to_dict
 from jaxrl.types import Spec
 from tests import tiny
 from tests.golden.trajweight import drawn
-from tests.known import quick_to_compile
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 KEY = jax.random.key(0)
 windows = jax.jit(rings.windows, static_argnums=(2, 3))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def law(returns, kind, lengths=None, obs=None, **settings) -> np.ndarray:

@@ -16,18 +16,13 @@ from jaxrl.rollout.executors import Execution
 from jaxrl.training import host_loop
 from jaxrl.types import pytree
 from tests import walk
-from tests.known import quick_to_compile
 from tests.rollout.scribe import CHUNK, EXECUTIONS, NEUTRAL, Noisy, Scribe, expected, name
 from tests.rollout.test_device import Clock, clock, side_by_side
 from tests.rollout.test_host import WalkEnv
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 @pytest.fixture(scope="module")

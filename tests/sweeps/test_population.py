@@ -20,7 +20,8 @@ from jaxrl.sweeps import population
 from jaxrl.sweeps.population import RUNNING, Lift, Programs, keys_of, stacked
 from jaxrl.training import loop
 from jaxrl.training.schedule import Schedule, phases
-from tests.known import quick_to_compile
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 NET = Net((8,), "relu", "none", "torch")
 AGENT = TD3BC(TD3(DeterministicPolicy(NET), Critic(NET, agg="min"), transitions=Transitions(16), normalize=True))
@@ -30,12 +31,6 @@ SCHEDULE = Schedule(
 LEARNING_RATES = (1e-3, 3e-4, 3e38, 1e-2)  # the third member diverges at once
 SEEDS = (0, 1, 2, 0)
 ENV = envs.make("point")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 def dataset() -> rings.Ring:

@@ -22,16 +22,12 @@ from jaxrl.synthesis import cdsa
 from jaxrl.synthesis.cdsa import Correction, Training
 from jaxrl.training import loop
 from jaxrl.types import Fitting, Leaf, Learner, Spec
-from tests.known import KEY, fitted, quick_to_compile
+from tests.known import KEY, fitted
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 SPEC = Spec(observation=2, action=2)
 kernel_score = jax.jit(cdsa.kernel_score)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 # The score

@@ -16,18 +16,13 @@ from jaxrl.training import host_loop, loop
 from jaxrl.training.schedule import Schedule
 from jaxrl.types import OnPolicy, Phase, PyTree, Remembering, Scalar, Spec, count_of, pytree
 from tests import walk
-from tests.known import quick_to_compile
 from tests.rollout.test_host import WalkEnv
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 KEY = jax.random.key(0)
 SCHEDULE = Schedule(offline_updates=0, online_steps=10_000, warmup_steps=0, envs=64, eval_episodes=20)
 ONLINE = Phase("online", epochs=1, iterations=150, collects=True, updates=1, data="none")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_to_compile():
-        yield
 
 
 @pytree
