@@ -16,7 +16,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxrl.agents import learner
+from jaxrl.agents import learner, shared
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Autoencoder, Critic, DeterministicPolicy, Net, Value, check_heads
 from jaxrl.agents.td3 import TD3, climb
@@ -71,7 +71,7 @@ class A2PR:
         """Returns a batch of transitions."""
         return self.td3.sample(data, key)
 
-    update = learner.update
+    update = shared.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: noise of the target actions and of the autoencoder's latents."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import learner
+from jaxrl.agents import learner, shared
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, FlowPolicy, Windows
 from jaxrl.ops import losses
@@ -26,8 +26,8 @@ class BC:
     flow: FlowPolicy = FlowPolicy(time="fourier")  # v(s, x_t, t)
     adam: Adam = Adam()
 
-    chunk, sample = learner.chunk, learner.sample
-    draw, update = learner.draw, learner.update
+    chunk, sample = shared.chunk, shared.sample
+    draw, update = shared.draw, shared.update
 
     def requires(self) -> Requirements:
         """Returns the requirements on its data."""

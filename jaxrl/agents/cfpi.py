@@ -21,7 +21,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxrl.agents import learner
+from jaxrl.agents import learner, shared
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, MixturePolicy, QuantileCritic, Transitions
 from jaxrl.errors import UserError
@@ -72,7 +72,7 @@ class CFPI:
         """Returns a batch of transitions, with the next actions."""
         return self.transitions.sample(data, key)
 
-    update = learner.update
+    update = shared.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update, for the quantile levels at the state and at the next state."""

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import learner
+from jaxrl.agents import learner, shared
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, Net, SquashedGaussianPolicy, Transitions
 from jaxrl.errors import UserError
@@ -95,7 +95,7 @@ class CQL:
         """Returns a batch of transitions."""
         return self.transitions.sample(data, key, self.mixing)
 
-    update = learner.update
+    update = shared.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: uniform actions, and noise of the policy's."""

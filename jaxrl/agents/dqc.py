@@ -22,7 +22,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxrl.agents import learner
+from jaxrl.agents import learner, shared
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value, Windows, check_heads
 from jaxrl.networks import repeat_for
@@ -52,9 +52,9 @@ class DQC:
     num_samples: Count = 32  # N: number of proposals, of which the best is executed
     valid_index: Literal["step", "flat"] = "step"  # how the mask is indexed
 
-    chunk, requires, sample = learner.chunk, learner.requires, learner.sample
-    draw, td_target, learn, update = learner.draw, learner.td_target, learner.learn, learner.update
-    proposals, scores = learner.proposals, learner.scores
+    chunk, requires, sample = shared.chunk, shared.requires, shared.sample
+    draw, td_target, learn, update = shared.draw, shared.td_target, shared.learn, shared.update
+    proposals, scores = shared.proposals, shared.scores
 
     @property
     def whole(self) -> Windows:

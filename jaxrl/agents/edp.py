@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxrl.agents import learner
+from jaxrl.agents import learner, shared
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.qgf import QGF
 from jaxrl.ops import flow, losses
@@ -47,7 +47,7 @@ class EDP:
         """Returns a batch of windows."""
         return self.qgf.sample(data, key)
 
-    update = learner.update
+    update = shared.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the flow's noise and times."""

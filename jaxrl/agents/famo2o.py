@@ -14,7 +14,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxrl.agents import learner
+from jaxrl.agents import learner, shared
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Transitions, Value
 from jaxrl.ops import losses
@@ -73,7 +73,7 @@ class FamO2O:
         """Returns a batch of transitions."""
         return self.transitions.sample(data, key)
 
-    update = learner.update
+    update = shared.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: for selecting a balance, acting with it, and for training."""

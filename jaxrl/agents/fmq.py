@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.agents import learner
+from jaxrl.agents import learner, shared
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import AdamW, Critic, FlowMapPolicy, SelfDistillation, Windows
 from jaxrl.errors import UserError
@@ -58,7 +58,7 @@ class FMQ:
     test_sampler: Literal["best_of_n", "beam_search"] = "best_of_n"  # how actions are selected in evaluation
     beam: guidance.BeamSearch = guidance.BeamSearch()  # Algorithm 2, if selected
 
-    chunk, requires, sample, learn = learner.chunk, learner.requires, learner.sample, learner.learn
+    chunk, requires, sample, learn = shared.chunk, shared.requires, shared.sample, shared.learn
 
     def check(self) -> None:
         """Raises UserError for inconsistent settings, or settings without effect."""

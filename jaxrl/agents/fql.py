@@ -13,7 +13,7 @@ Deliberate differences from the official code:
 import jax
 import jax.numpy as jnp
 
-from jaxrl.agents import learner
+from jaxrl.agents import learner, shared
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, FlowPolicy, OneStepPolicy, Windows
 from jaxrl.ops import losses
@@ -33,8 +33,8 @@ class FQL:
     alpha: NonNegative = 10.0  # weight of the distillation; to be tuned per task
     normalize_q: bool = False  # whether the Q term of the policy's loss is divided by the mean |Q|
 
-    chunk, requires, sample = learner.chunk, learner.requires, learner.sample
-    learn, update = learner.learn, learner.update
+    chunk, requires, sample = shared.chunk, shared.requires, shared.sample
+    learn, update = shared.learn, shared.update
 
     def check(self) -> None:
         """Raises UserError for inconsistent settings."""

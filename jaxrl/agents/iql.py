@@ -19,7 +19,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxrl.agents import learner
+from jaxrl.agents import learner, shared
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Value, Windows, check_heads
 from jaxrl.networks import repeat_for
@@ -44,8 +44,8 @@ class IQL:
     num_samples: Count = 1  # N: number of samples, of which the best is executed
     eval_temperature: NonNegative = 0.0  # scale of the actor's noise in evaluation
 
-    chunk, requires, sample = learner.chunk, learner.requires, learner.sample
-    td_target, learn, update = learner.td_target, learner.learn, learner.update
+    chunk, requires, sample = shared.chunk, shared.requires, shared.sample
+    td_target, learn, update = shared.td_target, shared.learn, shared.update
 
     def check(self) -> None:
         """Raises UserError for inconsistent settings."""

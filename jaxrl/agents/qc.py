@@ -18,7 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxrl.agents import learner
+from jaxrl.agents import learner, shared
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import AdamW, Critic, FlowPolicy, OneStepPolicy, Windows
 from jaxrl.networks import repeat_for
@@ -40,9 +40,9 @@ class QC:
     num_samples: Count = 32  # N, for "best_of_n": number of proposals, of which the best is executed
     alpha: NonNegative = 100.0  # weight of the distillation, for "distill"; to be tuned per task
 
-    chunk, requires, sample = learner.chunk, learner.requires, learner.sample
-    learn, update = learner.learn, learner.update
-    proposals, scores = learner.proposals, learner.scores
+    chunk, requires, sample = shared.chunk, shared.requires, shared.sample
+    learn, update = shared.learn, shared.update
+    proposals, scores = shared.proposals, shared.scores
 
     def check(self) -> None:
         """Raises UserError for inconsistent settings."""

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import learner
+from jaxrl.agents import learner, shared
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, FlowPolicy, Net, Value, Windows, check_heads
 from jaxrl.networks import repeat_for
@@ -42,8 +42,8 @@ class QGF:
     num_samples: Count = 1  # N: number of guided samples, of which the best is executed (QGF+BFN)
     mask_actor: bool = True  # whether the flow ignores actions after an episode's end
 
-    chunk, requires, sample = learner.chunk, learner.requires, learner.sample
-    td_target, update = learner.td_target, learner.update
+    chunk, requires, sample = shared.chunk, shared.requires, shared.sample
+    td_target, update = shared.td_target, shared.update
 
     def check(self) -> None:
         """Raises UserError for inconsistent settings."""
