@@ -20,8 +20,7 @@ from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Transitions
 from jaxrl.ops import losses
 from jaxrl.ranges import NonNegative, Positive
-from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, count_of, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Spec, count_of, pytree
 
 _NET = Net((256, 256, 256), "relu", "none", "torch")
 
@@ -41,9 +40,7 @@ class AWAC:
     max_weight: NonNegative = 100.0  # bound of the weights
     normalize: bool = True  # whether observations are normalized by the data's mean and standard deviation
 
-    def requires(self) -> Requirements:
-        """Returns the requirements on its data."""
-        return self.transitions.requires()
+    requires, fit, sample, update = shared.requires_transitions, shared.fit, shared.sample_transitions, shared.update
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -55,16 +52,6 @@ class AWAC:
         }
         optimizers = {"actor": self.actor_adam.transformation(), "critic": self.critic_adam.transformation()}
         return learner.create(spec, params, optimizers, "critic", normalized=True)
-
-    def fit(self, state: State, data: Rings) -> State:
-        """Returns the initial state with the data's normalizer, if `normalize`."""
-        return learner.fit(state, data) if self.normalize else state
-
-    def sample(self, data: Rings, key: jax.Array) -> Batch:
-        """Returns a batch of transitions."""
-        return self.transitions.sample(data, key)
-
-    update = shared.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: the noise of the policy at the next states, and at the states."""

@@ -29,8 +29,7 @@ from jaxrl.networks import repeat_for
 from jaxrl.ops import closed_form, losses
 from jaxrl.ops.closed_form import ClosedForm
 from jaxrl.ranges import NonNegative
-from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Spec, pytree
 
 
 @pytree
@@ -49,9 +48,7 @@ class CFPI:
     exploration: NonNegative = 0.1  # standard deviation of the noise on actions, except in evaluation
     normalize: bool = True  # whether observations are normalized by the data's mean and standard deviation
 
-    def requires(self) -> Requirements:
-        """Returns the requirements on its data."""
-        return self.transitions.requires()
+    requires, fit, sample, update = shared.requires_transitions, shared.fit, shared.sample_transitions, shared.update
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -63,16 +60,6 @@ class CFPI:
         }
         optimizers = {"actor": self.actor_adam.transformation(), "critic": self.critic_adam.transformation()}
         return learner.create(spec, params, optimizers, "critic", normalized=True)
-
-    def fit(self, state: State, data: Rings) -> State:
-        """Returns the initial state with the data's normalizer, if `normalize`."""
-        return learner.fit(state, data) if self.normalize else state
-
-    def sample(self, data: Rings, key: jax.Array) -> Batch:
-        """Returns a batch of transitions, with the next actions."""
-        return self.transitions.sample(data, key)
-
-    update = shared.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update, for the quantile levels at the state and at the next state."""

@@ -29,7 +29,7 @@ from jaxrl.ops import losses
 from jaxrl.ranges import Count, Fraction, NonNegative, Positive
 from jaxrl.replay.returns import returns_to_go
 from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, count_of, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Scalar, Spec, count_of, pytree
 
 RETURN = "return_to_go"  # column that Cal-QL adds to data and replay
 _NET = Net((256, 256, 256), "relu", "none", "torch")
@@ -57,9 +57,7 @@ class CQL:
     mixing: Fraction = 0.5  # fraction of a batch from the dataset, if there is a replay as well
     normalize: bool = True  # whether observations are normalized by the data's mean and standard deviation
 
-    def requires(self) -> Requirements:
-        """Returns the requirements on its data."""
-        return self.transitions.requires()
+    requires, fit, update = shared.requires_transitions, shared.fit, shared.update
 
     def optimizers(self) -> dict[str, optax.GradientTransformation]:
         """Returns each network's optimizer."""
@@ -81,10 +79,6 @@ class CQL:
             params["lagrange"] = jnp.ones(())  # the logarithm of the conservative term's weight
         return learner.create(spec, params, self.optimizers(), "critic", normalized=True)
 
-    def fit(self, state: State, data: Rings) -> State:
-        """Returns the initial state with the data's normalizer, if `normalize`."""
-        return learner.fit(state, data) if self.normalize else state
-
     def derive_columns(self, data: Rings) -> Rings:
         """Returns the data with return-to-go columns for Cal-QL, if missing."""
         columns = lambda ring: {**ring.extra, RETURN: returns_to_go(ring, self.transitions.discount)}  # noqa: E731
@@ -94,8 +88,6 @@ class CQL:
     def sample(self, data: Rings, key: jax.Array) -> Batch:
         """Returns a batch of transitions."""
         return self.transitions.sample(data, key, self.mixing)
-
-    update = shared.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: uniform actions, and noise of the policy's."""

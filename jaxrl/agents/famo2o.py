@@ -19,8 +19,7 @@ from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Transitions, Value
 from jaxrl.ops import losses
 from jaxrl.ranges import Fraction, NonNegative, check_at_least
-from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, Observation, Phase, PyTree, Requirements, Spec, count_of, pytree
+from jaxrl.types import Batch, Metrics, Observation, Phase, PyTree, Spec, count_of, pytree
 
 FEATURES = 6  # number of features of the balance, an input of the family
 
@@ -44,13 +43,11 @@ class FamO2O:
     highest: NonNegative = 14.0  # highest inverse temperature
     max_weight: NonNegative = 100.0  # bound of the imitation's weights
 
+    requires, sample, update = shared.requires_transitions, shared.sample_transitions, shared.update
+
     def check(self) -> None:
         """Raises UserError for inconsistent settings."""
         check_at_least(self, highest=self.lowest)
-
-    def requires(self) -> Requirements:
-        """Returns the requirements on its data."""
-        return self.transitions.requires()
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state."""
@@ -68,12 +65,6 @@ class FamO2O:
     def enter(self, state: State, phase: Phase) -> State:
         """Returns the state in a phase: online, the family is trained on the selected balances."""
         return dataclasses.replace(state, online=state.online or phase.collects)
-
-    def sample(self, data: Rings, key: jax.Array) -> Batch:
-        """Returns a batch of transitions."""
-        return self.transitions.sample(data, key)
-
-    update = shared.update
 
     def draw(self, spec: Spec, batch: Batch, key: jax.Array) -> Draws:
         """Returns the random numbers of one update: for selecting a balance, acting with it, and for training."""

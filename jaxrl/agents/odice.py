@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import learner
+from jaxrl.agents import learner, shared
 from jaxrl.agents.learner import State
 from jaxrl.agents.parts import Adam, Critic, GaussianPolicy, Net, Transitions
 from jaxrl.ranges import Fraction, NonNegative
 from jaxrl.replay.ring import Rings
-from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Scalar, Spec, pytree
+from jaxrl.types import Batch, Metrics, Observation, PyTree, Scalar, Spec, pytree
 
 
 @pytree
@@ -45,9 +45,7 @@ class ODICE:
     divergence: Literal["chi_square", "reverse_kl"] = "chi_square"  # between visitations of policy and data
     max_weight: NonNegative = 100.0  # bound of the policy's weights
 
-    def requires(self) -> Requirements:
-        """Returns the requirements on its data."""
-        return self.transitions.requires()
+    requires, sample = shared.requires_transitions, shared.sample_transitions
 
     def optimizers(self) -> dict[str, optax.GradientTransformation]:
         """Returns each network's optimizer."""
@@ -64,10 +62,6 @@ class ODICE:
             "value": self.value.init(key_value, spec.critic(obs)),
         }
         return learner.create(spec, params, self.optimizers(), "value")
-
-    def sample(self, data: Rings, key: jax.Array) -> Batch:
-        """Returns a batch of transitions."""
-        return self.transitions.sample(data, key)
 
     def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after a step of the values, of their targets, and of the policy; deterministic."""

@@ -9,7 +9,7 @@ import jax
 
 from jaxrl.agents import learner
 from jaxrl.agents.learner import Draws, State
-from jaxrl.agents.parts import Adam, AdamW, Critic, FlowPolicy, Value, Windows
+from jaxrl.agents.parts import Adam, AdamW, Critic, FlowPolicy, Transitions, Value, Windows
 from jaxrl.ops import losses
 from jaxrl.replay.ring import Rings
 from jaxrl.types import Batch, Metrics, Observation, PyTree, Requirements, Spec
@@ -21,6 +21,24 @@ class WithWindows(Protocol):
     @property
     def windows(self) -> Windows:
         """What one update learns from."""
+        ...
+
+
+class WithTransitions(Protocol):
+    """An agent that learns from transitions."""
+
+    @property
+    def transitions(self) -> Transitions:
+        """What one update learns from."""
+        ...
+
+
+class Normalizing(Protocol):
+    """An agent that may normalize observations."""
+
+    @property
+    def normalize(self) -> bool:
+        """Whether it does."""
         ...
 
 
@@ -94,6 +112,21 @@ def requires(agent: ValuesWindows) -> Requirements:
 def sample(agent: WithWindows, data: Rings, key: jax.Array) -> Batch:
     """Returns a batch of windows, uniform over all rings, with hindsight-relabeled goals if the task has goals."""
     return agent.windows.sample(data, key)
+
+
+def requires_transitions(agent: WithTransitions) -> Requirements:
+    """Returns the requirements on an agent's data."""
+    return agent.transitions.requires()
+
+
+def sample_transitions(agent: WithTransitions, data: Rings, key: jax.Array) -> Batch:
+    """Returns a batch of transitions, uniform over all rings."""
+    return agent.transitions.sample(data, key)
+
+
+def fit(agent: Normalizing, state: State, data: Rings) -> State:
+    """Returns the initial state with the data's normalizer, if `normalize`."""
+    return learner.fit(state, data) if agent.normalize else state
 
 
 def update(agent: Drawing, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:

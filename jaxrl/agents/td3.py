@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import learner
+from jaxrl.agents import learner, shared
 from jaxrl.agents.learner import Draws, State
 from jaxrl.agents.parts import Adam, Critic, DeterministicPolicy, Net, Transitions
 from jaxrl.ops import losses
@@ -48,6 +48,8 @@ class TD3:
     exploration: NonNegative = 0.1  # standard deviation of the noise on actions, except in evaluation
     normalize: bool = False  # whether observations are normalized by the data's mean and standard deviation
 
+    fit, sample = shared.fit, shared.sample_transitions
+
     def check(self) -> None:
         """Raises UserError for inconsistent settings."""
         self.transitions.goals.check_head(self.critic.head)
@@ -69,14 +71,6 @@ class TD3:
         }
         params, optimizers = ({name: pair[i] for name, pair in nets.items()} for i in (0, 1))
         return learner.create(spec, params, optimizers, "actor", "critic", normalized=True)
-
-    def fit(self, state: State, data: Rings) -> State:
-        """Returns the initial state with the data's normalizer, if `normalize`."""
-        return learner.fit(state, data) if self.normalize else state
-
-    def sample(self, data: Rings, key: jax.Array) -> Batch:
-        """Returns a batch of transitions."""
-        return self.transitions.sample(data, key)
 
     def update(self, state: State, batch: Batch, key: jax.Array, data: Rings = ()) -> tuple[State, Metrics]:
         """Returns the state after a step of the critics and, every `delay`-th time, of the actor and the targets."""
