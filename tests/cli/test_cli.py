@@ -147,6 +147,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(whole, tmp_path, monkeypatch, 
     Path("cut.npz").write_bytes(Path("ok.npz").read_bytes()[:1000])
     Path("junk.npz").write_text("junk")
     Path("folder").mkdir()
+    Path("folder", "notes.txt").write_text("a user's own")
     Path("cut").mkdir()
     Path("cut", "config.json").write_text("{")
     assert mistake(line.split(), capsys).startswith(message)
@@ -265,7 +266,7 @@ def test_a_run_directory_holds_what_it_promises(whole):
         "curves.png",
         "rollout.gif",
     }
-    assert {path.name for path in whole.iterdir()} == tops | {"checkpoints", "tensorboard"}
+    assert {path.name for path in whole.iterdir()} == tops | {"checkpoints", "checkpoints.json", "lock", "tensorboard"}
     written = json.loads((whole / "config.json").read_text())
     assert json.loads(json.dumps(config.to_dict(directory.read_config(whole)))) == written
     assert (written["schedule"]["online_steps"], written["agent"]["actor"]["net"]["hidden"]) == (48, [8])
