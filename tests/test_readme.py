@@ -37,7 +37,7 @@ def stop_here(name):
 def test_commands_have_flags_that_exist(line, monkeypatch, tmp_path, capsys):
     """Each command reads its flags, and complains at most of the files that the README only names."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.flags, "make", stop_here)
+    monkeypatch.setattr("jaxrl.cli.flags.make", stop_here)
     words = shlex.split(line)[1:]
     if words[0] in ("doctor", "list") or "--print-slurm" in words:
         assert cli.main(words) == 0
