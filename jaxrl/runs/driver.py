@@ -25,12 +25,13 @@ from jaxrl.runs.datasets import check_same_data, digest_of, in_memory, known_dig
 from jaxrl.runs.evaluation import animate, episodes_of, evaluate_behaviour, evaluation, simulators_of
 from jaxrl.runs.jsonlines import as_json, write_json
 from jaxrl.runs.logging import Log
+from jaxrl.runs.scores import SCORES, interval, score_of_row, scored, written
 from jaxrl.runs.signals import StopRequested, StopRequests
 from jaxrl.training import host_loop, loop
 from jaxrl.training.host_loop import Interrupted
 from jaxrl.training.loop import Carry, abstract_carry
 from jaxrl.training.schedule import Timeline, reads_dataset
-from jaxrl.types import Agent, Drawable, Env, Fitting, HostEnv, Phase
+from jaxrl.types import Agent, Drawable, Env, Fitting, HostEnv, Phase, score_of
 
 
 def row_of(index: int, phase: Phase, updates: Any, steps: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +96,8 @@ class Run:
             carry, metrics = loop.jitted_epoch(self.agent, self.env, phase, carry, data, self.execution)
         row = row_of(index, phase, *jax.device_get((carry.updates, carry.steps, metrics)))
         if self.timeline.evaluates(index, self.config.schedule.eval_every):
-            row |= evaluation(episodes_of(self.config, self.agent, self.env, carry.agent, self.simulators))
+            episodes = episodes_of(self.config, self.agent, self.env, carry.agent, self.simulators)
+            row |= evaluation(episodes, score_of(self.env))
         return carry, row
 
 
@@ -177,10 +179,9 @@ def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
         "seconds": round(sum(row["seconds"] for row in jsonlines.rows(path / "timings.jsonl")), 1),
     }
     for phase in ("behaviour", *(phase.name for phase in run.timeline.phases)):
-        evaluated = [row for row in rows if row["phase"] == phase and "eval/success" in row]
+        evaluated = [row for row in rows if row["phase"] == phase and score_of_row(row)]
         if evaluated:
-            result[f"{phase}_success"] = evaluated[-1]["eval/success"]
-            result[f"{phase}_interval"] = [evaluated[-1]["eval/success_low"], evaluated[-1]["eval/success_high"]]
+            result[f"{phase}_{score_of_row(evaluated[-1])}"], *result[f"{phase}_interval"] = scored(evaluated[-1])
     write_json(path / "result.json", result)
     plots.curves(rows, path / "curves.png")
     if isinstance(run.env, HostEnv | Drawable):
@@ -192,11 +193,13 @@ def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns the result's success rates as a text table."""
-    lines = [f"{'':<12}{'success':>8}   95 % interval"]
-    for phase in (name.removesuffix("_interval") for name in result if name.endswith("_interval")):
-        low, high = result[f"{phase}_interval"]
-        lines.append(f"{phase:<12}{result[f'{phase}_success']:>8.2f}   [{low:.2f}, {high:.2f}]")
+    """Returns the result's scores as a text table."""
+    phases = [name.removesuffix("_interval") for name in result if name.endswith("_interval")]
+    score = next(score for score in SCORES if all(f"{phase}_{score}" in result for phase in phases))
+    lines = [f"{'':<12}{score:>8}   95 % interval"]
+    for phase in phases:
+        value, ends = result[f"{phase}_{score}"], result[f"{phase}_interval"]
+        lines.append(f"{phase:<12}{written(score, value):>8}   {interval(score, ends)}")
     return "\n".join([*lines, f"pictures, metrics and checkpoints are in {result['run']}"])
 
 
