@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.errors import UserError, unknown
-from jaxrl.types import EnvState, Leaf, Observation, Spec
+from jaxrl.types import EnvState, Leaf, Observation, Score, Spec
 
 STATE, PRIVILEGED = (
     "state",
@@ -61,6 +61,13 @@ class Adapted:
         critic = self.critic or ((PRIVILEGED,) if PRIVILEGED in obs else actor)
         leaves = tuple(Leaf(name, leaf.shape, leaf.dtype.name) for name, leaf in sorted(obs.items()))
         return Spec(leaves, action, actor_keys=actor, critic_keys=critic)
+
+    @functools.cached_property
+    def score(self) -> Score:
+        """Success if the simulator reports it, else return."""
+        with _quiet():
+            state = jax.eval_shape(self.simulator.reset, jax.random.key(0))
+        return "success" if "success" in state.metrics else "return"
 
     def reset(self, key: jax.Array) -> EnvState:
         """Returns a fresh episode."""

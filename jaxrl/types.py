@@ -444,6 +444,25 @@ class HostEnv(Protocol):
         ...
 
 
+Score = Literal["success", "return"]
+"""What evaluated episodes are compared by."""
+
+
+@runtime_checkable
+class Scored(Protocol):
+    """An environment that names its score. The default is success; environments without success declare "return"."""
+
+    @property
+    def score(self) -> Score:
+        """What episodes are compared by."""
+        ...
+
+
+def score_of(env: Env | HostEnv) -> Score:
+    """Returns what an environment's episodes are compared by: its own declaration (`Scored`), else success."""
+    return env.score if isinstance(env, Scored) else "success"
+
+
 @runtime_checkable
 class NamesDataset(Protocol):
     """An environment with a published dataset."""

@@ -11,6 +11,7 @@ from jaxrl.errors import UserError
 from jaxrl.runs import directory
 from jaxrl.runs.config import to_dict
 from jaxrl.runs.jsonlines import as_json, read_json
+from jaxrl.runs.scores import score_of_row, scored
 
 STATUSES = ("finished", "diverged", "dropped", "unfinished")
 SIMULATORS = ("mujoco", "mujoco-mjx", "brax")
@@ -28,7 +29,7 @@ class RunRecord:
     evaluations: tuple[dict[str, Any], ...]
     """Metrics rows with an evaluation of the agent, oldest first."""
     behaviour: float | None
-    """Success of the behavior policy of the data, if it was evaluated."""
+    """Score of the behavior policy of the data, if it was evaluated."""
     updates: int
     """Gradient steps spent."""
     steps: int
@@ -119,8 +120,8 @@ def load(path: Path, digests: Mapping[str, str | None] | None = None) -> RunReco
     status = result.get("status", "finished" if over else "unfinished")
     if status not in STATUSES:
         raise UserError(f"{path}/result.json is damaged: status {status!r} is not one of {', '.join(STATUSES)}")
-    evaluated = [row for row in rows if row.get("eval/success") is not None]
-    behaviour = [row["eval/success"] for row in evaluated if row["phase"] == "behaviour"]
+    evaluated = [row for row in rows if score_of_row(row)]
+    behaviour = [scored(row)[0] for row in evaluated if row["phase"] == "behaviour"]
     manifest = _manifest(path)
     last = {**(rows[-1] if rows else {"updates": 0, "steps": 0}), **result}
     versions = manifest.get("versions", {})

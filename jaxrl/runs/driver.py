@@ -26,12 +26,13 @@ from jaxrl.runs.evaluation import animate, episodes_of, evaluate_behaviour, eval
 from jaxrl.runs.jsonlines import as_json, write_json
 from jaxrl.runs.lock import Lock, only_writer
 from jaxrl.runs.logging import Log
+from jaxrl.runs.scores import SCORES, interval, score_of_row, scored, written
 from jaxrl.runs.signals import StopRequested, StopRequests
 from jaxrl.training import host_loop, loop
 from jaxrl.training.host_loop import Interrupted
 from jaxrl.training.loop import Carry, abstract_carry
 from jaxrl.training.schedule import Timeline, reads_dataset
-from jaxrl.types import Agent, Drawable, Env, Fitting, HostEnv, Phase
+from jaxrl.types import Agent, Drawable, Env, Fitting, HostEnv, Phase, score_of
 
 DIVERGED = "diverged"  # status in result.json of a run whose agent's state became NaN or infinite
 
@@ -104,7 +105,8 @@ class Run:
             carry, metrics = loop.jitted_epoch(self.agent, self.env, phase, carry, data, self.execution)
         row = row_of(index, phase, *jax.device_get((carry.updates, carry.steps, metrics)))
         if self.timeline.evaluates(index, self.config.schedule.eval_every) and finite(carry):
-            row |= evaluation(episodes_of(self.config, self.agent, self.env, carry.agent, self.simulators))
+            episodes = episodes_of(self.config, self.agent, self.env, carry.agent, self.simulators)
+            row |= evaluation(episodes, score_of(self.env))
         return carry, row
 
 
@@ -229,10 +231,9 @@ def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
     if missing := run.timeline.epochs - sum(row["epoch"] > 0 for row in rows):
         print(f"{path}/metrics.jsonl lacks {missing} of {run.timeline.epochs} epochs", file=sys.stderr)
     for phase in ("behaviour", *(phase.name for phase in run.timeline.phases)):
-        evaluated = [row for row in rows if row["phase"] == phase and "eval/success" in row]
+        evaluated = [row for row in rows if row["phase"] == phase and score_of_row(row)]
         if evaluated:
-            result[f"{phase}_success"] = evaluated[-1]["eval/success"]
-            result[f"{phase}_interval"] = [evaluated[-1]["eval/success_low"], evaluated[-1]["eval/success_high"]]
+            result[f"{phase}_{score_of_row(evaluated[-1])}"], *result[f"{phase}_interval"] = scored(evaluated[-1])
     write_json(path / "result.json", result)
     if rows:
         plots.curves(rows, path / "curves.png")
@@ -245,11 +246,13 @@ def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns the result's success rates as a text table."""
-    lines = [f"{'':<12}{'success':>8}   95 % interval"]
-    for phase in (name.removesuffix("_interval") for name in result if name.endswith("_interval")):
-        low, high = result[f"{phase}_interval"]
-        lines.append(f"{phase:<12}{result[f'{phase}_success']:>8.2f}   [{low:.2f}, {high:.2f}]")
+    """Returns the result's scores as a text table."""
+    phases = [name.removesuffix("_interval") for name in result if name.endswith("_interval")]
+    score = next(score for score in SCORES if all(f"{phase}_{score}" in result for phase in phases))
+    lines = [f"{'':<12}{score:>8}   95 % interval"]
+    for phase in phases:
+        value, ends = result[f"{phase}_{score}"], result[f"{phase}_interval"]
+        lines.append(f"{phase:<12}{written(score, value):>8}   {interval(score, ends)}")
     return "\n".join([*lines, f"pictures, metrics and checkpoints are in {result['run']}"])
 
 

@@ -1,6 +1,7 @@
 """Evaluation and rendering of an agent's state, during and after a run."""
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,24 @@ from jaxrl.runs import checkpoint, plots
 from jaxrl.runs.config import Config, timeline_of
 from jaxrl.training import loop
 from jaxrl.training.loop import abstract_carry
-from jaxrl.types import Agent, Drawable, Env, HostEnv, Observation, PyTree
+from jaxrl.types import Agent, Drawable, Env, HostEnv, Observation, PyTree, Score, score_of
 
 
-def evaluation(episodes: ro.Episodes) -> dict[str, float]:
-    """Returns success rate with its interval, mean return and mean length of evaluated episodes."""
-    successes, count = int(episodes.success.sum()), len(episodes.success)
-    low, high = stats.success_interval(successes, count)
-    return {
-        "eval/success": successes / count,
-        "eval/success_low": low,
-        "eval/success_high": high,
-        "eval/return": float(episodes.returns.mean()),
-        "eval/length": float(episodes.lengths.mean()),
-        "eval/broken": float(episodes.broken.sum()),
-    }
+def evaluation(episodes: ro.Episodes, score: Score = "success") -> dict[str, float]:
+    """Returns the metrics of evaluated episodes: their score with its interval, mean return and mean length.
+
+    If the score is the return, there is no success; with a single episode there is no interval, and its ends are NaN.
+    """
+    count, returns = len(episodes.success), np.asarray(episodes.returns)
+    if score == "success":
+        successes = int(episodes.success.sum())
+        low, high = stats.success_interval(successes, count)
+        found = {"eval/success": successes / count, "eval/success_low": low, "eval/success_high": high}
+        found["eval/return"] = float(returns.mean())
+    else:
+        low, high = stats.mean_interval(returns) if count > 1 and np.isfinite(returns).all() else (math.nan, math.nan)
+        found = {"eval/return": float(returns.mean()), "eval/return_low": low, "eval/return_high": high}
+    return found | {"eval/length": float(episodes.lengths.mean()), "eval/broken": float(episodes.broken.sum())}
 
 
 def evaluate_behaviour(config: Config, env: Env) -> dict[str, Any]:
@@ -37,7 +41,8 @@ def evaluate_behaviour(config: Config, env: Env) -> dict[str, Any]:
     policy = ro.scripted(record.behaviour_of(env, config.behaviour))
     key = jax.random.key(config.schedule.eval_seed)
     row = {"epoch": 0, "phase": "behaviour", "updates": 0, "steps": 0}
-    return row | evaluation(jax.device_get(jitted_behaviour(env, policy, key, config.schedule.eval_episodes)))
+    episodes = jax.device_get(jitted_behaviour(env, policy, key, config.schedule.eval_episodes))
+    return row | evaluation(episodes, score_of(env))
 
 
 jitted_behaviour = jax.jit(ro.evaluate, static_argnames=("env", "policy", "episodes"))
@@ -62,7 +67,7 @@ def evaluate(config: Config, env: Env | HostEnv, path: Path) -> dict[str, Any]:
     state = newest_state(config, agent, env, path)
     simulators = simulators_of(config, env)
     with contextlib.closing(simulators) if simulators is not None else contextlib.nullcontext():
-        return evaluation(episodes_of(config, agent, env, state, simulators))
+        return evaluation(episodes_of(config, agent, env, state, simulators), score_of(env))
 
 
 def render(config: Config, env: Env | HostEnv, path: Path, out: Path) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from jaxrl.errors import UserError
 from jaxrl.runs.jsonlines import append
+from jaxrl.runs.scores import score_of_row, with_interval
 from jaxrl.types import Phase
 
 
@@ -55,7 +56,7 @@ class Log:
             self.wandb.log(numbers, step=row["epoch"])
         if self.bar is not None:
             self.bar.update(self.unit)
-        if "eval/success" in row:
+        if score_of_row(row):
             with tqdm.external_write_mode():
                 print(evaluation_line(row), flush=True)
 
@@ -75,10 +76,10 @@ class Log:
 
 def evaluation_line(row: dict[str, Any]) -> str:
     """Returns a one-line summary of an evaluation."""
+    other = f"  return {row['eval/return']:>8.1f}" if score_of_row(row) == "success" else ""
     return (
         f"{row['phase']:<9} epoch {row['epoch']:>4}  updates {row['updates']:>8}  steps {row['steps']:>8}  "
-        f"success {row['eval/success']:.2f} [{row['eval/success_low']:.2f}, {row['eval/success_high']:.2f}]  "
-        f"return {row['eval/return']:>8.1f}  length {row['eval/length']:>6.1f}"
+        f"{with_interval(row)}{other}  length {row['eval/length']:>6.1f}"
     )
 
 

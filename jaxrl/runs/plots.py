@@ -10,6 +10,7 @@ from matplotlib.figure import Figure  # not pyplot, which would change how noteb
 from PIL import Image
 
 from jaxrl.data.quality import Measures
+from jaxrl.runs.scores import score_of_row, score_of_rows, scored
 from jaxrl.types import Drawable
 
 CLOCKS = {  # x axis of a phase: its label, color
@@ -32,8 +33,8 @@ def clocks(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Writes success with its 95 % interval, one panel per phase, and the behavior's success for comparison."""
-    evaluated = [row for row in rows if row.get("eval/success") is not None]
+    """Writes the score with its 95 % interval, one panel per phase, and the behavior's score for comparison."""
+    evaluated, score = [row for row in rows if score_of_row(row)], score_of_rows(rows)
     behaviour = [row for row in evaluated if row["phase"] == "behaviour"]
     shown = {
         phase: (clock, [row for row in evaluated if row["phase"] == phase]) for phase, clock in clocks(rows).items()
@@ -43,20 +44,22 @@ def curves(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axis, (phase, (clock, own)) in zip(axes, shown.items(), strict=True):
         if behaviour:
-            axis.axhline(behaviour[0]["eval/success"], color="gray", linestyle="--", label="behaviour")
+            axis.axhline(scored(behaviour[0])[0], color="gray", linestyle="--", label="behaviour")
         panel(axis, phase, clock, own)
-    axes[0].set_ylabel("success (95 % interval)")
+    axes[0].set_ylabel(f"{score} (95 % interval)")
     figure.savefig(path, dpi=120)
 
 
 def panel(axis: Axes, phase: str, clock: str, rows: list[dict[str, Any]]) -> None:
-    """Draws one phase's success over its clock."""
+    """Draws one phase's score over its clock."""
     label, color = CLOCKS[clock]
     x = [row[clock] for row in rows]
-    low, high = ([row[f"eval/success_{end}"] for row in rows] for end in ("low", "high"))
+    values, low, high = np.array([scored(row) for row in rows], float).T  # ends that are None become NaN
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-    axis.plot(x, [row["eval/success"] for row in rows], "o-", markersize=3, color=color, label=phase)
-    axis.set(xlabel=label, ylim=(-0.03, 1.03))
+    axis.plot(x, values, "o-", markersize=3, color=color, label=phase)
+    axis.set(xlabel=label)
+    if score_of_rows(rows) == "success":
+        axis.set(ylim=(-0.03, 1.03))
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
     axis.legend(loc="best", frameon=False)

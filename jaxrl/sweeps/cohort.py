@@ -21,12 +21,13 @@ from jaxrl.runs.datasets import check_same_data, load_data, with_data
 from jaxrl.runs.evaluation import evaluate_behaviour, evaluation
 from jaxrl.runs.jsonlines import append, write_json
 from jaxrl.runs.lock import only_writer
+from jaxrl.runs.scores import score_of_row, scored, written
 from jaxrl.runs.signals import StopRequested, StopRequests
 from jaxrl.sweeps.population import RUNNING, Layout, Population, keys_of, programs, stacked
 from jaxrl.sweeps.processes import Watch
 from jaxrl.sweeps.space import Member
 from jaxrl.training.schedule import reads_dataset
-from jaxrl.types import Env, Fitting, HostEnv
+from jaxrl.types import Env, Fitting, HostEnv, score_of
 
 Make = Callable[[str], Env | HostEnv]  # an environment from its name
 
@@ -236,16 +237,15 @@ class CohortRunner:
         else:
             pairs = [jax.tree.map(lambda x, i=i: x[i], (self.agents, states)) for i in range(len(self.members))]
             each = [host.evaluate(self.run.simulators, *pair, key, count, self.run.execution) for pair in pairs]
-        return [evaluation(episodes) for episodes in each]
+        return [evaluation(episodes, score_of(self.run.env)) for episodes in each]
 
     def line(self, rows: list[dict[str, Any]]) -> str:
         """Returns a one-line summary of the running members' evaluation."""
-        success = sorted(row["eval/success"] for row in rows)
-        middle, row = float(np.median(success)), rows[0]
+        score, values, row = score_of(self.run.env), [scored(row)[0] for row in rows], rows[0]
+        low, middle, high = (written(score, value) for value in (min(values), float(np.median(values)), max(values)))
         return (
             f"program {self.cohort.number}  {row['phase']:<8} epoch {row['epoch']:>4}  updates {row['updates']:>8}  "
-            f"steps {row['steps']:>8}  {len(rows)} members: success {success[0]:.2f} to {success[-1]:.2f}, "
-            f"median {middle:.2f}"
+            f"steps {row['steps']:>8}  {len(rows)} members: {score} {low} to {high}, median {middle}"
         )
 
     def rewind(self, done: int) -> None:
@@ -262,10 +262,10 @@ class CohortRunner:
     # The end
 
     def score(self, member: Member) -> list[float]:
-        """Returns [success, return] of a member's last evaluation."""
+        """Returns [success, return] of a member's last evaluation; success is 0 in environments without."""
         rows = jsonlines.rows(self.cohort.home(member) / "metrics.jsonl")
-        last = next(row for row in reversed(rows) if "eval/success" in row)
-        return [last["eval/success"], last["eval/return"]]
+        last = next(row for row in reversed(rows) if score_of_row(row))
+        return [last.get("eval/success", 0.0), last["eval/return"]]
 
     def finish(self, population: Population) -> None:
         """Writes the result and the state of every member that no rung has dropped.
@@ -278,7 +278,7 @@ class CohortRunner:
         stopped = np.asarray(population.stopped)
         for i, row in enumerate(judged):
             if stopped[i] >= RUNNING:
-                numbers = {name: row[f"eval/{name}"] for name in ("success", "return", "length")}
+                numbers = {name: row.get(f"eval/{name}") for name in ("success", "return", "length")}
                 self.finalize(population, i, about | numbers if stopped[i] == RUNNING else None)
 
     def finalize(self, population: Population, i: int, judged: dict[str, Any] | None) -> None:
@@ -287,7 +287,7 @@ class CohortRunner:
         home = self.cohort.home(member)
         rows = jsonlines.rows(home / "metrics.jsonl")
         last = rows[-1] if rows else {"epoch": 0, "updates": 0, "steps": 0}
-        evaluated = [row for row in rows if "eval/success" in row and row["phase"] != "behaviour"]
+        evaluated = [row for row in rows if score_of_row(row) and row["phase"] != "behaviour"]
         result: dict[str, Any] = {
             "member": member.index,
             "program": self.cohort.number,
@@ -296,7 +296,7 @@ class CohortRunner:
             "status": "finished" if stopped == RUNNING else "diverged" if stopped > 0 else "dropped",
             **{name: last[name] for name in ("updates", "steps")},
             "epochs": last["epoch"],
-            **{name: evaluated[-1][f"eval/{name}"] if evaluated else None for name in ("success", "return")},
+            **{name: evaluated[-1].get(f"eval/{name}") if evaluated else None for name in ("success", "return")},
             "judged": judged,
         }
         state = jax.tree.map(lambda x: x[i], population.carry.agent)

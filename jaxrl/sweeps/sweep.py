@@ -265,7 +265,7 @@ def finish(sweep: Sweep) -> dict[str, Any]:
     counts = collections.Counter(result["status"] for result in results)
     seconds = sum(row["seconds"] for cohort in sweep.cohorts for row in jsonlines.rows(cohort.folder / "timings.jsonl"))
     result: dict[str, Any] = {"sweep": str(sweep.path), "members": len(results), **counts, "seconds": round(seconds, 1)}
-    if all(found["success"] is None for found in results):
+    if all(found["return"] is None for found in results):
         print("every member diverged before its first evaluation: there is nothing to report", file=sys.stderr)
         return result
     found = report.read([sweep.path])
