@@ -25,7 +25,7 @@ def test_python_blocks_run(capsys):
 COMMANDS = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines() if line.startswith("jaxrl ")]
 
 
-class FlagsReadError(Exception):
+class FlagsReadError(BaseException):
     """The command got as far as making its environment."""
 
 
