@@ -198,6 +198,7 @@ class CohortRunner:
             population = self.programs.enter(self.agents, phase=phase, population=population)
         data = self.data(index) if reads_dataset(phase) else None
         given: dict[str, Any] = {"phase": phase, "dataset": data, "execution": self.run.execution}
+        given["index"] = np.int32(index)
         population, metrics = self.programs.epoch(self.agents, population=population, **given)
         schedule = self.run.config.schedule
         due = self.run.timeline.evaluates(index, schedule.eval_every)
