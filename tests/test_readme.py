@@ -25,7 +25,7 @@ def test_python_blocks_run(capsys):
 COMMANDS = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines() if line.startswith("jaxrl ")]
 
 
-class FlagsReadError(Exception):
+class FlagsReadError(BaseException):
     """The command got as far as making its environment."""
 
 
@@ -37,7 +37,7 @@ def stop_here(name):
 def test_commands_have_flags_that_exist(line, monkeypatch, tmp_path, capsys):
     """Each command reads its flags, and complains at most of the files that the README only names."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.flags, "make", stop_here)
+    monkeypatch.setattr("jaxrl.cli.flags.make", stop_here)
     words = shlex.split(line)[1:]
     if words[0] in ("doctor", "list") or "--print-slurm" in words:
         assert cli.main(words) == 0

@@ -13,6 +13,7 @@ import numpy as np
 
 import envs
 from jaxrl import cli
+from jaxrl.cli import flags as parsing
 from jaxrl.data import files
 from jaxrl.runs import checkpoint, directory, driver
 from jaxrl.runs.config import timeline_of
@@ -41,13 +42,13 @@ def quick():
 
     Annotations are not checked there: a run holds its Scalars as arrays, which are annotated as floats.
     """
-    before, cli.flags.make = cli.flags.make, make
+    before, parsing.make = parsing.make, make
     jax.config.update("jax_disable_most_optimizations", True)
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield
     finally:
-        cli.flags.make = before
+        parsing.make = before
         jax.config.update("jax_disable_most_optimizations", False)
         jaxtyping.config.update("jaxtyping_disable", False)
 

@@ -1,23 +1,21 @@
 """The command line, `jaxrl COMMAND ...`. Flags are fields of dataclasses; a usage error prints one line, exit code 2.
 
-Slow imports are deferred to the commands that need them, so that help and usage errors return quickly.
+Slow imports, JAX's among them, are deferred to the commands that need them: help and usage errors return quickly, and
+Ctrl-C is answered from the first moment on.
 """
 
-import contextlib
 import dataclasses
+import importlib
 import os
 import sys
+import traceback
 from pathlib import Path
 
-import jax
-
-from jaxrl.agents import AGENTS
-from jaxrl.cli import datasets, report, runs, sweep
-from jaxrl.cli import flags as fl
+from jaxrl.cli import streams
 from jaxrl.errors import UserError, unknown
-from jaxrl.runs.presets import PRESETS, VARIANTS
-from jaxrl.runs.signals import ABORTED
-from jaxrl.system import jax_setting
+from jaxrl.runs.signals import ABORTED, stopping_at_once
+
+INTERNAL = 70  # exit code of an error that nobody foresaw (EX_SOFTWARE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +36,8 @@ class ListOptions:
 
 def examine(args: list[str]) -> int:
     """Returns the exit code of `jaxrl doctor`: 1 if a check fails."""
+    from jaxrl.cli import flags as fl
+
     options = fl.parse("jaxrl doctor", DoctorOptions, DoctorOptions(), args)
     if options.env is None:
         from jaxrl.cli import doctor
@@ -54,6 +54,9 @@ def examine(args: list[str]) -> int:
 def catalogue(args: list[str]) -> int:
     """Returns the exit code of `jaxrl list`."""
     import envs
+    from jaxrl.agents import AGENTS
+    from jaxrl.cli import flags as fl
+    from jaxrl.runs.presets import PRESETS, VARIANTS
 
     fl.parse("jaxrl list", ListOptions, ListOptions(), args)
     print("agents")
@@ -69,37 +72,58 @@ def catalogue(args: list[str]) -> int:
 
 
 COMMANDS = {
-    "train": (runs.train, "train an agent, or resume a run"),
-    "sweep": (sweep.sweep, "train many settings and seeds as one program, or resume a sweep"),
-    "eval": (runs.evaluate, "evaluate a run's latest checkpoint"),
-    "collect": (runs.collect, "record a scripted behavior as a dataset"),
-    "render": (runs.render, "render an episode of a run"),
-    "replay": (runs.replay, "repeat a run's first epochs and compare bit for bit"),
-    "report": (report.report, "compare runs and sweeps: curves, scores with intervals, tables, one page"),
-    "data": (datasets.data, "describe, convert and mix dataset files"),
-    "synthesize": (datasets.synthesize, "generate a dataset with a diffusion model, optionally guided by a policy"),
-    "doctor": (examine, "check the installation, or a custom environment"),
-    "list": (catalogue, "list agents, environments, behaviors and presets"),
+    "train": ("runs.train", "train an agent, or resume a run"),
+    "sweep": ("sweep.sweep", "train many settings and seeds as one program, or resume a sweep"),
+    "eval": ("runs.evaluate", "evaluate a run's latest checkpoint"),
+    "collect": ("runs.collect", "record a scripted behavior as a dataset"),
+    "render": ("runs.render", "render an episode of a run"),
+    "replay": ("runs.replay", "repeat a run's first epochs and compare bit for bit"),
+    "report": ("report.report", "compare runs and sweeps: curves, scores with intervals, tables, one page"),
+    "data": ("datasets.data", "describe, convert and mix dataset files"),
+    "synthesize": ("datasets.synthesize", "generate a dataset with a diffusion model, optionally guided by a policy"),
+    "doctor": (".examine", "check the installation, or a custom environment"),
+    "list": (".catalogue", "list agents, environments, behaviors and presets"),
 }
+"""Module within this package, its function and a line of help for every command."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 a check failed, 2 usage error, 75 stopped and saved, 130 stopped by Ctrl-C."""
-    args = sys.argv[1:] if argv is None else argv
-    try:
-        code = _command(args)
-        sys.stdout.flush()
+    """Returns the exit code. Without arguments, as the process's own command, it ends the process after an error.
+
+    0 done, 1 a check failed, 2 usage error, 3 parameters not finite, 70 internal error, 75 stopped, saved, 130 Ctrl-C
+    """
+    with streams.lasting():
+        if argv is not None:
+            return _answer(argv)
+        with stopping_at_once():
+            code = _answer(sys.argv[1:])
+        if code in (2, INTERNAL, ABORTED):
+            sys.stdout.flush()
+            os._exit(code)  # at a regular exit Python waits for threads, some of which wait for what never comes
         return code
-    except UserError as error:
-        print(f"jaxrl: {error}", file=sys.stderr)
-    except BrokenPipeError:  # the reader closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:  # file system errors: full, read-only, no permission
-        print(f"jaxrl: {': '.join(str(part) for part in (error.filename, error.strerror) if part)}", file=sys.stderr)
+
+
+def _answer(args: list[str]) -> int:
+    """Returns the exit code of a command; whatever goes wrong is one line on stderr, or a trace with --debug."""
+    debug = "--debug" in args
+    try:
+        return _command([arg for arg in args if arg != "--debug"])
     except KeyboardInterrupt:
-        return ABORTED
-    return 2
+        code, line = ABORTED, "stopped at once"
+    except UserError as error:
+        code, line = 2, str(error)
+    except OSError as error:  # file system errors: full, read-only, no permission
+        code, line = 2, ": ".join(str(part) for part in (error.filename, error.strerror) if part) or repr(error)
+    except SystemExit as error:
+        code, line = 2, f"a module or function of one's own called sys.exit({error.code!r})"
+    except Exception as error:
+        what, place = " ".join(str(error).split())[:300], traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        code, line = INTERNAL, f"internal error, {type(error).__name__} in {where}: {what}; --debug shows the trace"
+    if debug:
+        traceback.print_exc()
+    print(f"jaxrl: {line}", file=sys.stderr, flush=True)
+    return code
 
 
 def _command(args: list[str]) -> int:
@@ -109,17 +133,27 @@ def _command(args: list[str]) -> int:
         for name, (_, line) in COMMANDS.items():
             print(f"  {name:<10} {line}")
         print("\n`jaxrl COMMAND --help` explains a command. Start with: jaxrl train")
+        print("`--debug` shows the trace of an error, which is exit code 70 if it is not the user's.")
         return 0 if args else 2
     if args[0] not in COMMANDS:
         raise unknown("command", args[0], COMMANDS)
+    from jaxrl.cli import flags as fl
+
     use_compilation_cache()
-    with contextlib.suppress(SystemExit):  # raised by --help after printing
-        return COMMANDS[args[0]][0](args[1:])
-    return 0
+    module, _, function = COMMANDS[args[0]][0].rpartition(".")
+    place = importlib.import_module(f"jaxrl.cli.{module}" if module else "jaxrl.cli")
+    try:
+        return getattr(place, function)(args[1:])
+    except fl.HelpShown:
+        return 0
 
 
 def use_compilation_cache() -> None:
     """Enables JAX's persistent compilation cache, unless JAX's cache setting is already configured."""
+    import jax
+
+    from jaxrl.system import jax_setting
+
     if jax_setting("compilation_cache_dir") is None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxrl" / "xla"))

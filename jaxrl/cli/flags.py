@@ -52,11 +52,18 @@ FLAT_FIELDS = ("config", "generator", "sampler", "settings")  # the fields annot
 SETTINGS = (tyro.conf.DisallowNone,)  # omitted flags may default to None, but the word "None" is not parsed as None
 
 
+class HelpShown(Exception):  # noqa: N818  (not an error)
+    """Raised when help was asked for and printed."""
+
+
 def make(name: str) -> Env | HostEnv:
     """Returns the environment with a name."""
     import envs
 
-    return envs.make(name)
+    try:
+        return envs.make(name)
+    except SystemExit as error:
+        raise UserError(f"environment {name!r}: its module called sys.exit({error.code!r})") from error
 
 
 def positionals(args: list[str], most: int) -> tuple[list[str], list[str]]:
@@ -99,7 +106,11 @@ def parse(usage: str, kind: Any, default: Any, args: list[str]) -> Any:
     """Returns the parsed options. Raises a one-line UserError for an unknown flag or an invalid value."""
     if wants_help(args):
         print(inspect.cleandoc(type(default).__doc__ or "").replace("{agents}", ", ".join(AGENTS)) + "\n")
-        tyro.cli(kind, default=default, args=["--help"], prog=usage, description="", config=SETTINGS, registry=RULES)
+        with contextlib.suppress(SystemExit):
+            tyro.cli(
+                kind, default=default, args=["--help"], prog=usage, description="", config=SETTINGS, registry=RULES
+            )
+        raise HelpShown
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):

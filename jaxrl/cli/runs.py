@@ -1,6 +1,7 @@
 """The run commands: train, eval, collect, render, replay."""
 
 import dataclasses
+import functools
 import json
 import shlex
 import sys
@@ -17,7 +18,7 @@ from jaxrl.runs import directory
 from jaxrl.runs.config import A, Config
 from jaxrl.runs.jsonlines import as_json, read_json
 from jaxrl.runs.presets import Preset, preset
-from jaxrl.runs.signals import SAVED, StopRequested, StopRequests
+from jaxrl.runs.signals import NOT_FINITE, SAVED, StopRequested, StopRequests
 from jaxrl.types import Drawable, Env, HostEnv, Relabels
 
 
@@ -39,6 +40,7 @@ class TrainOptions(Generic[A]):
 
         exit code 0    trained; the last line is `result: {...}` in JSON
                   2    usage error, explained in one line
+                  3    parameters became NaN or infinite; the last checkpoint is finite
                   75   stopped and saved: resume with --resume
                   130  stopped immediately; the last checkpoint is intact
     """
@@ -51,7 +53,9 @@ class TrainOptions(Generic[A]):
     out: Path | None = None
     """Run directory; by default a new one under runs/."""
     resume: Path | None = None
-    """Run directory to resume; no flags other than --wandb and --devices apply."""
+    """Run directory to resume; no flags other than --restart, --wandb and --devices apply."""
+    restart: bool = False
+    """With --resume, begin again; checkpoints and metrics that are there are moved aside."""
     devices: int | None = None
     """Number of devices to shard environments, replay and batches over; by default 1, or that of the resumed run."""
     plan: bool = False
@@ -129,10 +133,14 @@ def train(args: list[str]) -> int:
     options = fl.parse(usage, fl.of_agent(TrainOptions, AGENTS[agent]), TrainOptions(defaults), flags)
     if options.resume is not None:
         others = {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
-        if not_for_it := names + sorted(others - {"--resume", "--wandb", "--no-wandb", "--devices"}):
+        if not_for_it := names + sorted(
+            others - {"--resume", "--restart", "--no-restart", "--wandb", "--no-wandb", "--devices"}
+        ):
             raise UserError(f"--resume: a run resumes with its own configuration, {not_for_it[0]} does not apply")
     if options.resume is not None and (options.resume.parent.parent / "sweep.json").exists():
         raise UserError(f"--resume {options.resume}: is a member of a sweep, use jaxrl sweep --resume on the sweep")
+    if options.restart and options.resume is None:
+        raise UserError("--restart: applies to --resume only; a new run begins by itself")
     config = options.config if options.resume is None else directory.read_config(options.resume)
     config.check()
     path = options.resume or options.out or directory.default_path(agent, config.env, config.seed)
@@ -156,16 +164,17 @@ def _train(config: Config, environment: Env | HostEnv, path: Path, options: Trai
     known = {} if options.resume is None else read_json(path / "manifest.json", f"{path} is not a run directory")
     count = options.devices or known.get("devices", 1)
     sharding.check(config.agent, environment, config.schedule.envs, count)
-    drive = driver.start if options.resume is None else driver.resume
+    drive = driver.start if options.resume is None else functools.partial(driver.resume, restart=options.restart)
     with StopRequests() as stop, sharding.across(count):
         try:
             result = drive(config, environment, path, stop, options.wandb)
         except StopRequested:
             print(f"stopped and saved; go on with: jaxrl train --resume {shlex.quote(str(path))}", file=sys.stderr)
             return SAVED
-    print(driver.table(result))
+    if result.get("status") != driver.DIVERGED:
+        print(driver.table(result))
     print(f"result: {json.dumps(result)}")
-    return 0
+    return NOT_FINITE if result.get("status") == driver.DIVERGED else 0
 
 
 def evaluate(args: list[str]) -> int:

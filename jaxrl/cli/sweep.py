@@ -109,6 +109,9 @@ def sweep(args: list[str]) -> int:
         print(batch_script(names, flags, options))
         return 0
     options.settings.check()
+    for flag, value in (("--coordinator", options.coordinator), ("--process", options.process)):
+        if value is not None and options.processes is None:
+            raise UserError(f"{flag} {value}: applies to several processes only: name their number with --processes")
     if options.resume is not None:
         if other := names + sorted(words) + [flag for flag in rest if flag.startswith("--") and not stays(flag)]:
             raise UserError(f"--resume: a sweep resumes with its own configuration, {other[0]} does not apply")

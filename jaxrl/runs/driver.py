@@ -24,6 +24,7 @@ from jaxrl.runs.config import Config, records, timeline_of, to_dict
 from jaxrl.runs.datasets import check_same_data, digest_of, in_memory, known_digest, load_data
 from jaxrl.runs.evaluation import animate, episodes_of, evaluate_behaviour, evaluation, simulators_of
 from jaxrl.runs.jsonlines import as_json, write_json
+from jaxrl.runs.lock import Lock, only_writer
 from jaxrl.runs.logging import Log
 from jaxrl.runs.scores import SCORES, interval, score_of_row, scored, written
 from jaxrl.runs.signals import StopRequested, StopRequests
@@ -32,6 +33,8 @@ from jaxrl.training.host_loop import Interrupted
 from jaxrl.training.loop import Carry, abstract_carry
 from jaxrl.training.schedule import Timeline, reads_dataset
 from jaxrl.types import Agent, Drawable, Env, Fitting, HostEnv, Phase, score_of
+
+DIVERGED = "diverged"  # status in result.json of a run whose agent's state became NaN or infinite
 
 
 def row_of(index: int, phase: Phase, updates: Any, steps: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,9 +74,15 @@ class Run:
         return on_devices(carry)
 
     def restore(self, folder: Path) -> tuple[Carry, int]:
-        """Returns the carry to resume from and its number of epochs: the latest checkpoint's, or the initial one."""
+        """Returns the carry to resume from and its number of epochs: the latest checkpoint's, or the initial one.
+
+        Raises UserError if there were checkpoints and none can be read.
+        """
         loaded = checkpoint.load(folder, self.abstract)
-        return (self.first(), 0) if loaded is None else (on_devices(loaded[1]), loaded[0])
+        if loaded is None:
+            checkpoint.check_none_missing(folder, "--restart begins again and moves what is there aside")
+            return self.first(), 0
+        return on_devices(loaded[1]), loaded[0]
 
     def abstract(self, done: int) -> Carry:
         """Returns the shapes of the carry after `done` epochs, without computing anything."""
@@ -95,10 +104,15 @@ class Run:
         else:
             carry, metrics = loop.jitted_epoch(self.agent, self.env, phase, carry, data, self.execution)
         row = row_of(index, phase, *jax.device_get((carry.updates, carry.steps, metrics)))
-        if self.timeline.evaluates(index, self.config.schedule.eval_every):
+        if self.timeline.evaluates(index, self.config.schedule.eval_every) and finite(carry):
             episodes = episodes_of(self.config, self.agent, self.env, carry.agent, self.simulators)
             row |= evaluation(episodes, score_of(self.env))
         return carry, row
+
+
+def finite(carry: Carry) -> bool:
+    """Returns whether every number of the agent's state is finite."""
+    return bool(loop.jitted_all_finite(carry.agent))
 
 
 def on_devices(carry: Carry) -> Carry:
@@ -119,39 +133,50 @@ def start(config: Config, env: Env | HostEnv, path: Path, stop: StopRequests, wa
     directory.check_new(path)
     dataset = load_data(config, env)
     run = prepare(config, env, dataset)
-    directory.create(path, config, digest_of(dataset))
-    return drive(run, path, stop, wandb)
+    with directory.created(path, config, digest_of(dataset)) as lock:
+        return drive(run, path, stop, wandb, lock)
 
 
-def resume(config: Config, env: Env | HostEnv, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
-    """Resumes a run from its latest checkpoint, bit for bit identical to an uninterrupted run; returns its result."""
-    dataset = load_data(config, env)
-    check_same_data(path, dataset, known_digest(path))
-    return drive(prepare(config, env, dataset), path, stop, wandb)
+def resume(
+    config: Config, env: Env | HostEnv, path: Path, stop: StopRequests, wandb: bool = False, restart: bool = False
+) -> dict[str, Any]:
+    """Resumes a run from its latest checkpoint, bit for bit identical to an uninterrupted run; returns its result.
+
+    With `restart` it begins again, and what is there is moved aside.
+    """
+    with only_writer(path) as lock:
+        directory.warn_of_changes(path)
+        dataset = load_data(config, env)
+        check_same_data(path, dataset, known_digest(path))
+        run = prepare(config, env, dataset)
+        if restart:
+            checkpoint.set_aside(path / "checkpoints")
+        return drive(run, path, stop, wandb, lock)
 
 
-def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, Any]:
-    """Runs the remaining epochs and returns the run's result. Raises StopRequested on a stop request."""
+def drive(run: Run, path: Path, stop: StopRequests, wandb: bool, lock: Lock) -> dict[str, Any]:
+    """Runs the remaining epochs and returns the run's result. Raises StopRequested on a stop request.
+
+    If parameters become NaN or infinite, the run ends with the status "diverged", and the last finite checkpoint stays.
+    """
     folder = path / "checkpoints"
     carry, done = run.restore(folder)
-    checkpoint.keep(folder, [epoch for epoch in checkpoint.epochs(folder) if epoch <= done])
-    directory.rewind(path, done)
+    checkpoint.keep_until(folder, done)
+    directory.warn_of_rows(path, done, directory.rewind(path, done))
     with contextlib.closing(run), contextlib.closing(Log(path, wandb, done)) as log:
-        if run.recorded is not None and not jsonlines.rows(path / "metrics.jsonl"):
+        if run.recorded is not None and not done:
             log.row(evaluate_behaviour(run.config, run.recorded))
         for index in range(done, run.timeline.epochs):
             phase, before = run.timeline.at(index)
             if index == done or before == 0:
                 log.start(phase, before, run.execution.length(run.agent.chunk), run.config.schedule.envs)
-            try:
-                carry, row = run.epoch(carry, index)
-            except Interrupted as broken:  # the epoch will be repeated, starting with what was learned so far
-                if before:  # else the latest checkpoint precedes the phase and may have other shapes
-                    checkpoint.save(folder, index, broken.carry)
-                raise stopped_by(broken.__cause__) from broken
-            except workers.WorkerDied as error:  # in an evaluation: resume from the latest checkpoint
-                raise stopped_by(error) from error
+            steps = int(carry.steps)
+            carry, row = attempt(run, carry, index, folder)
+            lock.check()
             log.row(row)
+            if not finite(carry):
+                return diverged(run, row, path)
+            check_steps(run.config.env, row, steps)
             last = index + 1 == run.timeline.epochs
             stopping = stop.requested and not last
             closes = run.simulators is not None and run.timeline.closes_phase(index)
@@ -162,28 +187,68 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: bool) -> dict[str, An
     return finish(run, carry, path)
 
 
+def check_steps(env: str, row: Mapping[str, Any], before: int) -> None:
+    """Raises UserError if no step of an epoch that began after `before` environment steps was finite."""
+    taken = row["steps"] - before
+    if 0 < taken == row.get("collect/broken"):
+        raise UserError(
+            f"environment {env!r}: none of the {taken} steps of epoch {row['epoch']} is finite, nothing can be learned "
+            f"from them; jaxrl doctor --env {env} looks for the reason"
+        )
+
+
+def attempt(run: Run, carry: Carry, index: int, folder: Path) -> tuple[Carry, dict[str, Any]]:
+    """Returns `run.epoch(carry, index)`. Raises StopRequested, with the error on stderr, if a simulator breaks."""
+    try:
+        return run.epoch(carry, index)
+    except Interrupted as broken:  # the epoch will be repeated, starting with what was learned so far
+        if run.timeline.at(index)[1]:  # else the latest checkpoint precedes the phase and may have other shapes
+            checkpoint.save(folder, index, broken.carry)
+        raise stopped_by(broken.__cause__) from broken
+    except workers.WorkerDied as error:  # in an evaluation: resume from the latest checkpoint
+        raise stopped_by(error) from error
+
+
 def stopped_by(error: BaseException | None) -> StopRequested:
     """Prints the error and returns the exception that stops a resumable run."""
     print(error, file=sys.stderr)
     return StopRequested()
 
 
-def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
-    """Returns the result of a finished run, after writing it, the learning curve and an episode."""
-    rows = jsonlines.rows(path / "metrics.jsonl")
-    result: dict[str, Any] = {
+def diverged(run: Run, row: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Returns the result of a run whose agent's state is no longer finite, after writing it and saying so on stderr."""
+    known = checkpoint.epochs(path / "checkpoints")
+    rest = f"the last checkpoint, of epoch {known[-1]}, is finite" if known else "there is no checkpoint before it"
+    print(f"the agent's state is NaN or infinite after epoch {row['epoch']}: training ends; {rest}", file=sys.stderr)
+    counts = {name: row[name] for name in ("updates", "steps")}
+    result = about(run, path) | {"status": DIVERGED, "epoch": row["epoch"], **counts}
+    write_json(path / "result.json", result)
+    return result
+
+
+def about(run: Run, path: Path) -> dict[str, Any]:
+    """Returns the part of a result that says which run it is of, and its seconds."""
+    return {
         "agent": to_dict(run.config)["agent_name"],
         "env": run.config.env,
         "seed": run.config.seed,
         "run": str(path),
         "seconds": round(sum(row["seconds"] for row in jsonlines.rows(path / "timings.jsonl")), 1),
     }
+
+
+def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
+    """Returns the result of a finished run, after writing it, the learning curve and an episode."""
+    rows, result = jsonlines.rows(path / "metrics.jsonl"), about(run, path)
+    if missing := run.timeline.epochs - sum(row["epoch"] > 0 for row in rows):
+        print(f"{path}/metrics.jsonl lacks {missing} of {run.timeline.epochs} epochs", file=sys.stderr)
     for phase in ("behaviour", *(phase.name for phase in run.timeline.phases)):
         evaluated = [row for row in rows if row["phase"] == phase and score_of_row(row)]
         if evaluated:
             result[f"{phase}_{score_of_row(evaluated[-1])}"], *result[f"{phase}_interval"] = scored(evaluated[-1])
     write_json(path / "result.json", result)
-    plots.curves(rows, path / "curves.png")
+    if rows:
+        plots.curves(rows, path / "curves.png")
     if isinstance(run.env, HostEnv | Drawable):
         try:
             animate(run.config, run.agent, run.env, carry.agent, path / "rollout.gif")
@@ -208,16 +273,21 @@ def table(result: dict[str, Any]) -> str:
 
 def replay(config: Config, env: Env | HostEnv, path: Path, epochs: int) -> str | None:
     """Returns None if repeating the first epochs gives the recorded metrics bit for bit, else the first difference."""
+    directory.warn_of_changes(path)
     dataset = load_data(config, env)
     check_same_data(path, dataset, known_digest(path))
     run = prepare(config, env, dataset)
     first = 1 if run.recorded is None else 0  # the behaviour's row comes before the first epoch's
-    recorded = jsonlines.rows(path / "metrics.jsonl")[: min(epochs, run.timeline.epochs) + 1 - first]
-    if len(recorded) + first < 2:
+    recorded = {row["epoch"]: row for row in jsonlines.rows(path / "metrics.jsonl")}
+    last = min(epochs, run.timeline.epochs, max(recorded, default=0))
+    if last < 1:
         raise UserError(f"{path} has no epoch to repeat yet")
+    if missing := sorted(set(range(first, last + 1)) - recorded.keys()):
+        raise UserError(f"{path}/metrics.jsonl is damaged: it has no row of epoch {missing[0]}")
     carry = run.first()
     with contextlib.closing(run):
-        for epoch, was in enumerate(recorded, start=first):
+        for epoch in range(first, last + 1):
+            was = recorded[epoch]
             if epoch == 0 and run.recorded is not None:
                 row = evaluate_behaviour(config, run.recorded)
             else:

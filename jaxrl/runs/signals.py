@@ -1,13 +1,38 @@
 """Ctrl-C and SIGTERM: the first requests a run to save and stop, the second stops it immediately."""
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Generator
 
+NOT_FINITE = 3  # exit code of a run whose parameters became NaN or infinite
 SAVED = 75  # exit code "stopped, saved, run me again" (EX_TEMPFAIL), for schedulers that requeue
 ABORTED = 130  # exit code of a second Ctrl-C
+
+
+@contextlib.contextmanager
+def stopping_at_once() -> Generator[None]:
+    """A context in which Ctrl-C ends the process, with a line instead of a trace, even amid an import.
+
+    A KeyboardInterrupt would be raised inside other libraries, some of which drop it or turn it into another error.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread has signal handlers
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, b"jaxrl: stopped at once\n")
+        os._exit(ABORTED)
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class StopRequests:

@@ -1,5 +1,6 @@
 """Execution of a cohort: the members of a sweep that share a program, run epoch by epoch, with separate records."""
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -19,6 +20,7 @@ from jaxrl.runs.config import to_dict
 from jaxrl.runs.datasets import check_same_data, load_data, with_data
 from jaxrl.runs.evaluation import evaluate_behaviour, evaluation
 from jaxrl.runs.jsonlines import append, write_json
+from jaxrl.runs.lock import only_writer
 from jaxrl.runs.scores import score_of_row, scored, written
 from jaxrl.runs.signals import StopRequested, StopRequests
 from jaxrl.sweeps.population import RUNNING, Layout, Population, keys_of, programs, stacked
@@ -63,7 +65,7 @@ class CohortRunner:
 
         Stages end after the fractions `ends` of the run; checkpoints are at least `seconds` apart.
         """
-        self.cohort, self.seconds = cohort, seconds
+        self.cohort, self.seconds, self.held = cohort, seconds, contextlib.ExitStack()
         config = cohort.members[0].config
         env = make(config.env)
         config = with_data(config, env)
@@ -76,6 +78,7 @@ class CohortRunner:
         self.ends = tuple(self.evaluated_from(share) for share in ends)
         self.clock = self.saved = time.perf_counter()
         cohort.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = self.held.enter_context(only_writer(cohort.folder))
         for member in cohort.members:
             home = cohort.home(member)
             home.mkdir(parents=True, exist_ok=True)
@@ -83,8 +86,9 @@ class CohortRunner:
             write_json(home / "config.json", to_dict(member.config))
 
     def close(self) -> None:
-        """Stops the simulator processes, if any."""
+        """Stops the simulator processes, if any, and lets other processes write in the cohort's folder."""
         self.run.close()
+        self.held.close()
 
     def evaluated_from(self, share: float) -> int:
         """Returns the first evaluated epoch count at or after a fraction of the run."""
@@ -104,6 +108,7 @@ class CohortRunner:
                 if not self.running(population).any():
                     break
                 population = self.epoch(population, index)
+                self.lock.check()
                 bar.update()
                 stopping = not (last and index + 1 == end) and (watch.gone() or stop.requested)
                 if stopping or index + 1 == end or time.perf_counter() - self.saved >= self.seconds:
@@ -169,7 +174,9 @@ class CohortRunner:
         folder = self.cohort.folder / "checkpoints"
         loaded = checkpoint.load(folder, abstract)
         done = 0 if loaded is None else loaded[0]
-        checkpoint.keep(folder, [epoch for epoch in checkpoint.epochs(folder) if epoch <= done])
+        if loaded is None:
+            checkpoint.check_none_missing(folder, "to begin again, name another folder with --out")
+        checkpoint.keep_until(folder, done)
         self.rewind(done)
         if loaded is None:
             self.select(0, gone)
@@ -199,6 +206,7 @@ class CohortRunner:
         data = self.data(index) if reads_dataset(phase) else None
         given: dict[str, Any] = {"phase": phase, "dataset": data, "execution": self.run.execution}
         given["index"] = np.int32(index)
+        earlier = np.asarray(population.carry.steps)
         population, metrics = self.programs.epoch(self.agents, population=population, **given)
         schedule = self.run.config.schedule
         due = self.run.timeline.evaluates(index, schedule.eval_every)
@@ -210,6 +218,7 @@ class CohortRunner:
             if stopped == RUNNING:
                 rows.append(driver.row_of(index, phase, updates, steps, numbers) | judged[i])
                 append(self.cohort.home(member) / "metrics.jsonl", rows[-1])
+                driver.check_steps(self.run.config.env, rows[-1], int(earlier[i]))
             elif stopped == index + 1:
                 print(f"member {member.name} diverged in epoch {stopped}: {member.values}", file=sys.stderr)
         now = time.perf_counter()
@@ -243,15 +252,15 @@ class CohortRunner:
         )
 
     def rewind(self, done: int) -> None:
-        """Removes rows after an epoch; evaluates the behavior of the data if nothing is recorded yet."""
-        directory.rewind(self.cohort.folder, done)
-        row = None
+        """Moves rows after an epoch aside; evaluates the behavior of the data if nothing is recorded yet."""
+        aside = directory.rewind(self.cohort.folder, done)
         for member in self.cohort.members:
-            home = self.cohort.home(member)
-            directory.rewind(home, done)
-            if self.run.recorded is not None and not jsonlines.rows(home / "metrics.jsonl"):
-                row = row or evaluate_behaviour(self.run.config, self.run.recorded)
-                append(home / "metrics.jsonl", row)
+            aside += directory.rewind(self.cohort.home(member), done)
+        directory.warn_of_rows(self.cohort.path, done, aside)
+        if self.run.recorded is not None and not done:
+            row = evaluate_behaviour(self.run.config, self.run.recorded)
+            for member in self.cohort.members:
+                append(self.cohort.home(member) / "metrics.jsonl", row)
 
     # The end
 

@@ -110,7 +110,7 @@ def epoch(
     @jax.jit  # so that it is traced once, not again for the shapes of its metrics
     def go(agent: Agent, carry: Carry) -> tuple[Carry, Metrics, jax.Array]:
         after, metrics = loop.epoch(agent, env, phase, carry, dataset, execution, index)
-        finite = all_finite(after.agent)
+        finite = loop.all_finite(after.agent)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after.agent, carry.agent)
         return dataclasses.replace(after, agent=kept), metrics, finite
 
@@ -127,12 +127,6 @@ def epoch(
 
     carry, metrics, stopped = lift(one, agents, population.carry, population.stopped)
     return Population(carry, stopped), metrics
-
-
-def all_finite(tree: PyTree) -> jax.Array:
-    """Returns whether every number in a tree is finite, []."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in leaves]))
 
 
 def evaluate(

@@ -9,12 +9,12 @@ report/         the output of `jaxrl report`
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
-import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ import numpy as np
 
 from jaxrl import report
 from jaxrl.errors import UserError
-from jaxrl.runs import directory, jsonlines, memory
+from jaxrl.runs import checkpoint, directory, jsonlines, memory
 from jaxrl.runs.config import Config, from_dict, timeline_of, to_dict
 from jaxrl.runs.datasets import digest_of, load_data
 from jaxrl.runs.jsonlines import read_json, write_json
+from jaxrl.runs.lock import only_writer
 from jaxrl.runs.signals import StopRequested, StopRequests
 from jaxrl.sweeps import space as members
 from jaxrl.sweeps.cohort import Cohort, CohortRunner, Make
@@ -36,7 +37,7 @@ from jaxrl.sweeps.processes import Machine, Watch, difference, flat
 from jaxrl.sweeps.space import Draw, Member, Settings, Space
 from jaxrl.types import Env, HostEnv
 
-BEGUN = {"processes", *(name + end for name in ("manifest.json", "sweep.json") for end in ("", ".partial"))}
+BEGUN = {"processes", "lock", *(name + end for name in ("manifest.json", "sweep.json") for end in ("", ".partial"))}
 """What a folder may contain if a sweep was stopped before it was fully created."""
 
 
@@ -186,7 +187,7 @@ def start(space: Space, settings: Settings, path: Path, make: Make, stop: StopRe
     asked = asked_for(space, settings)
     if path.exists() and not (path / "sweep.json").exists() and {entry.name for entry in path.iterdir()} - BEGUN:
         raise UserError(f"{path} exists and is not the folder of a sweep: name another with --out")
-    with Watch(path / "processes", machine, settings.patience).kept() as watch:
+    with alone(path, machine), Watch(path / "processes", machine, settings.patience).kept() as watch:
         if machine.process == 0 and not (path / "sweep.json").exists():
             create(path, space, settings, make, machine.processes)
         wait(watch, lambda: (path / "sweep.json").exists(), stop)
@@ -197,8 +198,26 @@ def start(space: Space, settings: Settings, path: Path, make: Make, stop: StopRe
 def resume(path: Path, settings: Settings, make: Make, stop: StopRequests, machine: Machine) -> Sweep:
     """Resumes the sweep in a folder, runs it to its end and returns it, bit for bit equal to an uninterrupted sweep."""
     sweep = read(path, settings)
-    with Watch(path / "processes", machine, settings.patience).kept() as watch:
+    directory.warn_of_changes(path)
+    with alone(path, machine), Watch(path / "processes", machine, settings.patience).kept() as watch:
         return drive(sweep, make, stop, watch)
+
+
+@contextlib.contextmanager
+def alone(path: Path, machine: Machine) -> Generator[None]:
+    """A context in which no other process has this one's share of the sweep. Raises UserError if one has.
+
+    A folder in which nothing was written is removed.
+    """
+    name = "lock" if machine.process == 0 else f"processes/{machine.process}.lock"
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with only_writer(path, name):
+            yield
+    finally:
+        if path.exists() and [entry.name for entry in path.iterdir()] == ["lock"]:
+            (path / "lock").unlink()
+            path.rmdir()
 
 
 def drive(sweep: Sweep, make: Make, stop: StopRequests, watch: Watch) -> Sweep:
@@ -219,7 +238,7 @@ def drive(sweep: Sweep, make: Make, stop: StopRequests, watch: Watch) -> Sweep:
             if stage + 1 < len(ends):
                 gone.append(gone[stage] | sweep.dropped_at(stage))
         for cohort in own:
-            shutil.rmtree(cohort.folder / "checkpoints", ignore_errors=True)  # each member now has its own
+            checkpoint.remove_all(cohort.folder / "checkpoints")  # each member now has its own
     finally:
         if runner is not None:
             runner.close()

@@ -346,6 +346,12 @@ def evaluate(
     return ro.evaluate(env, execution(ro.policy_of(agent, state, greedy=True)), key, episodes)
 
 
+def all_finite(tree: PyTree) -> jax.Array:
+    """Returns whether every number in a tree is finite, []."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in leaves]))
+
+
 def digest(tree: PyTree) -> jax.Array:
     """Returns a uint32 that depends on every bit of every leaf and its position: a sum of hashes modulo 2^32."""
     total = jnp.zeros((), jnp.uint32)
@@ -378,6 +384,7 @@ jitted_begin = jax.jit(begin, static_argnames=("env", "schedule"))
 jitted_fit = jax.jit(fit)
 jitted_enter = jax.jit(enter, static_argnames=("phase",))
 jitted_epoch = Measuring(epoch, static_argnames=("env", "phase"), donate_argnames=("carry",))
+jitted_all_finite = jax.jit(all_finite)
 jitted_evaluate = jax.jit(evaluate, static_argnames=("env", "episodes"))
 
 

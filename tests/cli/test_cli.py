@@ -147,6 +147,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(whole, tmp_path, monkeypatch, 
     Path("cut.npz").write_bytes(Path("ok.npz").read_bytes()[:1000])
     Path("junk.npz").write_text("junk")
     Path("folder").mkdir()
+    Path("folder", "notes.txt").write_text("a user's own")
     Path("cut").mkdir()
     Path("cut", "config.json").write_text("{")
     assert mistake(line.split(), capsys).startswith(message)
@@ -164,7 +165,7 @@ def test_a_file_system_that_refuses_is_named(tmp_path, monkeypatch, capsys):
         raise PermissionError(13, "Permission denied", "some/file")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.flags, "make", refuse)
+    monkeypatch.setattr("jaxrl.cli.flags.make", refuse)
     assert mistake(["doctor", "--env=point"], capsys) == "some/file: Permission denied"
 
 
@@ -265,7 +266,7 @@ def test_a_run_directory_holds_what_it_promises(whole):
         "curves.png",
         "rollout.gif",
     }
-    assert {path.name for path in whole.iterdir()} == tops | {"checkpoints", "tensorboard"}
+    assert {path.name for path in whole.iterdir()} == tops | {"checkpoints", "checkpoints.json", "lock", "tensorboard"}
     written = json.loads((whole / "config.json").read_text())
     assert json.loads(json.dumps(config.to_dict(directory.read_config(whole)))) == written
     assert (written["schedule"]["online_steps"], written["agent"]["actor"]["net"]["hidden"]) == (48, [8])
@@ -370,7 +371,7 @@ def test_the_doctor_finds_nothing_wrong_here_and_a_fault_where_there_is_one(monk
     assert "ok    a compiled program gives the right number" in out and "FAIL" not in out
     assert cli.main(["doctor", "--env=point"]) == 0
     assert all(line.startswith("ok    ") for line in capsys.readouterr().out.splitlines())
-    monkeypatch.setattr(cli.flags, "make", lambda name: object())
+    monkeypatch.setattr("jaxrl.cli.flags.make", lambda name: object())
     assert cli.main(["doctor", "--env=mine"]) == 1
     assert "FAIL  has spec, horizon, reset and step: add spec, horizon, reset, step" in capsys.readouterr().out
 

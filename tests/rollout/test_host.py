@@ -24,6 +24,7 @@ from jaxrl.rollout import host
 from jaxrl.rollout import workers as pool
 from jaxrl.rollout.executors import OPEN_LOOP
 from jaxrl.runs import checkpoint
+from jaxrl.runs.signals import SAVED
 from jaxrl.training import loop as training
 from jaxrl.training.host_loop import decide, jitted_resume
 from jaxrl.types import Env, HostEnv, Leaf, Spec, pytree
@@ -448,8 +449,8 @@ def test_a_run_that_was_stopped_begins_new_episodes(finished, tmp_path, capsys):
             return len(stopped) == 4  # after the first epoch online
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli.runs, "StopRequests", StopOnline)
-        assert train(finished.parent, f"--out={run}") == cli.runs.SAVED
+        patch.setattr("jaxrl.cli.runs.StopRequests", StopOnline)
+        assert train(finished.parent, f"--out={run}") == SAVED
         assert cli.main(["train", "--resume", str(run)]) == 0
     was, now = tiny.rows(finished), tiny.rows(run)
     assert now[:4] == was[:4] and [row["updates"] for row in now] == [row["updates"] for row in was]
@@ -464,7 +465,7 @@ def test_a_run_whose_worker_dies_is_saved_and_goes_on(finished, tmp_path, capsys
     # nobody walks as far as 0.3 before the simulators are pushed there
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "advance", lighting(fuse, host.advance, 2 + (broken - 3) * 4 + 2))
-        assert train(finished.parent, "--checkpoint-every=9", f"--out={run}", env=env) == cli.runs.SAVED
+        assert train(finished.parent, "--checkpoint-every=9", f"--out={run}", env=env) == SAVED
     error = capsys.readouterr().err.splitlines()
     assert [line.split(" (")[0] for line in error if line.startswith("worker")] == ["worker 0 of 2"]
     assert error[-1] == f"stopped and saved; go on with: jaxrl train --resume {run}"
@@ -499,7 +500,7 @@ def test_a_worker_that_dies_in_an_evaluation_stops_the_run_as_well(finished, tmp
     walks = Constant(chunk=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "jitted_act_greedily", lambda *given: ((), walks.act(1.0, given[4], given[5])))
-        assert train(finished.parent, f"--out={tmp_path / 'run'}", env=env) == cli.runs.SAVED
+        assert train(finished.parent, f"--out={tmp_path / 'run'}", env=env) == SAVED
     assert "worker" in capsys.readouterr().err
     assert [row["epoch"] for row in tiny.rows(tmp_path / "run")] == [1]
     assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0

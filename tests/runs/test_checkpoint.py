@@ -2,7 +2,11 @@
 
 import errno
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +153,73 @@ def test_other_failures_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(ocp, "save", broken)
     with pytest.raises(ValueError, match="device memory"):
         checkpoint.save(tmp_path, 1, carry(1))
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*b", "a?b", "a\\b", "hidden=[8,8] ü 50%", "#{x}:~;!", "x" * 255])
+def test_any_name_of_a_folder_gives_back_what_was_saved(tmp_path, name):
+    folder = tmp_path / name / "checkpoints"
+    checkpoint.save(folder, 1, carry(1))
+    assert numbers(checkpoint.load(folder, shapes(carry(0)))[1]) == numbers(carry(1))
+    assert checkpoint.load(folder, shapes({"agent": carry(0).agent}))[0] == 1
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert numbers(checkpoint.load(Path(moved), shapes(carry(0)))[1]) == numbers(carry(1))
+
+
+def test_the_first_checkpoint_is_read_back(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp, "load", lambda path, expected: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), expected))
+        with pytest.raises(UserError, match=r"checkpoints/1 cannot be read back: its numbers differ"):
+            checkpoint.save(tmp_path / "checkpoints", 1, {"agent": {"w": jnp.ones(3)}})
+        assert checkpoint.epochs(tmp_path / "checkpoints") == []
+    checkpoint.save(tmp_path / "checkpoints", 1, {"agent": {"w": jnp.ones(3)}})
+
+
+READER = """
+import sys
+from pathlib import Path
+from jaxrl.runs.lock import reading
+with reading(Path(sys.argv[1])) as text:
+    print(len(text), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_checkpoint_that_another_process_reads_is_removed_later(tmp_path):
+    for epoch in (1, 2):
+        checkpoint.save(tmp_path, epoch, carry(epoch))
+    line = [sys.executable, "-c", READER, str(tmp_path / "1.json")]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert int(reader.stdout.readline()) > 100
+        checkpoint.save(tmp_path, 3, carry(3))
+        assert names(tmp_path) == ["1", "1.json", "2", "2.json", "3", "3.json"]
+        reader.communicate("\n")
+    checkpoint.save(tmp_path, 4, carry(4))
+    assert names(tmp_path) == ["3", "3.json", "4", "4.json"]
+
+
+def test_a_checkpoint_removed_while_it_is_read_gives_way_to_a_newer_one(tmp_path, capsys):
+    for epoch in (1, 2):
+        checkpoint.save(tmp_path, epoch, carry(epoch))
+    harm, seen = checkpoint._harm, []
+
+    def moved_on(folder, epoch, text):
+        seen.append(epoch)
+        if len(seen) == 1:
+            for later in (3, 4):
+                checkpoint.save(tmp_path, later, carry(later))
+        return harm(folder, epoch, text)
+
+    with mock.patch.object(checkpoint, "_harm", moved_on):
+        epoch, loaded = checkpoint.load(tmp_path, shapes(carry(0)))
+    assert (epoch, seen, capsys.readouterr().err) == (4, [2, 4], "")
+    assert numbers(loaded) == numbers(carry(4))
+
+
+def test_a_folder_that_refuses_is_named_and_orbax_is_not_asked(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").write_text("a file")
+    monkeypatch.setattr(ocp, "save", None)
+    with pytest.raises(UserError, match=r"^cannot write \S+/checkpoints/1: File exists$"):
+        checkpoint.save(tmp_path / "checkpoints", 1, carry(1))
 
 
 def test_checksums_are_of_every_file(tmp_path):

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from jaxrl import cli
-from jaxrl.runs import checkpoint, directory, driver, memory
+from jaxrl import cli, report, system
+from jaxrl.errors import UserError
+from jaxrl.runs import checkpoint, directory, driver, lock, memory
 from jaxrl.runs.datasets import load_data
 from jaxrl.runs.signals import StopRequested
 from jaxrl.training import loop
@@ -128,19 +130,156 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(whole, 
         shutil.rmtree(newest)
     drive(whole, path, StopAfter(99))
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
     assert lines[0].startswith("checkpoint of epoch 7 is damaged (") and lines[0].endswith("trying that of epoch 6")
+    aside = path / "checkpoints" / "7.damaged"
+    assert aside.exists() == (harm in ("flip a bit", "truncate", "delete"))
+    assert lines[1:-1] == ([f"the damaged checkpoint is now {aside}"] if aside.exists() else [])
+    assert lines[-1].startswith(f"{path}: going on after epoch 6; damaged and later rows are now in metrics.jsonl.drop")
+    assert (path / "metrics.jsonl.dropped").read_text() == (whole / "metrics.jsonl").read_text().splitlines(True)[-1]
     tiny.assert_same_run(path, whole)
 
 
-def test_where_no_checkpoint_is_whole_a_run_begins_again(whole, tmp_path, capsys):
+def test_where_no_checkpoint_is_whole_a_run_begins_again_if_asked_and_nothing_is_lost(whole, tmp_path, capsys):
     path = copy(whole, tmp_path / "run")
     for name in ("6.json", "7.json"):
         (path / "checkpoints" / name).write_text("{")
     assert cli.main(["eval", str(path)]) == 2
     assert "has no checkpoint that can be read" in capsys.readouterr().err.splitlines()[-1]
+    before = (path / "metrics.jsonl").read_text()
+    assert cli.main(["train", f"--resume={path}"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"jaxrl: {path}/checkpoints has no checkpoint that can be read") and "--restart" in line
+    assert (path / "metrics.jsonl").read_text() == before
+    assert cli.main(["train", f"--resume={path}", "--restart"]) == 0
+    tiny.assert_same_run(path, whole)
+    assert (path / "metrics.jsonl.dropped").read_text() == before
+    assert (path / "checkpoints.dropped" / "7").exists()
+
+
+def test_checkpoints_that_are_gone_are_missed(whole, tmp_path, capsys):
+    path = copy(whole, tmp_path / "run")
+    (path / "checkpoints").rename(tmp_path / "unmounted")
+    before = (path / "metrics.jsonl").read_text()
+    for there in (False, True):  # a dangling link, an empty place
+        (path / "checkpoints").mkdir() if there else (path / "checkpoints").symlink_to(tmp_path / "nowhere")
+        assert cli.main(["train", f"--resume={path}"]) == 2
+        assert "there were some: is its disk there?" in capsys.readouterr().err
+        assert (path / "metrics.jsonl").read_text() == before
+        (path / "checkpoints").rmdir() if there else (path / "checkpoints").unlink()
+    (tmp_path / "unmounted").rename(path / "checkpoints")
     drive(whole, path, StopAfter(99))
     tiny.assert_same_run(path, whole)
+
+
+def test_a_damaged_row_loses_no_other(whole, tmp_path, capsys):
+    path = tmp_path / "run"
+    with pytest.raises(StopRequested):
+        drive(whole, path, StopAfter(5))
+    lines = (path / "metrics.jsonl").read_text().splitlines(True)
+    damaged = lines[2].replace('"epoch"', '"epoch')
+    (path / "metrics.jsonl").write_text("".join([*lines[:2], damaged, *lines[3:]]))
+    drive(whole, path, StopAfter(99))
+    assert [row["epoch"] for row in tiny.rows(path)] == [1, 2, 4, 5, 6, 7]
+    assert (path / "metrics.jsonl.dropped").read_text() == damaged
+    error = capsys.readouterr().err
+    assert "rows are now in metrics.jsonl.dropped" in error and "lacks 1 of 7 epochs" in error
+    with pytest.raises(UserError, match="has no row of epoch 3"):
+        driver.replay(directory.read_config(path), tiny.make(tiny.ENV), path, 7)
+
+
+def test_files_of_the_users_own_stay(whole, tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(StopRequested):
+        drive(whole, path, StopAfter(5))
+    kept = ("best", "notes.txt", "5-copy", "x.json", "4.json.bak")
+    for name in kept:
+        (path / "checkpoints" / name).write_text("mine")
+    (path / "checkpoints" / "folder").mkdir()
+    drive(whole, path, StopAfter(99))
+    left = {entry.name for entry in (path / "checkpoints").iterdir()}
+    assert left == {"6", "6.json", "7", "7.json", "folder", *kept}
+
+
+def test_a_run_has_one_writer(whole, tmp_path, environ, capsys):
+    path = copy(whole, tmp_path / "run")
+    program = "import sys, time; from pathlib import Path; from jaxrl.runs.lock import only_writer\n"
+    program += "with only_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(1000)"
+    line = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        assert cli.main(["train", f"--resume={path}"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"jaxrl: {path} is being written by process {other.pid} on ")
+        assert error.count("\n") == 1
+        other.kill()  # which leaves its lock file, and no lock
+    drive(whole, path, StopAfter(99))
+    with lock.only_writer(path), pytest.raises(UserError, match="by this process already"):
+        drive(whole, path, StopAfter(99))
+
+
+@pytest.mark.parametrize("left", [[], ["lock"], ["lock", "manifest.json", "config.json.partial"]])
+def test_a_folder_whose_making_was_cut_short_is_made_anew(whole, tmp_path, left):
+    path = tmp_path / "run"
+    path.mkdir()
+    for name in left:
+        (path / name).write_text("{")
+    directory.check_new(path)
+    with directory.created(path, directory.read_config(whole), None):
+        assert directory.read_config(path) == directory.read_config(whole)
+    with pytest.raises(UserError, match="exists: continue it"):
+        directory.check_new(path)
+
+
+def test_a_folder_that_moves_ends_its_run(whole, tmp_path, capsys):
+    path, moved = tmp_path / "run", tmp_path / "moved"
+
+    class Mover:
+        @property
+        def requested(self) -> bool:
+            path.rename(moved)
+            return False
+
+    with pytest.raises(UserError, match=r"run was moved or removed while it was written: resume it where it is now"):
+        drive(whole, path, Mover())
+    assert not (path / "metrics.jsonl").exists()
+    drive(whole, moved, StopAfter(99))
+    tiny.assert_same_run(moved, whole)
+
+
+def test_a_run_that_diverges_says_so_and_keeps_its_last_finite_checkpoint(whole, tmp_path, monkeypatch, capsys):
+    epoch, path = driver.Run.epoch, tmp_path / "run"
+
+    def broken(run, carry, index):
+        carry, row = epoch(run, carry, index)
+        if index == 3:
+            params = jax.tree.map(lambda x: x * jnp.inf, carry.agent.params)
+            carry = dataclasses.replace(carry, agent=dataclasses.replace(carry.agent, params=params))
+        return carry, row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver.Run, "epoch", broken)
+        assert cli.main([*tiny.flags(whole.parent / "data.npz"), f"--out={path}"]) == 3
+    out, error = capsys.readouterr()
+    rest = "training ends; the last checkpoint, of epoch 3, is finite"
+    assert error == f"the agent's state is NaN or infinite after epoch 4: {rest}\n"
+    assert json.loads(out.splitlines()[-1].removeprefix("result: "))["status"] == "diverged"
+    assert checkpoint.epochs(path / "checkpoints") == [2, 3]
+    assert report.read([path]).settings[0].members[0].status == "diverged"
+    drive(whole, path, StopAfter(99))
+    tiny.assert_same_run(path, whole)
+
+
+def test_what_numbers_depend_on_is_recorded_and_its_change_is_said(whole, tmp_path, capsys):
+    path = copy(whole, tmp_path / "run")
+    known = json.loads((path / "manifest.json").read_text())
+    assert known["cores"] == system.cores() and known["xla_flags"] == os.environ.get("XLA_FLAGS", "")
+    versions = known["versions"] | {"jax": "0.0.1"}
+    (path / "manifest.json").write_text(json.dumps(known | {"cores": 99, "versions": versions, "xla_flags": "--a=b"}))
+    drive(whole, path, StopAfter(99))
+    assert capsys.readouterr().err == (
+        f"{path}: numbers may differ in their last bits: versions was jax 0.0.1 and is jax {jax.__version__}, "
+        f"cores was 99 and is {system.cores()}, xla_flags was --a=b and is {os.environ.get('XLA_FLAGS') or 'not set'}\n"
+    )
 
 
 def test_the_online_phase_is_in_the_checkpoint(whole):
@@ -298,11 +437,12 @@ def test_processes_stopped_by_signals_and_killed_continue_exactly(whole, tmp_pat
         else:
             assert process.returncode == 75
             resume = f"stopped and saved; go on with: jaxrl train --resume {path}"
-            assert error.splitlines() == ["", "saving at the end of this epoch; once more to stop at once", resume]
+            assert error.splitlines()[-3:] == ["", "saving at the end of this epoch; once more to stop at once", resume]
         assert count(path / "metrics.jsonl") < tiny.EPOCHS
     process = launch(again, environ)
     out, error = process.communicate()
-    assert (process.returncode, error) == (0, "")
+    assert process.returncode == 0
+    assert "rows are now in" in error or error == ""  # unless the kill came between a row and its checkpoint
     assert json.loads(out.splitlines()[-1].removeprefix("result: "))["run"] == str(path)
     tiny.assert_same_run(path, whole)
 

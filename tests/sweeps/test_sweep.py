@@ -141,6 +141,41 @@ def test_a_member_is_a_folder_that_other_commands_take(whole):
     )
 
 
+def test_a_sweep_has_one_writer_and_each_process_its_own_part(data, whole, tmp_path):
+    path = shutil.copytree(whole, tmp_path / "run")
+    for name, machine in (("lock", Machine()), ("processes/1.lock", Machine(1, 2))):
+        with sweep.alone(path, machine):
+            assert (path / name).exists()
+            with pytest.raises(sweep.UserError, match="is being written by"), sweep.alone(path, machine):
+                pass
+    with sweep.alone(path, Machine(0, 2)), sweep.alone(path, Machine(1, 2)):
+        code, _, error = run(["sweep", f"--resume={path}"])
+        assert (code, error) == (2, f"jaxrl: {path} is being written by this process already\n")
+    (path / "cohorts/0/checkpoints").mkdir()
+    (path / "cohorts/0/checkpoints/notes").write_text("a user's own")
+    assert run(["sweep", f"--resume={path}"])[0] == 0
+    assert (path / "cohorts/0/checkpoints/notes").exists()
+
+
+def test_checkpoints_of_a_sweep_that_are_gone_are_missed(data, tmp_path, monkeypatch):
+    path, epoch = tmp_path / "run", CohortRunner.epoch
+
+    def stopped(self, population, index):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return epoch(self, population, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CohortRunner, "epoch", stopped)
+        assert run(flags(data, path, "--layout=map"))[0] == 75
+    (path / "cohorts/0/checkpoints").rename(tmp_path / "unmounted")
+    before = metrics(path)
+    code, _, error = run(["sweep", f"--resume={path}"])
+    assert code == 2 and error.splitlines()[-1].startswith(
+        f"jaxrl: {path}/cohorts/0/checkpoints has no checkpoint that"
+    )
+    assert metrics(path) == before
+
+
 def test_a_group_is_compiled_once_for_all_its_programs(data, tmp_path):
     """Three programs of two members each; the epoch, as in a single run, twice where phases differ, here once."""
     argv = flags(data, tmp_path / "parts", "--layout=map", "--max-members-per-program=2")
@@ -317,6 +352,8 @@ def test_data_that_have_changed_are_refused(data, tmp_path, monkeypatch):
             "--resume: a sweep resumes with its own configuration, bc does not apply",
         ),
         ("--seed 1 2", "seed: cannot be swept"),
+        ("--process 0", "--process 0: applies to several processes only: name their number with --processes"),
+        ("--coordinator a:1", "--coordinator a:1: applies to several processes only"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(words, message, tmp_path, monkeypatch):

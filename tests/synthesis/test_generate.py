@@ -205,7 +205,7 @@ def test_one_model_gives_datasets_with_guidance_and_without(model, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     files.save("data.npz", linear_system())
     monkeypatch.setattr(directory, "read_config", lambda path: types.SimpleNamespace(env=str(path)))
-    monkeypatch.setattr(cli.flags, "make", lambda name: None)
+    monkeypatch.setattr("jaxrl.cli.flags.make", lambda name: None)
     monkeypatch.setattr(generate, "policy_for", lambda *arguments: (Steady(), ()))
     likely = {}
     for guidance in ("0", "1"):
