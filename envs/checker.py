@@ -21,10 +21,11 @@ DISCRETE = f"it takes an integer action: discrete actions are not supported, {sp
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One rule, and the problem with a suggested fix; empty if the rule is met."""
+    """One rule, the problem with a suggested fix, empty if the rule is met, and what is to know about it."""
 
     rule: str
     problem: str = ""
+    note: str = ""
 
     @property
     def ok(self) -> bool:
@@ -33,7 +34,11 @@ class Finding:
 
     def __str__(self) -> str:
         """Returns the line of the report."""
-        return f"FAIL  {self.rule}: {self.problem}" if self.problem else f"ok    {self.rule}"
+        return (
+            f"FAIL  {self.rule}: {self.problem}"
+            if self.problem
+            else f"ok    {self.rule}{self.note and ': '}{self.note}"
+        )
 
 
 def check(env: Any) -> list[Finding]:
@@ -88,8 +93,8 @@ def _simulations(env: HostEnv) -> Iterator[Finding]:
     chunks[1] = 1
     try:
         with Pool(env.builder(), env.horizon, workers=1) as pool:
-            (problem,) = pool.map(spaces.unlike, [env.builder()])
-            yield Finding("actions are continuous, in [-1, 1]", problem)
+            ((problem, note),) = pool.map(spaces.described, [env.builder()])
+            yield Finding("actions are continuous, in [-1, 1]", problem, note)
             if problem:
                 return
             start = pool.reset("check", slots, seeds, np.full(4, min(env.tasks, 1)))

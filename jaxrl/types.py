@@ -8,6 +8,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -212,21 +213,32 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A sequence of equal epochs, defined by what each iteration does.
+    """A sequence of equal epochs, of which the last may be shorter, defined by what each iteration does.
 
     An iteration executes one decision in every environment if the phase `collects`, and then makes `updates` gradient
     steps on windows of the `data`: the dataset, the replay, both, or none, for on-policy agents, which learn from the
-    steps just collected.
+    steps just collected. A fraction u of updates is kept on average: the first n iterations make floor(n u) updates.
     """
 
     name: str
     epochs: int
     iterations: int  # per epoch
     collects: bool
-    updates: int  # gradient steps per iteration
+    updates: int | Fraction  # gradient steps per iteration
     reward: tuple[float, float] = (1.0, 0.0)  # (scale, shift) of rewards written to the replay
     data: Literal["dataset", "replay", "both", "none"] = "both"
     evaluated: bool = True  # whether the agent is evaluated in and after this phase
+    last: int = 0  # iterations of the last epoch, if fewer than of the others; 0: as many
+    start: int = 0  # epochs of the phases before, set by `training.schedule.phases`
+
+    @property
+    def total(self) -> int:
+        """The number of iterations of all epochs."""
+        return self.epochs * self.iterations - (self.iterations - self.last if self.last else 0)
+
+    def size(self, before: int) -> int:
+        """Returns the number of iterations of the epoch that follows `before` others of this phase."""
+        return self.last if self.last and before + 1 == self.epochs else self.iterations
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,8 @@ class Walk:
     def reset(self, seed, options=None):
         self.x = np.random.default_rng(seed).uniform(-0.04, 0.04)
         self.target = -TARGET if options and options["task_id"] == 2 else TARGET
-        return self.observed(), {}
+        obs = self.observed()
+        return obs * np.nan if self.trouble == "unsettled" and self.target < 0 else obs, {}
 
     def step(self, action):
         self.x += STEP * np.clip(float(action[0]), -1, 1)

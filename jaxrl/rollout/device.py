@@ -134,8 +134,15 @@ def start(env: Env, policy: Policy, key: jax.Array, count: int) -> Rollout:
 
 
 def resets(env: Env, key: jax.Array, count: int) -> EnvState:
-    """Returns `count` fresh states, leaves [count, ...]."""
-    return spread(jax.vmap(env.reset)(jax.random.split(key, count)))
+    """Returns `count` fresh states, leaves [count, ...].
+
+    A state whose observation is not finite is over before its first step, and its observation is zeros: no number
+    that is not finite reaches a policy or the replay, and `execute` counts the episode as broken.
+    """
+    states = jax.vmap(env.reset)(jax.random.split(key, count))
+    finite = finite_of(states.obs)
+    obs = where(finite, states.obs, jax.tree.map(jnp.zeros_like, states.obs))
+    return spread(dataclasses.replace(states, obs=obs, truncated=states.truncated | ~finite))
 
 
 def where(mask: jax.Array, a: PyTree, b: PyTree) -> PyTree:
@@ -147,13 +154,15 @@ def execute(env: Env, states: EnvState, actions: jax.Array) -> tuple[EnvState, S
     """Returns the environments after their chunks [N, H, A], and the executed steps.
 
     An environment stops at the first step that terminates, truncates or is not finite. In the last case it keeps the
-    state before that step, the step is marked invalid, and the episode counts as ended.
+    state before that step, the step is marked invalid, and the episode counts as ended. The same holds for the first
+    step of a state that is over already, because its reset was not finite.
     """
+    sound = ~(states.terminated | states.truncated)
 
     def step(carry: tuple[EnvState, jax.Array], action: jax.Array) -> tuple[tuple[EnvState, jax.Array], dict]:
         states, ended = carry
         proposed = jax.vmap(env.step)(states, action)
-        finite = finite_of((proposed.obs, proposed.reward))
+        finite = finite_of((proposed.obs, proposed.reward)) & sound
         taken = ~ended
         after = where(taken & finite, proposed, states)
         over = proposed.terminated | proposed.truncated

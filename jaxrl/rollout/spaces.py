@@ -43,15 +43,28 @@ def discrete(simulator: Any) -> str:
     return f"its actions are {space}: discrete actions are not supported, {CONTINUOUS}"
 
 
-def unlike(builder: Callable[[], Any]) -> str:
-    """Returns an error message if the built simulator's actions are unsupported; empty if supported."""
+def bounds(simulator: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns the bounds (low, high) [A] to which actions in [-1, 1] are scaled; None if the simulator takes these.
+
+    A simulator without an action space, or with infinite bounds, takes them as they are.
+    """
+    if not isinstance(simulator, Described) or not isinstance(simulator.action_space, Box):
+        return None
+    low, high = (np.ravel(x).astype(np.float32) for x in (simulator.action_space.low, simulator.action_space.high))
+    if not np.isfinite([low, high]).all() or ((low == -1).all() and (high == 1).all()):
+        return None
+    return low, high
+
+
+def scaled(action: np.ndarray, limits: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Returns an action [A] in [-1, 1] as one between these bounds."""
+    low, high = limits
+    return np.clip(low + (action + 1) * (high - low) / 2, low, high)
+
+
+def described(builder: Callable[[], Any]) -> tuple[str, str]:
+    """Returns (problem, note) on the built simulator's actions: why they are unsupported, or how they are scaled."""
     simulator = builder()
-    if (problem := discrete(simulator)) or not isinstance(simulator, Described):
-        return problem
-    low, high = simulator.action_space.low, simulator.action_space.high
-    if (low == -1).all() and (high == 1).all():
-        return ""
-    return (
-        f"its actions lie in [{low.min():g}, {high.max():g}], {CONTINUOUS}: scale them, as "
-        "gymnasium.wrappers.RescaleAction(env, -1, 1) does"
-    )
+    limits = bounds(simulator)
+    note = "" if limits is None else f"scaled to its action_space, [{limits[0].min():g}, {limits[1].max():g}]"
+    return discrete(simulator), note

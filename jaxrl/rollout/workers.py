@@ -5,9 +5,10 @@ script. Each worker holds several simulators and executes a whole chunk in each 
 one message per worker, regardless of the chunk length.
 
 A simulator has the interface of a Gymnasium environment, but Gymnasium is not required: `reset(seed=..., options=...)`
-returns (observation, info), `step(action)` returns (observation, reward, terminated, truncated, info). A task is
-selected by `options={"task_id": n}`; `info["success"]`, if present, tells whether the task is solved. An observation is
-an array, or a dict of arrays; floats become float32, other entries of a dict keep their dtype.
+returns (observation, info), `step(action)` returns (observation, reward, terminated, truncated, info). Actions in
+[-1, 1] are scaled to its `action_space`, if it has one. A task is selected by `options={"task_id": n}`;
+`info["success"]`, if present, tells whether the task is solved. An observation is an array, or a dict of arrays; floats
+become float32, other entries of a dict keep their dtype.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ import numpy as np
 
 from jaxrl import system
 from jaxrl.errors import UserError
-from jaxrl.rollout.spaces import discrete
+from jaxrl.rollout.spaces import bounds, discrete, scaled
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -199,6 +200,11 @@ def finite(obs: Observation) -> bool:
     return all(np.isfinite(x).all() for x in (obs.values() if isinstance(obs, Mapping) else [obs]))
 
 
+def zeros(obs: Observation) -> Observation:
+    """Returns an observation of zeros."""
+    return {name: np.zeros_like(x) for name, x in obs.items()} if isinstance(obs, Mapping) else np.zeros_like(obs)
+
+
 # In the worker
 
 
@@ -207,7 +213,7 @@ class Slot:
 
     def __init__(self, simulator: Any, horizon: int) -> None:
         """Stores a simulator that has not been reset yet."""
-        self.simulator, self.horizon = simulator, horizon
+        self.simulator, self.horizon, self.bounds = simulator, horizon, bounds(simulator)
 
     def reset(self, seed: int, task: int) -> Observation:
         """Returns the first observation of a new episode."""
@@ -215,11 +221,16 @@ class Slot:
         options = {"task_id": int(task)} if task else None
         obs, _ = self.simulator.reset(seed=int(seed), options=options)
         self.obs, self.steps, self.success = observed(obs), 0, False
+        self.sound = finite(self.obs)
+        if not self.sound:  # the episode is over at its first step, as in `device.resets`
+            self.obs = zeros(self.obs)
         self.random = np.random.get_state()
         return self.obs
 
     def execute(self, chunk: np.ndarray, frames: int) -> dict[str, Any]:
         """Returns the steps of a chunk [H, A], which stops if the episode ends or a number is not finite.
+
+        After a reset that was not finite, the first step is invalid and ends the episode.
 
         Simulators may use NumPy's global random state, so each simulator has its own copy of it.
         """
@@ -230,10 +241,12 @@ class Slot:
         rewards, seen, pictures, ended = np.zeros(len(chunk), np.float32), [self.obs], [], False
         for t, action in enumerate(chunk):
             if not ended:
-                obs, rewards[t], terminated, truncated, info = self.simulator.step(action)
+                obs, rewards[t], terminated, truncated, info = self.simulator.step(
+                    action if self.bounds is None else scaled(action, self.bounds)
+                )
                 obs = observed(obs)
                 self.steps += 1
-                valid = bool(finite(obs) and np.isfinite(rewards[t]))
+                valid = bool(self.sound and finite(obs) and np.isfinite(rewards[t]))
                 truncated = (truncated or self.steps >= self.horizon) and not terminated
                 record["taken"][t], record["valid"][t] = True, valid
                 record["terminated"][t], record["truncated"][t] = terminated and valid, truncated and valid

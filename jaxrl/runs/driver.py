@@ -177,11 +177,13 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: str | bool, lock: Loc
             phase, before = run.timeline.at(index)
             if index == done or before == 0:
                 log.start(phase, before, run.execution.length(run.agent.chunk), run.config.schedule.envs)
+            steps = int(carry.steps)
             carry, row = attempt(run, carry, index, folder)
             lock.check()
             log.row(row)
             if not finite(carry):
                 return diverged(run, row, path)
+            check_steps(run.config.env, row, steps)
             last = index + 1 == run.timeline.epochs
             stopping = stop.requested and not last
             closes = run.simulators is not None and run.timeline.closes_phase(index)
@@ -190,6 +192,16 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: str | bool, lock: Loc
             if stopping:
                 raise StopRequested
     return finish(run, carry, path)
+
+
+def check_steps(env: str, row: Mapping[str, Any], before: int) -> None:
+    """Raises UserError if no step of an epoch that began after `before` environment steps was finite."""
+    taken = row["steps"] - before
+    if 0 < taken == row.get("collect/broken"):
+        raise UserError(
+            f"environment {env!r}: none of the {taken} steps of epoch {row['epoch']} is finite, nothing can be learned "
+            f"from them; jaxrl doctor --env {env} looks for the reason"
+        )
 
 
 def attempt(run: Run, carry: Carry, index: int, folder: Path) -> tuple[Carry, dict[str, Any]]:

@@ -205,6 +205,8 @@ class CohortRunner:
             population = self.programs.enter(self.agents, phase=phase, population=population)
         data = self.data(index) if reads_dataset(phase) else None
         given: dict[str, Any] = {"phase": phase, "dataset": data, "execution": self.run.execution}
+        given["index"] = np.int32(index)
+        earlier = np.asarray(population.carry.steps)
         population, metrics = self.programs.epoch(self.agents, population=population, **given)
         schedule = self.run.config.schedule
         due = self.run.timeline.evaluates(index, schedule.eval_every)
@@ -216,6 +218,7 @@ class CohortRunner:
             if stopped == RUNNING:
                 rows.append(driver.row_of(index, phase, updates, steps, numbers) | judged[i])
                 append(self.cohort.home(member) / "metrics.jsonl", rows[-1])
+                driver.check_steps(self.run.config.env, rows[-1], int(earlier[i]))
             elif stopped == index + 1:
                 print(f"member {member.name} diverged in epoch {stopped}: {member.values}", file=sys.stderr)
         now = time.perf_counter()

@@ -108,10 +108,11 @@ def measured(some: list[Member], lifted: Programs, env: Env | HostEnv) -> tuple[
     working, seconds = 0, 0.0
     for phase in timeline.phases:
         population = lifted.enter(agents, phase=phase, population=population)
-        short = dataclasses.replace(phase, iterations=min(1 if phase.collects else ITERATIONS, phase.iterations))
+        fewer = min(1 if phase.collects else ITERATIONS, phase.iterations)
+        short = dataclasses.replace(phase, iterations=fewer, last=0)
         given = {"dataset": data if reads_dataset(phase) else None, **execution}
         population, needs, each = timed(lifted, agents, population, short, given)
-        working, seconds = max(working, needs), seconds + each / short.iterations * phase.iterations * phase.epochs
+        working, seconds = max(working, needs), seconds + each / short.iterations * phase.total
     if not isinstance(env, HostEnv):
         key = lifted.share(jax.random.key(0))
         arguments: dict[str, Any] = {"states": population.carry.agent, "key": key, **execution}

@@ -97,8 +97,11 @@ def epoch(
     dataset: Ring | None,
     lift: Lift,
     execution: Execution = OPEN_LOOP,
+    index: jax.Array | None = None,
 ) -> tuple[Population, Metrics]:
     """Returns the members after one epoch, and their metrics [M], which are meaningless for stopped members.
+
+    `index` is the number of earlier epochs, shared by all that run.
 
     A member whose agent state becomes non-finite is stopped, with its agent reset to that before the epoch. Continuing
     would not affect other members, but its simulator could become slow.
@@ -106,7 +109,7 @@ def epoch(
 
     @jax.jit  # so that it is traced once, not again for the shapes of its metrics
     def go(agent: Agent, carry: Carry) -> tuple[Carry, Metrics, jax.Array]:
-        after, metrics = loop.epoch(agent, env, phase, carry, dataset, execution)
+        after, metrics = loop.epoch(agent, env, phase, carry, dataset, execution, index)
         finite = loop.all_finite(after.agent)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after.agent, carry.agent)
         return dataclasses.replace(after, agent=kept), metrics, finite
@@ -157,11 +160,10 @@ class Programs:
         self.begin = jax.jit(functools.partial(begin, env=env, **lifted), static_argnames=("schedule",), **here)
         self.fit = jax.jit(functools.partial(fit, **lifted), **here)
         self.enter = jax.jit(functools.partial(enter, **lifted), static_argnames=("phase",), **here)
-        self.epoch = jax.jit(
+        self.epoch = compiling.Measuring(
             functools.partial(epoch, env=env, **lifted),
             static_argnames=("phase",),
             donate_argnames=("population",),
-            compiler_options=compiling.options(),
             **here,
         )
         self.evaluate = jax.jit(functools.partial(evaluate, env=env, **lifted), static_argnames=("episodes",), **here)

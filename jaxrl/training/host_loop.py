@@ -16,7 +16,7 @@ from jaxrl.rollout.executors import OPEN_LOOP, Execution
 from jaxrl.rollout.host import Simulators
 from jaxrl.rollout.workers import WorkerDied
 from jaxrl.training import loop
-from jaxrl.training.compiling import Jitted
+from jaxrl.training.compiling import Measuring
 from jaxrl.training.loop import Carry
 from jaxrl.training.schedule import reads_dataset
 from jaxrl.types import Agent, HostEnv, Metrics, Observation, Phase, PyTree
@@ -78,10 +78,10 @@ jitted_act = jax.jit(act)
 jitted_resume = jax.jit(resume, donate_argnames=("carry",))
 
 
-jitted_learn = Jitted(loop.learn, static_argnames=("phase",), donate_argnames=("carry",))
+jitted_learn = Measuring(loop.learn, static_argnames=("phase",), donate_argnames=("carry",))
 
 
-jitted_learn_from = Jitted(loop.learn_from, static_argnames=("phase",), donate_argnames=("carry",))
+jitted_learn_from = Measuring(loop.learn_from, static_argnames=("phase",), donate_argnames=("carry",))
 
 
 jitted_close = jax.jit(loop.close, donate_argnames=("carry",))
@@ -112,8 +112,11 @@ def epoch(
         if dataset is not None and reads_dataset(phase):
             (dataset,) = loop.derived(agent, (dataset,))
         pairs = (jax.random.split(key, phase.iterations) for key in (key_iterations, key_starts))
-        for keys in zip(*pairs, strict=True):
-            carry, metrics, happened = iteration(simulators, agent, phase, carry, dataset, execution, random, keys)
+        before = int(carry.epoch) - phase.start
+        numbers = range(before * phase.iterations, before * phase.iterations + phase.size(before))
+        for number, *keys in zip(numbers, *pairs, strict=False):
+            args = (agent, phase, carry, dataset, execution, random, keys, number)
+            carry, metrics, happened = iteration(simulators, *args)
             history.append(metrics)
             sums.append(happened)
     except WorkerDied as error:
@@ -121,7 +124,7 @@ def epoch(
         raise Interrupted(carry) from error
     carry, word = jitted_close(carry)
     totals = {name: jnp.asarray(value) for name, value in total(sums).items()}
-    found: Metrics = {**means(jax.device_get(history)), **loop.episode_metrics(totals), "digest": word}
+    found: Metrics = {**means(history), **loop.episode_metrics(totals), "digest": word}
     return carry, found
 
 
@@ -143,11 +146,12 @@ def iteration(
     dataset: Ring | None,
     execution: Execution,
     random: np.random.Generator,
-    keys: tuple[jax.Array, jax.Array],
+    keys: Sequence[jax.Array],
+    number: int,
 ) -> tuple[Carry, Metrics, dict[str, Any]]:
     """Returns the carry after one iteration, the updates' mean metrics and the collection's sums.
 
-    The keys are the iteration's and one for the memory of new episodes.
+    The keys are the iteration's and one for the memory of new episodes; `number` is the iteration's in its phase.
     """
     key, key_start = keys
     key_act, key_learn = jax.random.split(key)
@@ -160,7 +164,8 @@ def iteration(
         carry, metrics = jitted_learn_from(agent, phase, carry, unroll, key_learn)
         return carry, metrics, dict(unroll.sums)
     _, steps, sums = collect(key_act, key_start)
-    carry, metrics = jitted_learn(agent, phase, carry, dataset, steps, key_learn)
+    numbered = None if isinstance(phase.updates, int) else jnp.asarray(number, jnp.int32)
+    carry, metrics = jitted_learn(agent, phase, carry, dataset, steps, key_learn, numbered)
     return carry, metrics, sums
 
 
@@ -217,4 +222,6 @@ def lowered(
         return
     if dataset is not None and reads_dataset(phase):
         (dataset,) = jax.eval_shape(lambda agent, *data: loop.derived(agent, data), agent, dataset)
-    yield jitted_learn.lower(agent, phase, carry, dataset, steps, key)
+    yield jitted_learn.lower(
+        agent, phase, carry, dataset, steps, key, None if isinstance(phase.updates, int) else jnp.int32(0)
+    )

@@ -7,18 +7,21 @@ carry, and handles progress, checkpoints and signals between compiled calls, wit
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl.errors import UserError
+from jaxrl.ops.masks import beside
 from jaxrl.replay import ring as rings
 from jaxrl.replay.ring import Ring
 from jaxrl.rollout import device as ro
 from jaxrl.rollout.executors import OPEN_LOOP, Execution
 from jaxrl.sharding import shared, spread
-from jaxrl.training.compiling import Jitted
+from jaxrl.training.compiling import Measuring
 from jaxrl.training.schedule import Schedule, Timeline, capacity, phases, reads_dataset, reads_replay
 from jaxrl.types import (
     Agent,
@@ -32,10 +35,12 @@ from jaxrl.types import (
     Phase,
     PyTree,
     Staged,
+    count_of,
     pytree,
 )
 
 T = TypeVar("T")
+C = TypeVar("C")  # what a scan carries
 
 
 @pytree
@@ -112,8 +117,12 @@ def iteration(
     bank: PyTree,
     key: jax.Array,
     execution: Execution = OPEN_LOOP,
+    number: jax.Array | None = None,
 ) -> tuple[Carry, Metrics, Metrics]:
-    """Returns the carry after one iteration, the updates' mean metrics and the collection's sums."""
+    """Returns the carry after one iteration, the updates' mean metrics and the collection's sums.
+
+    `number` is that of the iteration in its phase, from 0; it is needed where updates are a fraction.
+    """
     key_collect, key_update = jax.random.split(key)
     world, steps, sums = carry.world, None, {}
     if world is not None and world.rollout is not None and phase.collects:
@@ -125,7 +134,7 @@ def iteration(
             return carry, metrics, unroll.sums
         rollout, steps, sums = ro.advance(env, policy, world.rollout, bank, key_collect)
         carry = dataclasses.replace(carry, world=World(rollout, world.replay))
-    carry, metrics = learn(agent, phase, carry, dataset, steps, key_update)
+    carry, metrics = learn(agent, phase, carry, dataset, steps, key_update, number)
     return carry, metrics, sums
 
 
@@ -138,7 +147,8 @@ def learn_from(agent: OnPolicy, phase: Phase, carry: Carry, unroll: ro.Unroll, k
     """Returns the carry after an on-policy agent's update on an unroll, if the phase makes updates."""
     scale, shift = phase.reward
     steps = dataclasses.replace(unroll.steps, rewards=scale * unroll.steps.rewards + shift)
-    carry = dataclasses.replace(carry, updates=carry.updates + phase.updates, steps=carry.steps + steps.taken.sum())
+    due = updates_due(phase, None)
+    carry = dataclasses.replace(carry, updates=carry.updates + due, steps=carry.steps + steps.taken.sum())
     if not phase.updates:
         return carry, {}
     state, metrics = agent.learn_from(carry.agent, dataclasses.replace(unroll, steps=steps), key)
@@ -146,7 +156,13 @@ def learn_from(agent: OnPolicy, phase: Phase, carry: Carry, unroll: ro.Unroll, k
 
 
 def learn(
-    agent: Agent, phase: Phase, carry: Carry, dataset: Ring | None, steps: rings.Steps | None, key: jax.Array
+    agent: Agent,
+    phase: Phase,
+    carry: Carry,
+    dataset: Ring | None,
+    steps: rings.Steps | None,
+    key: jax.Array,
+    number: jax.Array | None = None,
 ) -> tuple[Carry, Metrics]:
     """Stores the collected steps and makes an iteration's updates; returns the carry and the updates' mean metrics."""
     world = carry.world
@@ -155,15 +171,30 @@ def learn(
         rewarded = dataclasses.replace(steps, rewards=scale * steps.rewards + shift)
         world = World(world.rollout, rings.add(world.replay, rewarded))
     data = chosen(phase, dataset, None if world is None else world.replay)
-    state, metrics = updates(agent, carry.agent, derived(agent, data), key, phase.updates)
+    due = updates_due(phase, number)
+    state, metrics = updates(agent, carry.agent, derived(agent, data), key, math.ceil(phase.updates), due)
     carry = dataclasses.replace(
         carry,
         agent=state,
         world=world,
-        updates=carry.updates + phase.updates,
+        updates=carry.updates + due,
         steps=carry.steps + (0 if steps is None else steps.taken.sum()),
     )
     return carry, metrics
+
+
+def updates_due(phase: Phase, number: jax.Array | None) -> int | jax.Array:
+    """Returns the updates of the iteration with this number in its phase: floor((number + 1) u) - floor(number u).
+
+    u, the updates per iteration, is p / q with q < 2^16, so that its products, modulo q, are exact in uint32.
+    """
+    if isinstance(phase.updates, int):
+        return phase.updates
+    assert number is not None, "fractions of updates need the iteration's number"
+    whole, rest = divmod(phase.updates.numerator, phase.updates.denominator)
+    q = jnp.uint32(phase.updates.denominator)
+    carried = (number.astype(jnp.uint32) % q) * jnp.uint32(rest) % q  # q * (number u - floor(number u))
+    return whole + (carried + rest >= q).astype(jnp.int32)
 
 
 def chosen(phase: Phase, dataset: Ring | None, replay: Ring | None) -> rings.Rings:
@@ -177,11 +208,13 @@ def chosen(phase: Phase, dataset: Ring | None, replay: Ring | None) -> rings.Rin
     return found
 
 
-def updates(learner: Learner, state: PyTree, data: Any, key: jax.Array, count: int) -> tuple[PyTree, Metrics]:
+def updates(
+    learner: Learner, state: PyTree, data: Any, key: jax.Array, count: int, due: int | jax.Array | None = None
+) -> tuple[PyTree, Metrics]:
     """Returns a learner's state after `count` updates, each on its own batch, and the means of their metrics.
 
-    This training loop is shared by agents, dynamics models and models of data. A metric is NaN in updates that do not
-    measure it; the mean ignores these.
+    With `due`, only as many of them are made. This training loop is shared by agents, dynamics models and models of
+    data. A metric is NaN in updates that do not measure it; the mean ignores these.
     """
 
     def update(state: PyTree, key: jax.Array) -> tuple[PyTree, Metrics]:
@@ -190,12 +223,40 @@ def updates(learner: Learner, state: PyTree, data: Any, key: jax.Array, count: i
 
     if not count:
         return state, {}
-    state, metrics = jax.lax.scan(update, state, jax.random.split(key, count))
-    return state, jax.tree.map(mean, metrics)
+    made = None if due is None or isinstance(due, int) else due
+    state, metrics = scan(update, state, jax.random.split(key, count), made)
+    return state, jax.tree.map(lambda values: mean(values, made), metrics)
 
 
-def mean(values: jax.Array) -> jax.Array:
-    """Returns the mean over the first axis, ignoring NaN, which marks updates without a measurement."""
+def scan(
+    body: Callable[[C, Any], tuple[C, Any]], carry: C, xs: PyTree, count: jax.Array | None = None
+) -> tuple[C, PyTree]:
+    """Returns `jax.lax.scan(body, carry, xs)`, or with `count`, the same of the first `count` of xs.
+
+    Then the further rows of the outputs are 0. One program serves all counts, and under vmap with one count for all,
+    what is beyond the count costs nothing.
+    """
+    if count is None:
+        return jax.lax.scan(body, carry, xs)
+    at = lambda i: jax.tree.map(lambda x: x[i], xs)  # noqa: E731
+    _, shapes = jax.eval_shape(body, carry, at(0))
+    outputs = jax.tree.map(lambda x: jnp.zeros((count_of(xs), *x.shape), x.dtype), shapes)
+
+    def step(i: jax.Array, both: tuple[C, PyTree]) -> tuple[C, PyTree]:
+        carry, output = body(both[0], at(i))
+        return carry, jax.tree.map(lambda rows, row: rows.at[i].set(row), both[1], output)
+
+    return jax.lax.fori_loop(0, count, step, (carry, outputs))
+
+
+def mean(values: jax.Array, count: jax.Array | None = None) -> jax.Array:
+    """Returns the mean over the first axis, or its first `count` rows, ignoring NaN, which marks what is not measured.
+
+    NaN if nothing was measured.
+    """
+    if count is not None:
+        counted = jnp.arange(len(values)) < count
+        values = jnp.where(beside(counted, values), values.astype(jnp.float32), jnp.nan)
     return jnp.nanmean(values, axis=0)
 
 
@@ -206,8 +267,13 @@ def epoch(
     carry: Carry,
     dataset: Ring | None,
     execution: Execution = OPEN_LOOP,
+    index: jax.Array | None = None,
 ) -> tuple[Carry, Metrics]:
-    """Returns the carry after one epoch and its metrics: means over updates, episode statistics, a digest."""
+    """Returns the carry after one epoch and its metrics: means over updates, episode statistics, a digest.
+
+    `index` is the number of earlier epochs of the run, by default the carry's: members of a sweep share it, so that the
+    number of their updates is one number.
+    """
     key, key_bank, key_iterations = jax.random.split(carry.key, 3)
     carry = dataclasses.replace(carry, key=key)
     flight = carry.world.rollout if carry.world is not None and phase.collects else None
@@ -215,12 +281,19 @@ def epoch(
     if dataset is not None and reads_dataset(phase):
         (dataset,) = derived(agent, (dataset,))
 
-    def body(carry: Carry, key: jax.Array) -> tuple[Carry, tuple[Metrics, Metrics]]:
-        carry, metrics, sums = iteration(agent, env, phase, carry, dataset, bank, key, execution)
+    before = (carry.epoch if index is None else index) - phase.start  # epochs of this phase
+    count = jnp.where(before + 1 == phase.epochs, phase.last, phase.iterations) if phase.last else None
+
+    def body(carry: Carry, now: tuple[jax.Array, jax.Array | None]) -> tuple[Carry, tuple[Metrics, Metrics]]:
+        key, number = now
+        carry, metrics, sums = iteration(agent, env, phase, carry, dataset, bank, key, execution, number)
         return carry, (metrics, sums)
 
-    carry, (metrics, sums) = jax.lax.scan(body, carry, jax.random.split(key_iterations, phase.iterations))
-    metrics = jax.tree.map(mean, metrics) | episode_metrics(jax.tree.map(jnp.sum, sums))
+    numbers = None if isinstance(phase.updates, int) else before * phase.iterations + jnp.arange(phase.iterations)
+    keys = jax.random.split(key_iterations, phase.iterations)
+    carry, (metrics, sums) = scan(body, carry, (keys, numbers), count)
+    metrics = {name: mean(values, count) for name, values in metrics.items()}
+    metrics |= episode_metrics(jax.tree.map(jnp.sum, sums))
     carry, word = close(carry)
     return placed(carry), metrics | {"digest": word}
 
@@ -260,9 +333,8 @@ def run(
     for phase in phases(schedule, agent, dataset=dataset is not None, length=length):
         step = functools.partial(epoch, agent, env, phase, execution=execution)
         carry = enter(agent, phase, carry)
-        carry, metrics = jax.lax.scan(
-            lambda c, _, step=step: step(c, dataset=dataset), carry, None, length=phase.epochs
-        )
+        indices = phase.start + jnp.arange(phase.epochs)
+        carry, metrics = jax.lax.scan(lambda c, i, step=step: step(c, dataset=dataset, index=i), carry, indices)
         history.append(metrics)
     return carry, history
 
@@ -311,7 +383,7 @@ def on_device(settings: T) -> T:
 jitted_begin = jax.jit(begin, static_argnames=("env", "schedule"))
 jitted_fit = jax.jit(fit)
 jitted_enter = jax.jit(enter, static_argnames=("phase",))
-jitted_epoch = Jitted(epoch, static_argnames=("env", "phase"), donate_argnames=("carry",))
+jitted_epoch = Measuring(epoch, static_argnames=("env", "phase"), donate_argnames=("carry",))
 jitted_all_finite = jax.jit(all_finite)
 jitted_evaluate = jax.jit(evaluate, static_argnames=("env", "episodes"))
 

@@ -1,7 +1,9 @@
 """The schedule of a run and the phases derived from it; agents may define their own phases."""
 
 import dataclasses
+import itertools
 import math
+from fractions import Fraction
 from typing import Literal, get_args
 
 from jaxrl import ranges
@@ -9,6 +11,8 @@ from jaxrl.errors import UserError
 from jaxrl.types import Agent, OnPolicy, Phase, Scheduling, requirements
 
 OnlineData = Literal["auto", "both", "replay"]
+LARGEST = 2**31 - 1  # steps and updates are counted in int32
+DENOMINATOR = 2**16 - 1  # of a fraction of updates per iteration: its products fit into uint32
 FROM_ZERO = ("offline_updates", "online_steps", "utd", "warmup_steps", "eval_seed")  # numbers that may be 0
 
 
@@ -61,30 +65,30 @@ class Schedule:
         """Returns the phase of updates on the dataset only; empty without such updates."""
         if not self.offline_updates:
             return ()
-        per_epoch = min(self.updates_per_epoch, self.offline_updates)
-        return (Phase(name, -(-self.offline_updates // per_epoch), per_epoch, False, 1, data="dataset"),)
+        epochs, iterations, last = divided(self.offline_updates, self.updates_per_epoch)
+        return (Phase(name, epochs, iterations, False, 1, data="dataset", last=last),)
 
     def online(self, length: int, reward: tuple[float, float] = (1.0, 0.0)) -> tuple[Phase, ...]:
         """Returns the phases that collect: a warm-up without updates, then one with updates at the ratio `utd`.
 
-        Sizes are rounded up to whole iterations of one decision of `length` actions in every environment. `reward` is
-        the (scale, shift) of rewards written to the replay.
+        Steps are rounded up to whole iterations of one decision of `length` actions in every environment, but `utd` is
+        kept exactly on average. `reward` is the (scale, shift) of rewards written to the replay.
         """
         if not self.online_steps:
             return ()
         per_iteration = self.envs * length
         filling = -(-self.warmup_steps // per_iteration)
         warmup = Phase("warmup", 1, filling, True, 0, reward, data="none", evaluated=False)
-        epochs, iterations = self.collected(per_iteration)
-        updates = max(round(self.utd * per_iteration), 1) if self.utd else 0
+        epochs, iterations, last = self.collected(per_iteration)
+        updates = ratio(self.utd, per_iteration)
         alone = self.online_data == "replay" or (self.online_data == "auto" and not self.offline_updates)
-        online = Phase("online", epochs, iterations, True, updates, reward, data="replay" if alone else "both")
+        data = "replay" if alone else "both"
+        online = Phase("online", epochs, iterations, True, updates, reward, data=data, last=last)
         return (warmup, online) if self.warmup_steps else (online,)
 
-    def collected(self, per_iteration: int) -> tuple[int, int]:
-        """Returns the epochs for all online steps, and the iterations of each, from the steps per iteration."""
-        iterations = max(min(self.steps_per_epoch, self.online_steps) // per_iteration, 1)
-        return -(-self.online_steps // (per_iteration * iterations)), iterations
+    def collected(self, per_iteration: int) -> tuple[int, int, int]:
+        """Returns the epochs for all online steps, and their iterations, as `divided` does."""
+        return divided(-(-self.online_steps // per_iteration), self.steps_per_epoch // per_iteration)
 
     def on_policy(self, length: int, unroll: int, reward: tuple[float, float] = (1.0, 0.0)) -> tuple[Phase, ...]:
         """Returns the phase of an on-policy agent; empty without online steps.
@@ -93,8 +97,27 @@ class Schedule:
         """
         if not self.online_steps:
             return ()
-        epochs, iterations = self.collected(self.envs * length * unroll)
-        return (Phase("online", epochs, iterations, True, 1, reward, data="none"),)
+        epochs, iterations, last = self.collected(self.envs * length * unroll)
+        return (Phase("online", epochs, iterations, True, 1, reward, data="none", last=last),)
+
+
+def divided(total: int, at_most: int) -> tuple[int, int, int]:
+    """Returns (epochs, iterations of each, iterations of the last, or 0 if as many) of `total` iterations."""
+    iterations = min(max(at_most, 1), total)
+    return -(-total // iterations), iterations, total % iterations
+
+
+def ratio(utd: float, steps: int) -> int | Fraction:
+    """Returns the updates per iteration of `steps` environment steps, as a fraction if they are not whole.
+
+    The decimal number that was asked is kept exactly if its denominator is at most `DENOMINATOR`, else to 1 / that.
+    Raises UserError for a ratio that rounds to no updates at all.
+    """
+    exact = Fraction(str(utd)) * steps
+    updates = exact.limit_denominator(DENOMINATOR)
+    if exact and not updates:
+        raise UserError(f"schedule.utd = {utd}: must be 0 or at least {1 / (DENOMINATOR * steps):.1g}")
+    return int(updates) if updates.denominator == 1 else updates
 
 
 def phases(
@@ -125,7 +148,22 @@ def phases(
             f"{schedule.online_steps}: there is nothing to do"
         )
     check(found, agent)
-    return found
+    check_counters(found, schedule.envs * length * (agent.unroll if isinstance(agent, OnPolicy) else 1))
+    before = itertools.accumulate((phase.epochs for phase in found), initial=0)
+    return tuple(dataclasses.replace(phase, start=start) for phase, start in zip(found, before, strict=False))
+
+
+def check_counters(found: tuple[Phase, ...], steps: int) -> None:
+    """Raises UserError if a run counts beyond int32; an iteration that collects makes at most `steps` steps."""
+    totals = {
+        "updates": sum(phase.total * phase.updates for phase in found),
+        "environment steps": sum(phase.total * steps for phase in found if phase.collects),
+    }
+    for name, total in totals.items():
+        if total > LARGEST:
+            raise UserError(
+                f"the schedule makes {int(total):,} {name}, must be at most {LARGEST:,}: split it into runs"
+            )
 
 
 def check(found: tuple[Phase, ...], agent: Agent) -> None:
@@ -138,8 +176,14 @@ def check(found: tuple[Phase, ...], agent: Agent) -> None:
             wrong = "this name is reserved for the behavior of the data"
         elif min(phase.epochs, phase.iterations) < 1 or phase.updates < 0:
             wrong = "needs at least one epoch of one iteration, and no negative number of updates"
+        elif not 0 <= phase.last < phase.iterations:
+            wrong = f"last = {phase.last}: must be 0, or fewer iterations than the {phase.iterations} of other epochs"
+        elif Fraction(phase.updates).denominator > DENOMINATOR:
+            wrong = f"updates = {phase.updates}: the denominator must be at most {DENOMINATOR}"
         elif reads_replay(phase) and phase.updates and not collected:
             wrong = "learns from the replay, but nothing was collected before"
+        elif phase.data == "none" and not isinstance(phase.updates, int):
+            wrong = f"updates = {phase.updates}: an on-policy agent makes whole updates"
         elif phase.data == "none" and phase.updates and not (phase.collects and isinstance(agent, OnPolicy)):
             wrong = "makes updates, but has no data to learn from"
         elif requirements(agent).dataset and phase.updates and not reads_dataset(phase):
@@ -164,7 +208,7 @@ def capacity(schedule: Schedule, found: tuple[Phase, ...], length: int) -> int:
     """Returns the replay capacity of a run in transitions; 0 if no phase learns from the replay."""
     if not any(reads_replay(phase) for phase in found):
         return 0
-    iterations = sum(phase.epochs * phase.iterations for phase in found if phase.collects)
+    iterations = sum(phase.total for phase in found if phase.collects)
     return min(schedule.replay, 2 * schedule.online_steps or iterations * schedule.envs * length)
 
 

@@ -26,13 +26,16 @@ class Clock:
     dies: int = NEVER
     nan: int = NEVER
     solved: int = NEVER
+    unsettled: float = 0.0  # share of the resets that are not finite
 
     @property
     def spec(self) -> Spec:
         return Spec(observation=2, action=1)
 
     def reset(self, key: jax.Array) -> EnvState:
-        return clock(jax.random.uniform(key), dies=self.dies, cut=self.horizon, nan=self.nan, solved=self.solved)
+        name = jax.random.uniform(key)
+        state = clock(name, dies=self.dies, cut=self.horizon, nan=self.nan, solved=self.solved)
+        return dataclasses.replace(state, obs=jnp.where(name < self.unsettled, jnp.nan, state.obs))
 
     def step(self, state: EnvState, action: jax.Array) -> EnvState:
         at, steps = state.physics, state.steps + 1
@@ -459,6 +462,31 @@ def test_a_broken_episode_is_told_and_ends_there():
     np.testing.assert_array_equal(result.lengths, np.full(5, 4))
     names = (np.asarray(result.returns) - 6 - 1.5) / 300  # the three steps before
     assert ((names >= 0) & (names < 1)).all()
+
+
+def test_a_reset_that_is_not_finite_is_a_broken_episode_of_one_step():
+    result = evaluate(Clock(horizon=9, unsettled=0.5), repeat(0.5, 3), jax.random.key(0), 40)
+    assert 10 < result.broken.sum() < 30
+    np.testing.assert_array_equal(result.lengths, np.where(result.broken, 1, 9))
+    np.testing.assert_array_equal(result.returns == 0, result.broken)
+
+
+def test_resets_that_are_not_finite_are_counted_and_neither_seen_nor_stored():
+    env, policy = Clock(horizon=4, unsettled=0.5), repeat(0.5, 2)
+    sees = dataclasses.replace(policy, act=lambda memory, states, key: policy.act(memory, states, key))
+    bank = ro.resets(env, jax.random.key(1), 40)
+    rollout, ring = ro.start(env, sees, jax.random.key(0), 40), rings.empty(40, 30, env.spec)
+    first, counted = np.asarray(rollout.states.truncated), 0
+    for key in jax.random.split(jax.random.key(2), 4):
+        assert np.isfinite(rollout.states.obs).all()
+        rollout, steps, sums = ro.advance(env, sees, rollout, bank, key)
+        ring, counted = rings.add(ring, steps), counted + int(sums["broken"])
+        if first is not None:
+            np.testing.assert_array_equal(~np.asarray(steps.valid[:, 0]), first)
+            assert int(sums["broken"]) == first.sum() > 0 and steps.ended[first].all()
+            first = None
+    assert counted > 40 / 2 and np.isfinite(ring.obs).all() and np.isfinite(ring.rewards).all()
+    assert (ring.valid.sum(axis=1) > 0).any()
 
 
 def test_the_planner_earns_in_evaluation_what_the_point_is_worth():

@@ -9,7 +9,7 @@ import pytest
 
 from envs.checker import check
 from jaxrl.rollout import spaces
-from jaxrl.rollout.workers import Pool, SimulatorFailed
+from jaxrl.rollout.workers import Pool, SimulatorFailed, Slot
 from jaxrl.types import Spec
 from tests import walk
 
@@ -56,8 +56,7 @@ class DescribedEnv:
     ("space", "says"),
     [
         (Box(-1, 1), ""),
-        (Box(-2, 2), "its actions lie in [-2, 2], an action is a vector of continuous numbers in [-1, 1]: scale them"),
-        (Box(0, 1), "its actions lie in [0, 1]"),
+        (Box(-2, 2), ""),
         (Box(0, 4, np.int64), "its actions are Box(0, 4): discrete actions are not supported"),
         (Discrete(), "its actions are Discrete(3): discrete actions are not supported"),
     ],
@@ -66,6 +65,31 @@ def test_the_checker_names_actions_that_do_not_fit(space, says):
     failed = [str(finding) for finding in check(DescribedEnv(space)) if not finding.ok]
     assert len(failed) == (1 if says else 0)
     assert all(line.startswith(f"FAIL  actions are continuous, in [-1, 1]: {says}") for line in failed)
+
+
+@pytest.mark.parametrize(
+    ("space", "taken"),
+    [
+        (Box(-2, 2), [-2, 0, 1, 2]),
+        (Box(0, 1), [0, 0.5, 0.75, 1]),
+        (Box(-1, 1), [-1, 0, 0.5, 1]),
+        (None, [-1, 0, 0.5, 1]),
+        (Box(-np.inf, np.inf), [-1, 0, 0.5, 1]),
+    ],
+)
+def test_actions_are_scaled_to_the_space_that_a_simulator_describes(space, taken):
+    slot = Slot(Described(space), 8)
+    slot.reset(0, 1)
+    received = []
+    slot.simulator.step = lambda action: received.append(float(action[0])) or (np.zeros(3), 0.0, False, False, {})
+    slot.execute(np.array([[-1], [0], [0.5], [1]], np.float32), 0)
+    assert received == taken
+
+
+def test_the_checker_says_how_actions_are_scaled():
+    lines = [str(finding) for finding in check(DescribedEnv(Box(0, 4)))]
+    assert "ok    actions are continuous, in [-1, 1]: scaled to its action_space, [0, 4]" in lines
+    assert "ok    actions are continuous, in [-1, 1]" in map(str, check(DescribedEnv(Box(-1, 1))))
 
 
 def test_a_simulator_of_discrete_actions_is_refused_before_its_first_episode():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -164,14 +165,14 @@ def close(a: PyTree, b: PyTree, **tolerance) -> None:
             5,
             (
                 Phase("offline", epochs=200, iterations=5000, collects=False, updates=1, data="dataset"),
-                Phase("warmup", 1, 16, True, 0, data="none", evaluated=False),  # 16 * 320 >= 5000
-                Phase("online", 51, 62, True, updates=320, data="both"),  # 51 * 62 * 320 >= 1e6
+                Phase("warmup", 1, 16, True, 0, data="none", evaluated=False, start=200),  # 16 * 320 >= 5000
+                Phase("online", 51, 62, True, 320, data="both", last=25, start=201),  # (50 * 62 + 25) * 320 = 1e6
             ),
         ),
         (
             Schedule(offline_updates=7, online_steps=0, updates_per_epoch=3),
             5,
-            (Phase("offline", 3, 3, False, 1, data="dataset"),),
+            (Phase("offline", 3, 3, False, 1, data="dataset", last=1),),
         ),
         (
             Schedule(offline_updates=7, online_steps=0, updates_per_epoch=50),
@@ -181,14 +182,14 @@ def close(a: PyTree, b: PyTree, **tolerance) -> None:
         (
             Schedule(offline_updates=0, online_steps=100, warmup_steps=0, envs=4, steps_per_epoch=50, utd=0.5),
             3,
-            (Phase("online", 3, 4, True, 6, data="replay"),),  # 12 steps per iteration, 48 per epoch
+            (Phase("online", 3, 4, True, 6, data="replay", last=1),),  # 12 steps per iteration, 9 iterations
         ),
         (
             Schedule(offline_updates=0, online_steps=10, warmup_steps=1, envs=8, steps_per_epoch=1000, utd=0.01),
             5,
-            (  # one iteration and one update at least
+            (  # one iteration at least
                 Phase("warmup", 1, 1, True, 0, data="none", evaluated=False),
-                Phase("online", 1, 1, True, 1, data="replay"),
+                Phase("online", 1, 1, True, Fraction(2, 5), data="replay", start=1),
             ),
         ),
         (
@@ -198,8 +199,62 @@ def close(a: PyTree, b: PyTree, **tolerance) -> None:
         ),
     ],
 )
-def test_a_schedule_is_rounded_up_to_whole_iterations_and_epochs(schedule, chunk, expected):
+def test_a_schedule_is_rounded_up_to_whole_iterations(schedule, chunk, expected):
     assert phases(schedule, Toy(chunk)) == expected
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_last_epoch_holds_what_is_left(epochs):
+    phase = Phase("offline", epochs, 5, False, 1, last=2)
+    assert phase.total == 5 * (epochs - 1) + 2
+    assert [phase.size(before) for before in range(epochs)] == [5] * (epochs - 1) + [2]
+
+
+@pytest.mark.parametrize(
+    ("envs", "chunk", "utd", "updates"),
+    [
+        (1, 1, 0.05, Fraction(1, 20)),
+        (1, 5, 0.05, Fraction(1, 4)),
+        (8, 5, 0.01, Fraction(2, 5)),
+        (1, 1, 2.5, Fraction(5, 2)),
+        (1, 1, 1e-4, Fraction(1, 10_000)),
+        (4, 1, 0.25, 1),
+        (1, 1, 0.0, 0),
+    ],
+)
+def test_updates_per_step_are_those_that_were_asked(envs, chunk, utd, updates):
+    schedule = Schedule(offline_updates=0, online_steps=1000, warmup_steps=0, envs=envs, utd=utd)
+    (phase,) = phases(schedule, Toy(chunk))
+    assert phase.updates == updates == Fraction(str(utd)) * envs * chunk
+    assert isinstance(phase.updates, int) == (Fraction(updates).denominator == 1)
+
+
+@pytest.mark.parametrize("u", [Fraction(1, 20), Fraction(5, 2), Fraction(65533, 65535), Fraction(7, 3)])
+def test_fractions_of_updates_accumulate_over_iterations(u):
+    """After n iterations, floor(n u) updates are made, also far beyond the numbers whose products fit into int32."""
+    phase = Phase("online", 1, 1, True, u)
+    for first in (0, 2**31 - 201):
+        due = jax.vmap(lambda number: loop.updates_due(phase, number))(first + jnp.arange(200, dtype=jnp.int32))
+        exact = [int((first + n + 1) * u) - int((first + n) * u) for n in range(200)]
+        assert due.tolist() == exact
+
+
+def test_no_updates_at_all_are_not_a_small_ratio():
+    with pytest.raises(UserError, match=r"schedule.utd = 1e-09: must be 0 or at least"):
+        phases(dataclasses.replace(SCHEDULE, utd=1e-9), TOY)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"offline_updates": 2**31, "online_steps": 0}, "2,147,483,648 updates, must be at most 2,147,483,647"),
+        ({"online_steps": 2**31, "utd": 0.0}, "environment steps, must be at most 2,147,483,647"),
+        ({"online_steps": 2**30, "utd": 2.0}, "updates, must be at most 2,147,483,647"),
+    ],
+)
+def test_a_run_that_counts_beyond_its_counters_is_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        phases(dataclasses.replace(SCHEDULE, **fields), TOY)
 
 
 @pytest.mark.parametrize(
@@ -222,8 +277,8 @@ def test_an_agent_can_name_phases_of_its_own():
     reward = (2.0, 1.0)
     assert phases(SCHEDULE, Planned(), reward) == (
         Phase("pretrain", 2, 3, False, 1, data="dataset"),
-        Phase("collect", 2, 2, True, 0, reward, "none", evaluated=False),
-        Phase("distill", 2, 3, False, 2, data="replay"),
+        Phase("collect", 2, 2, True, 0, reward, "none", evaluated=False, start=2),
+        Phase("distill", 2, 3, False, 2, data="replay", start=4),
     )
 
 
@@ -340,6 +395,31 @@ def test_an_online_epoch_counts_and_stores_every_step(dataset):
     assert int(carry.world.replay.valid.sum()) == int(carry.steps)
     np.testing.assert_array_equal(carry.world.replay.count, np.full(4, 11 + 1))
     np.testing.assert_array_equal(carry.world.rollout.states.steps, np.full(4, 4))
+
+
+def test_fractions_of_updates_and_a_shorter_last_epoch_are_kept_exactly(dataset):
+    """By hand: 8 steps and 3.2 updates per iteration, 7 iterations in epochs of 3, 3 and 1."""
+    schedule = dataclasses.replace(SCHEDULE, offline_updates=5, warmup_steps=0, online_steps=50, utd=0.4)
+    offline, online = phases(schedule, TOY)
+    assert (offline.last, online.updates, online.last, online.start) == (2, Fraction(16, 5), 1, 2)
+    carry, counted = begin(schedule=schedule), []
+    for phase in (offline, online):
+        for before in range(phase.epochs):
+            rows = int(carry.steps)
+            carry, metrics = epoch(phase, carry, dataset)
+            counted.append((int(carry.updates), int(carry.steps) - rows <= 8 * phase.size(before)))
+            assert np.isfinite(metrics["toy/w"]) and metrics["toy/valid"] == 1
+    assert counted == [(3, True), (5, True), (5 + 9, True), (5 + 19, True), (5 + 22, True)]
+    alone, _ = jax.jit(lambda agent, data: loop.run(agent, ENV, schedule, KEY, data))(TOY, dataset)
+    close(carry.agent, alone.agent, rtol=1e-5)
+    assert (int(alone.updates), int(alone.steps)) == (int(carry.updates), int(carry.steps))
+
+
+def test_a_mean_over_fewer_rows_is_that_of_these_rows():
+    values = jnp.array([1.0, jnp.nan, 5.0, 100.0])
+    assert (float(loop.mean(values, jnp.int32(3))), float(loop.mean(values[:3]))) == (3.0, 3.0)
+    assert np.isnan(loop.mean(values, jnp.int32(0)))
+    assert float(loop.mean(jnp.array([1, 2, 100]), jnp.int32(2))) == 1.5
 
 
 def test_actions_are_those_of_the_agent_as_it_learns(dataset):
