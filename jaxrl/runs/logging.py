@@ -4,12 +4,14 @@ The axis of TensorBoard and Weights & Biases is updates plus environment steps, 
 `steps` and `epoch` are logged as curves of their own, to be chosen as an axis.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import math
 import os
 import time
 import uuid
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +58,10 @@ class Log:
         append(self.path / "timings.jsonl", {"epoch": row["epoch"], "seconds": seconds, "per_second": rate})
         numbers = {k: v for k, v in row.items() if isinstance(v, float) and math.isfinite(v)}
         numbers |= {name: row[name] for name in ("epoch", "updates", "steps")}
-        try:
+        with _named(self.path / "tensorboard"):
             for name, value in numbers.items():
                 self.board.write_event(Event(wall_time=time.time(), step=position(row), summary=scalar(name, value)))
             self.board.flush()
-        except OSError as error:
-            raise unwritable(self.path / "tensorboard", error) from error
         if self.wandb is not None:
             self.wandb.log(numbers, step=position(row))
         if self.bar is not None:
@@ -79,7 +79,8 @@ class Log:
     def close(self) -> None:
         """Closes everything."""
         self.close_bar()
-        self.board.close()
+        with _named(self.path / "tensorboard"):
+            self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
 
@@ -109,11 +110,22 @@ def _tensorboard(folder: Path, done: int) -> EventsWriter:
 
     It writes in this thread, so that a full disk raises here and no events stay queued when the process is stopped.
     """
-    folder.mkdir(exist_ok=True)
-    board = EventsWriter(str(folder / "events"), filename_suffix=f".{done}")
     first = done + 1 if done else 0
-    board.write_event(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
+    with _named(folder):
+        folder.mkdir(exist_ok=True)
+        board = EventsWriter(str(folder / "events"), filename_suffix=f".{done}")
+        board.write_event(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
+        board.flush()
     return board
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Generator[None]:
+    """A context in which a failure to write names a file or folder."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def _wandb(path: Path, project: str | bool) -> Any:
