@@ -107,8 +107,12 @@ def _wandb(path: Path, project: str | bool, group: str | None) -> Any:
     else:
         default = os.environ.get("WANDB_PROJECT") or "jaxrl"
         known = {"id": uuid.uuid4().hex, "project": default if project is True else project}
-        write_json(note, known)
     config = read_json(path / "config.json", f"{path} is not a run directory")
     wandb = importlib.import_module("wandb")
     about = {"name": path.resolve().name, "group": group, "config": config}
-    return wandb.init(**known, **about, dir=str(path), resume="allow")
+    try:
+        run = wandb.init(**known, **about, dir=str(path), resume="allow")
+    except Exception as error:  # without a login or a connection; its errors have no class in common
+        raise UserError(f"Weights & Biases: {' '.join(str(error).split())}") from error
+    write_json(note, known)
+    return run
