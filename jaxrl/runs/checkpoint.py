@@ -65,7 +65,7 @@ def save(folder: Path, epoch: int, carry: PyTree) -> None:
 def _check_writable(folder: Path, epoch: int) -> None:
     """Raises UserError if nothing can be written in a folder: orbax would leave threads that wait forever."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # not what it is in: a run's folder that vanished must not come back
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise unwritable(folder / str(epoch), error) from error

@@ -15,24 +15,33 @@ ABORTED = 130  # exit code of a second Ctrl-C
 
 @contextlib.contextmanager
 def stopping_at_once() -> Generator[None]:
-    """A context in which Ctrl-C ends the process, with a line instead of a trace, even amid an import.
+    """A context in which Ctrl-C ends the process at once, with a line instead of a trace.
 
-    A KeyboardInterrupt would be raised inside other libraries, some of which drop it or turn it into another error.
+    A KeyboardInterrupt would be raised inside other libraries, some of which drop it or turn it into another error, and
+    not before a program is compiled; so a thread listens for the signal, as in `StopRequests`.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread has signal handlers
         yield
         return
 
-    def stop(*_: object) -> None:
-        with contextlib.suppress(OSError):
-            os.write(2, b"jaxrl: stopped at once\n")
-        os._exit(ABORTED)
+    def listen() -> None:
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGINT:
+                with contextlib.suppress(OSError):
+                    os.write(2, b"jaxrl: stopped at once\n")
+                os._exit(ABORTED)
 
-    previous = signal.signal(signal.SIGINT, stop)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    threading.Thread(target=listen, daemon=True).start()
+    previous = signal.signal(signal.SIGINT, lambda *_: None)
+    previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(previous_fd)
         signal.signal(signal.SIGINT, previous)
+        os.close(writer)
 
 
 class StopRequests:

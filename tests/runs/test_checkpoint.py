@@ -158,6 +158,7 @@ def test_other_failures_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["run[1]", "a*b", "a?b", "a\\b", "hidden=[8,8] ü 50%", "#{x}:~;!", "x" * 255])
 def test_any_name_of_a_folder_gives_back_what_was_saved(tmp_path, name):
     folder = tmp_path / name / "checkpoints"
+    folder.parent.mkdir()
     checkpoint.save(folder, 1, carry(1))
     assert numbers(checkpoint.load(folder, shapes(carry(0)))[1]) == numbers(carry(1))
     assert checkpoint.load(folder, shapes({"agent": carry(0).agent}))[0] == 1
