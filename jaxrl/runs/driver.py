@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxrl import sharding
+from jaxrl import sharding, system
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
 from jaxrl.replay.ring import Ring
@@ -122,6 +122,7 @@ def on_devices(carry: Carry) -> Carry:
 
 def prepare(config: Config, env: Env | HostEnv, dataset: Dataset | Shards | None) -> Run:
     """Returns the run of a configuration. Raises UserError if no episode is as long as the agent's windows."""
+    system.check_precision()
     check_learning(config.agent, config.execution)
     agent, execution, timeline = loop.on_device(config.agent), loop.on_device(config.execution), timeline_of(config)
     data, simulators = in_memory(config, env, dataset, timeline.epochs), simulators_of(config, env)
