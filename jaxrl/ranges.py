@@ -70,6 +70,12 @@ def _check_number(path: str, value: Any, hint: Any) -> None:
             raise UserError(f"{path} = {value}: must be {allowed}")
 
 
+def check_seed(name: str, seed: int, following: int = 0) -> None:
+    """Raises UserError unless a seed, and those `following` it, are distinct: JAX keeps 32 bits of a seed."""
+    if not 0 <= seed < 2**32 - following:
+        raise UserError(f"{name} = {seed}: must be at least 0 and below 2^32{f' - {following}' if following else ''}")
+
+
 def check_at_least(settings: Any, **bounds: Scalar) -> None:
     """Raises UserError if a named field is below its bound, for bounds that depend on other fields."""
     for name, low in bounds.items():

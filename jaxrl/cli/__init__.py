@@ -104,26 +104,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _answer(args: list[str]) -> int:
-    """Returns the exit code of a command; whatever goes wrong is one line on stderr, or a trace with --debug."""
-    debug = "--debug" in args
+    """Returns the exit code of a command; whatever goes wrong is one line on stderr, after its trace with --debug."""
     try:
         return _command([arg for arg in args if arg != "--debug"])
-    except KeyboardInterrupt:
-        code, line = ABORTED, "stopped at once"
-    except UserError as error:
-        code, line = 2, str(error)
-    except OSError as error:  # file system errors: full, read-only, no permission
-        code, line = 2, ": ".join(str(part) for part in (error.filename, error.strerror) if part) or repr(error)
-    except SystemExit as error:
-        code, line = 2, f"a module or function of one's own called sys.exit({error.code!r})"
-    except Exception as error:
-        what, place = " ".join(str(error).split())[:300], traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(place.filename).name}:{place.lineno}"
-        code, line = INTERNAL, f"internal error, {type(error).__name__} in {where}: {what}; --debug shows the trace"
-    if debug:
-        traceback.print_exc()
-    print(f"jaxrl: {line}", file=sys.stderr, flush=True)
-    return code
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if "--debug" in args:
+            traceback.print_exc()
+        code, line = _explained(error)
+        print(f"jaxrl: {line}", file=sys.stderr, flush=True)
+        return code
+
+
+def _explained(error: BaseException) -> tuple[int, str]:
+    """Returns the exit code and the line for an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return ABORTED, "stopped at once"
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, OSError):  # file system errors: full, read-only, no permission
+        return 2, ": ".join(str(part) for part in (error.filename, error.strerror) if part) or repr(error)
+    if isinstance(error, SystemExit):
+        return 2, f"a module of one's own called sys.exit({error.code!r})"
+    place, what = traceback.extract_tb(error.__traceback__)[-1], " ".join(str(error).split())[:300]
+    where = f"{type(error).__name__} in {Path(place.filename).name}:{place.lineno}"
+    return INTERNAL, f"internal error, {where}: {what}; --debug shows the trace"
 
 
 def _command(args: list[str]) -> int:

@@ -192,6 +192,7 @@ def _mix(good: str, bad: str, options: MixOptions) -> None:
     from jaxrl.data import mixing
 
     out = _new_file(options.out)
+    ranges.check_seed("seed", options.seed)
     pair = [_judged(name, options.env) for name in (good, bad)]
     _write(out, mixing.mix(*pair, options.ratio, options.steps, options.seed))
 
@@ -271,9 +272,9 @@ def synthesize(args: list[str]) -> int:
     if not names:
         raise UserError("synthesize: name a dataset, for example `jaxrl synthesize DATA.npz --out new.npz`")
     out = _new_file(options.out)
-    for name, low in (("trajectories", 1), ("seed", 0)):
-        if not low <= getattr(options, name) < 2**63:
-            raise UserError(f"{name} = {getattr(options, name)}: must be at least {low} and below 2^63")
+    ranges.check_seed("seed", options.seed)
+    if not 1 <= options.trajectories < 2**63:
+        raise UserError(f"trajectories = {options.trajectories}: must be at least 1 and below 2^63")
     ranges.check(options.generator)
     ranges.check(options.sampler)
     dataset = _judged(names[0], options.env)

@@ -10,6 +10,7 @@ from typing import Annotated, Generic
 
 import jax
 
+from jaxrl import ranges
 from jaxrl.agents import AGENTS
 from jaxrl.cli import flags as fl
 from jaxrl.errors import UserError
@@ -53,7 +54,7 @@ class TrainOptions(Generic[A]):
     out: Path | None = None
     """Run directory; by default a new one under runs/."""
     resume: Path | None = None
-    """Run directory to resume; no flags other than --restart, --wandb and --devices apply."""
+    """Run directory to resume; no flags other than --restart, --devices and those of --wandb apply."""
     restart: bool = False
     """With --resume, begin again; checkpoints and metrics that are there are moved aside."""
     devices: int | None = None
@@ -61,7 +62,9 @@ class TrainOptions(Generic[A]):
     plan: bool = False
     """Print the run's memory requirements and exit."""
     wandb: bool = False
-    """Also log to Weights & Biases."""
+    """Also log to Weights & Biases. Its axis is updates plus environment steps, as that of TensorBoard."""
+    wandb_project: str | None = None
+    """Project there; by default that of the environment variable WANDB_PROJECT, or jaxrl. Implies --wandb."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +137,7 @@ def train(args: list[str]) -> int:
     if options.resume is not None:
         others = {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
         if not_for_it := names + sorted(
-            others - {"--resume", "--restart", "--no-restart", "--wandb", "--no-wandb", "--devices"}
+            others - {"--resume", "--restart", "--no-restart", "--wandb-project", "--wandb", "--no-wandb", "--devices"}
         ):
             raise UserError(f"--resume: a run resumes with its own configuration, {not_for_it[0]} does not apply")
     if options.resume is not None and (options.resume.parent.parent / "sweep.json").exists():
@@ -158,7 +161,8 @@ def _train(config: Config, environment: Env | HostEnv, path: Path, options: Trai
         jax.config.update("jax_enable_compilation_cache", False)
         print(memory.plan(config, environment))
         return 0
-    if options.wandb:
+    wandb = options.wandb_project or options.wandb
+    if wandb:
         logging.check_wandb()
     memory.check(config, environment)
     known = {} if options.resume is None else read_json(path / "manifest.json", f"{path} is not a run directory")
@@ -167,7 +171,7 @@ def _train(config: Config, environment: Env | HostEnv, path: Path, options: Trai
     drive = driver.start if options.resume is None else functools.partial(driver.resume, restart=options.restart)
     with StopRequests() as stop, sharding.across(count):
         try:
-            result = drive(config, environment, path, stop, options.wandb)
+            result = drive(config, environment, path, stop, wandb)
         except StopRequested:
             print(f"stopped and saved; go on with: jaxrl train --resume {shlex.quote(str(path))}", file=sys.stderr)
             return SAVED
@@ -205,6 +209,7 @@ def collect(args: list[str]) -> int:
         raise UserError("collect: name an environment, for example `jaxrl collect maze-medium`")
     if options.steps < 1:
         raise UserError(f"steps = {options.steps}: must be at least 1")
+    ranges.check_seed("seed", options.seed)
     from jaxrl.data import files
     from jaxrl.rollout import host, record
     from jaxrl.runs.datasets import data_path
@@ -242,6 +247,7 @@ def render(args: list[str]) -> int:
     if out.suffix != ".gif":
         raise UserError(f"--out {out}: the name of an animation ends in .gif")
 
+    ranges.check_seed("seed", options.seed)
     schedule = dataclasses.replace(config.schedule, eval_seed=options.seed, eval_episodes=1)
     from jaxrl.runs import evaluation
 

@@ -34,6 +34,8 @@ CAPTIONS = {  # by the prefix of a figure's name
     "map": "Scores over both fields; a dash if no member spent its whole budget.",
 }
 
+FIGURE = re.compile(rf"({'|'.join(CAPTIONS)})(-\w+)?\.png")
+
 
 def rows(report: Report) -> list[dict[str, Any]]:
     """Returns the table, one row per setting, best first; missing values are None."""
@@ -55,8 +57,8 @@ def write(report: Report, folder: Path) -> list[Path]:
     drawn = pictures.figures(report)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.png"):
-            old.unlink()
+        for old in filter(FIGURE.fullmatch, (entry.name for entry in folder.iterdir())):
+            (folder / old).unlink()
         texts = {  # the page first: it marks the folder as a report, so that an incomplete one can be replaced
             PAGE: html(report, drawn),
             "table.md": markdown(report),

@@ -57,7 +57,8 @@ class Config(Generic[A]):
                 raise UserError(f"{name} = {getattr(self, name)}: must be finite")
         if self.reward_scale <= 0:
             raise UserError(f"reward_scale = {self.reward_scale}: must be above 0")
-        for name, low in (("data_steps", 1), ("order_seed", 0), ("seed", 0), ("checkpoint_every", 1)):
+        ranges.check_seed("seed", self.seed)
+        for name, low in (("data_steps", 1), ("order_seed", 0), ("checkpoint_every", 1)):
             if not low <= getattr(self, name) < 2**63:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least {low} and below 2^63")
         if has_dataset(self):  # this also rejects impossible phases

@@ -110,6 +110,11 @@ class Run:
         return carry, row
 
 
+def spent(carry: Carry) -> int:
+    """Returns the updates and environment steps so far."""
+    return int(carry.updates) + int(carry.steps)
+
+
 def finite(carry: Carry) -> bool:
     """Returns whether every number of the agent's state is finite."""
     return bool(loop.jitted_all_finite(carry.agent))
@@ -129,7 +134,9 @@ def prepare(config: Config, env: Env | HostEnv, dataset: Dataset | Shards | None
     return Run(config, env, agent, execution, timeline, data, simulators)
 
 
-def start(config: Config, env: Env | HostEnv, path: Path, stop: StopRequests, wandb: bool = False) -> dict[str, Any]:
+def start(
+    config: Config, env: Env | HostEnv, path: Path, stop: StopRequests, wandb: str | bool = False
+) -> dict[str, Any]:
     """Runs a new run to its end in a new folder and returns its result. Raises StopRequested on a stop request."""
     directory.check_new(path)
     dataset = load_data(config, env)
@@ -139,7 +146,7 @@ def start(config: Config, env: Env | HostEnv, path: Path, stop: StopRequests, wa
 
 
 def resume(
-    config: Config, env: Env | HostEnv, path: Path, stop: StopRequests, wandb: bool = False, restart: bool = False
+    config: Config, env: Env | HostEnv, path: Path, stop: StopRequests, wandb: str | bool = False, restart: bool = False
 ) -> dict[str, Any]:
     """Resumes a run from its latest checkpoint, bit for bit identical to an uninterrupted run; returns its result.
 
@@ -155,7 +162,7 @@ def resume(
         return drive(run, path, stop, wandb, lock)
 
 
-def drive(run: Run, path: Path, stop: StopRequests, wandb: bool, lock: Lock) -> dict[str, Any]:
+def drive(run: Run, path: Path, stop: StopRequests, wandb: str | bool, lock: Lock) -> dict[str, Any]:
     """Runs the remaining epochs and returns the run's result. Raises StopRequested on a stop request.
 
     If parameters become NaN or infinite, the run ends with the status "diverged", and the last finite checkpoint stays.
@@ -164,7 +171,7 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: bool, lock: Lock) -> 
     carry, done = run.restore(folder)
     checkpoint.keep_until(folder, done)
     directory.warn_of_rows(path, done, directory.rewind(path, done))
-    with contextlib.closing(run), contextlib.closing(Log(path, wandb, done)) as log:
+    with contextlib.closing(run), contextlib.closing(Log(path, wandb, spent(carry))) as log:
         if run.recorded is not None and not done:
             log.row(evaluate_behaviour(run.config, run.recorded))
         for index in range(done, run.timeline.epochs):

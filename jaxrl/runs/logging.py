@@ -1,9 +1,15 @@
-"""Logging of a run: terminal, metrics.jsonl, TensorBoard, optionally Weights & Biases."""
+"""Logging of a run: terminal, metrics.jsonl, TensorBoard, optionally Weights & Biases.
+
+The axis of TensorBoard and Weights & Biases is updates plus environment steps, which grows in every phase; `updates`,
+`steps` and `epoch` are logged as curves of their own, to be chosen as an axis.
+"""
 
 import importlib
 import importlib.util
 import math
+import os
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,7 @@ from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from jaxrl.errors import UserError
-from jaxrl.runs.jsonlines import append
+from jaxrl.runs.jsonlines import append, read_json, unwritable, write_json
 from jaxrl.runs.scores import score_of_row, with_interval
 from jaxrl.types import Phase
 
@@ -21,11 +27,11 @@ from jaxrl.types import Phase
 class Log:
     """Writes each epoch's row to all logs. `metrics.jsonl` is identical for identical runs."""
 
-    def __init__(self, path: Path, wandb: bool = False, epoch: int = 0) -> None:
-        """Opens the log of the run in `path`, after `epoch` epochs."""
+    def __init__(self, path: Path, wandb: str | bool = False, done: int = 0) -> None:
+        """Opens the log of the run in `path` after `done` updates and steps; `wandb` is a project's name, or True."""
         self.path = path
-        self.wandb = _wandb(path) if wandb else None
-        self.board = _tensorboard(path / "tensorboard", epoch)
+        self.wandb = _wandb(path, wandb) if wandb else None
+        self.board = _tensorboard(path / "tensorboard", done)
         self.bar: tqdm | None = None
         self.clock = time.perf_counter()
 
@@ -49,11 +55,15 @@ class Log:
         rate = None if self.bar is None else self.unit / seconds
         append(self.path / "timings.jsonl", {"epoch": row["epoch"], "seconds": seconds, "per_second": rate})
         numbers = {k: v for k, v in row.items() if isinstance(v, float) and math.isfinite(v)}
-        for name, value in numbers.items():
-            self.board.write_event(Event(wall_time=time.time(), step=row["epoch"], summary=scalar(name, value)))
-        self.board.flush()
+        numbers |= {name: row[name] for name in ("epoch", "updates", "steps")}
+        try:
+            for name, value in numbers.items():
+                self.board.write_event(Event(wall_time=time.time(), step=position(row), summary=scalar(name, value)))
+            self.board.flush()
+        except OSError as error:
+            raise unwritable(self.path / "tensorboard", error) from error
         if self.wandb is not None:
-            self.wandb.log(numbers, step=row["epoch"])
+            self.wandb.log(numbers, step=position(row))
         if self.bar is not None:
             self.bar.update(self.unit)
         if score_of_row(row):
@@ -89,17 +99,32 @@ def check_wandb() -> None:
         raise UserError("wandb is not installed: pip install 'jaxrl[wandb]'")
 
 
-def _tensorboard(folder: Path, epoch: int) -> EventsWriter:
-    """Returns a TensorBoard writer; its first event discards what an interrupted run wrote after `epoch`.
+def position(row: dict[str, Any]) -> int:
+    """Returns where a row is on the axis of TensorBoard and Weights & Biases: its updates and environment steps."""
+    return row["updates"] + row["steps"]
+
+
+def _tensorboard(folder: Path, done: int) -> EventsWriter:
+    """Returns a TensorBoard writer; its first event discards what an interrupted run wrote after `done`.
 
     It writes in this thread, so that a full disk raises here and no events stay queued when the process is stopped.
     """
     folder.mkdir(exist_ok=True)
-    board = EventsWriter(str(folder / "events"), filename_suffix=f".{epoch}")
-    board.write_event(Event(wall_time=time.time(), step=epoch + 1, session_log=SessionLog(status=SessionLog.START)))
+    board = EventsWriter(str(folder / "events"), filename_suffix=f".{done}")
+    first = done + 1 if done else 0
+    board.write_event(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
     return board
 
 
-def _wandb(path: Path) -> Any:
+def _wandb(path: Path, project: str | bool) -> Any:
+    """Returns the run's own Weights & Biases run: a new one with a random ID, or that noted in `wandb.json` before."""
+    note = path / "wandb.json"
+    if note.exists():
+        known = read_json(note, f"{path} cannot go on with its run of Weights & Biases")
+    else:
+        default = os.environ.get("WANDB_PROJECT") or "jaxrl"
+        known = {"id": uuid.uuid4().hex, "project": default if project is True else project}
+        write_json(note, known)
+    config = read_json(path / "config.json", f"{path} is not a run directory")
     wandb = importlib.import_module("wandb")
-    return wandb.init(project="jaxrl", name=path.name, dir=str(path), resume="allow", id=path.name)
+    return wandb.init(**known, name=path.resolve().name, dir=str(path), resume="allow", config=config)

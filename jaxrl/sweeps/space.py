@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxrl import ranges
 from jaxrl.errors import UserError, unknown
 from jaxrl.runs.config import Config, replaced
 
@@ -66,6 +67,8 @@ class Space:
         """Raises UserError for an invalid axis, before anything is built."""
         if self.seeds < 1:
             raise UserError(f"seeds = {self.seeds}: must be at least 1")
+        ranges.check_seed("seed", self.base.seed, following=self.seeds - 1)
+        ranges.check_seed("draw_seed", self.draw_seed)
         if bool(self.drawn) != (self.draws > 0):
             raise UserError(
                 f"draws = {self.draws}: drawn fields require --draws, at least 1, "

@@ -6,6 +6,7 @@ import math
 from fractions import Fraction
 from typing import Literal, get_args
 
+from jaxrl import ranges
 from jaxrl.errors import UserError
 from jaxrl.types import Agent, OnPolicy, Phase, Scheduling, requirements
 
@@ -57,6 +58,8 @@ class Schedule:
                 raise UserError(
                     f"schedule.{field.name} = {getattr(self, field.name)}: must be at least {low}, and finite"
                 )
+
+        ranges.check_seed("schedule.eval_seed", self.eval_seed, following=1)  # sweeps evaluate on the next one, too
 
     def offline(self, name: str = "offline") -> tuple[Phase, ...]:
         """Returns the phase of updates on the dataset only; empty without such updates."""

@@ -16,6 +16,7 @@ from PIL import Image
 
 from jaxrl import cli
 from jaxrl.agents import AGENTS
+from jaxrl.cli.flags import make as original_make
 from jaxrl.data import files
 from jaxrl.runs import config, directory, logging
 from jaxrl.runs.presets import preset
@@ -82,6 +83,16 @@ def mistake(argv: list[str], capsys) -> str:
         ("train fmq point --seed 1.5", "Error parsing --seed: invalid literal for int() with base 10: '1.5'"),
         ("train fmq point --seed", "Missing value for argument '--seed'. Expected 1 values."),
         ("train fmq point --seed -1", "seed = -1: must be at least 0"),
+        ("train fmq point --seed 4294967296", "seed = 4294967296: must be at least 0 and below 2^32"),
+        (
+            "train fmq point --schedule.eval-seed 4294967295",
+            "schedule.eval_seed = 4294967295: must be at least 0 and be",
+        ),
+        ("sweep bc point --seed 4294967290 --seeds 9", "seed = 4294967290: must be at least 0 and below 2^32 - 8"),
+        ("sweep bc point --draw-seed -1", "draw_seed = -1: must be at least 0"),
+        ("collect point --seed 4294967296", "seed = 4294967296: must be at least 0 and below 2^32"),
+        ("data mix ok.npz ok.npz --seed -1 --out new.npz", "seed = -1: must be at least 0"),
+        ("train fmq point --restart", "--restart: applies to --resume only"),
         (
             "train fmq point --agent.adam.lr abc",
             "Error parsing --agent.adam.lr: could not convert string to float: 'abc'",
@@ -167,6 +178,33 @@ def test_a_file_system_that_refuses_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jaxrl.cli.flags.make", refuse)
     assert mistake(["doctor", "--env=point"], capsys) == "some/file: Permission denied"
+
+
+def test_what_nobody_foresaw_is_a_line_and_its_trace_is_shown_when_asked_for(monkeypatch, capsys):
+    def broken(name):
+        raise TypeError("an odd\nmistake")
+
+    monkeypatch.setattr("jaxrl.cli.flags.make", broken)
+    assert cli.main(["doctor", "--env=point"]) == 70
+    line = capsys.readouterr().err
+    assert re.fullmatch(
+        r"jaxrl: internal error, TypeError in test_cli.py:\d+: an odd mistake; --debug shows the trace\n", line
+    )
+    assert cli.main(["doctor", "--env=point", "--debug"]) == 70
+    trace = capsys.readouterr().err
+    assert trace.startswith("Traceback (most recent call last)") and trace.endswith(line)
+
+
+def test_an_environment_that_exits_is_a_mistake(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("leaves_in_make.py").write_text("import sys\ndef make(): sys.exit(0)\n")
+    Path("leaves_at_import.py").write_text("import sys\nsys.exit('bye')\n")
+    monkeypatch.setattr("jaxrl.cli.flags.make", original_make)
+    for name, code in (("leaves_in_make", "0"), ("leaves_at_import", "'bye'")):
+        for command in (["train", "bc"], ["doctor", "--env"], ["collect"]):
+            assert cli.main([*command, f"{name}:make"]) == 2
+            assert f"its module called sys.exit({code})" in capsys.readouterr().err
 
 
 def test_weights_and_biases_must_be_installed(whole, tmp_path, monkeypatch, capsys):
@@ -424,6 +462,53 @@ def test_help_can_be_cut_short_by_a_pipe():
     assert (
         done.stdout == "Train an agent on a dataset, then online in the environment if configured. Or resume a run.\n"
     )
+
+
+SMALL = (
+    f"train bc {tiny.ENV} --data-steps=100 --agent.windows.chunk=2 --agent.windows.batch=16 --agent.flow.net.hidden 8"
+)
+SMALL += " --schedule.online-steps=0 --schedule.offline-updates=20 --schedule.updates-per-epoch=10"
+SMALL += " --schedule.eval-episodes=2 --out=run"
+
+
+@pytest.mark.parametrize(
+    "streams", ["| head -n 1", ">&-", "2>&-", ">/dev/full", ">&- 2>&-", "2>&1 | true", "2>/dev/full"]
+)
+def test_a_run_goes_on_to_its_end_without_its_output(tmp_path, monkeypatch, streams):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+    line = f"{sys.executable} -m jaxrl.cli {SMALL.replace('?', chr(92) + '?')} {streams}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["epoch"] for row in tiny.rows(tmp_path / "run")] == [0, 1, 2]
+    assert (tmp_path / "run" / "result.json").exists()
+    lost = "jaxrl: stdout cannot be written ([Errno 28] No space left on device): going on without it"
+    assert done.stderr.splitlines()[1:] == ([lost] if streams == ">/dev/full" else [])
+
+
+INTERRUPTED = """
+import builtins, os, signal, sys
+original = builtins.__import__
+def interrupting(name, *arguments, **more):
+    if name == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(name, *arguments, **more)
+builtins.__import__ = interrupting
+sys.argv = ["jaxrl", "train", "bc", "point"]
+from jaxrl.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("module", ["jax", "tyro", "orbax.checkpoint", "envs"])
+def test_ctrl_c_during_the_imports_is_a_line(tmp_path, module):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED.replace("sys.argv[1]", repr(module))],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "jaxrl: stopped at once\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_closed_pipe_is_no_error():
