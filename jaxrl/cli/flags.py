@@ -92,6 +92,8 @@ def made(name: str) -> Env | HostEnv:
     except SystemExit as error:
         raise UserError(f"environment {name!r}: its module called sys.exit({error.code!r})") from error
     except Exception as error:
+        if ":" not in name:
+            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"environment {name!r} cannot be made: {reason}; --debug shows the trace") from error
 

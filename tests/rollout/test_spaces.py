@@ -95,7 +95,9 @@ def test_flags_of_a_step_are_true_or_false(flag, fits):
     slot = Slot(walk.Walk(), 8)
     slot.reset(0, 1)
     slot.simulator.step = lambda action: (np.zeros(3), 0.0, flag, False, {})
-    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="terminated = .*, must be True or False"):
+    with (
+        contextlib.nullcontext() if fits else pytest.raises(UserError, match=r"terminated = .*, must be True or False")
+    ):
         slot.execute(np.zeros((1, 1), np.float32), 0)
 
 
