@@ -42,6 +42,7 @@ class TrainOptions(Generic[A]):
         exit code 0    trained; the last line is `result: {...}` in JSON
                   2    usage error, explained in one line
                   3    parameters became NaN or infinite; the last checkpoint is finite
+                  70   an error that nobody foresaw; --debug shows its trace
                   75   stopped and saved: resume with --resume
                   130  stopped immediately; the last checkpoint is intact
     """
@@ -152,7 +153,7 @@ def train(args: list[str]) -> int:
 
 def _train(config: Config, environment: Env | HostEnv, path: Path, options: TrainOptions) -> int:
     from jaxrl import sharding
-    from jaxrl.runs import driver, logging, memory
+    from jaxrl.runs import boards, driver, memory
     from jaxrl.runs.datasets import with_data
 
     config = with_data(config, environment)
@@ -163,7 +164,7 @@ def _train(config: Config, environment: Env | HostEnv, path: Path, options: Trai
         return 0
     wandb = options.wandb_project or options.wandb
     if wandb:
-        logging.check_wandb()
+        boards.check_wandb()
     memory.check(config, environment)
     known = {} if options.resume is None else read_json(path / "manifest.json", f"{path} is not a run directory")
     count = options.devices or known.get("devices", 1)

@@ -83,6 +83,10 @@ class SweepOptions(Generic[A]):
     """Print the programs, their members, memory and time, and exit."""
     print_slurm: bool = False
     """Print a SLURM batch script for this sweep, and exit."""
+    wandb: bool = False
+    """At the end, also send the members' metrics to Weights & Biases, as a group with the sweep's name."""
+    wandb_project: str | None = None
+    """Project there; by default that of the environment variable WANDB_PROJECT, or jaxrl. Implies --wandb."""
     coordinator: str | None = None
     """Address of process 0, HOST:PORT, if no scheduler provides it."""
     processes: int | None = None
@@ -121,7 +125,18 @@ def sweep(args: list[str]) -> int:
     return _sweep(space, options, options.out or default_path(agent, options))
 
 
-STAYS = ("resume", "devices", "checkpoint-seconds", "patience", "coordinator", "processes", "process")
+STAYS = (
+    "resume",
+    "devices",
+    "wandb",
+    "no-wandb",
+    "wandb-project",
+    "checkpoint-seconds",
+    "patience",
+    "coordinator",
+    "processes",
+    "process",
+)
 
 
 def stays(flag: str) -> bool:
@@ -224,6 +239,7 @@ def value_of(path: str, word: str, parse: Any, config: Config) -> Any:
 
 
 def _sweep(space: Space | None, options: SweepOptions, path: Path) -> int:
+    from jaxrl.runs import boards
     from jaxrl.sweeps import estimate
     from jaxrl.sweeps import sweep as sweeps
 
@@ -238,6 +254,9 @@ def _sweep(space: Space | None, options: SweepOptions, path: Path) -> int:
     if options.processes is not None or machines.asked_by_environment():
         machine = machines.rendezvous(options.coordinator, options.processes, options.process, asked)
     settings.local()
+    wandb = options.wandb_project or options.wandb
+    if wandb:
+        boards.check_wandb()
     with StopRequests() as stop:
         try:
             if space is None:
@@ -248,6 +267,8 @@ def _sweep(space: Space | None, options: SweepOptions, path: Path) -> int:
             print(f"stopped and saved; go on with: jaxrl sweep --resume {shlex.quote(str(path))}", file=sys.stderr)
             return SAVED
     if machine.process == 0:
+        for member in done.everyone if wandb else ():
+            boards.publish(done.path / "members" / member.name, wandb, group=done.path.resolve().name)
         print(f"result: {json.dumps(sweeps.finish(done))}")
     return 0
 

@@ -264,14 +264,14 @@ def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
         if evaluated:
             result[f"{phase}_{score_of_row(evaluated[-1])}"], *result[f"{phase}_interval"] = scored(evaluated[-1])
     write_json(path / "result.json", result)
-    if rows:
-        plots.curves(rows, path / "curves.png")
-    if isinstance(run.env, HostEnv | Drawable):
-        try:
+    try:  # a run that is trained stays so without its pictures
+        if rows:
+            plots.curves(rows, path / "curves.png")
+        if isinstance(run.env, HostEnv | Drawable):
             with announced("drawing an episode"):
                 animate(run.config, run.agent, run.env, carry.agent, path / "rollout.gif")
-        except UserError as error:
-            print(f"no picture of an episode: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"no pictures of the run: {error}", file=sys.stderr)
     return result
 
 

@@ -16,6 +16,7 @@ from jaxrl.replay.ring import Ring
 from jaxrl.replay.streaming import Stream
 from jaxrl.rollout import host
 from jaxrl.runs import checkpoint, directory, driver, jsonlines
+from jaxrl.runs.boards import publish
 from jaxrl.runs.config import to_dict
 from jaxrl.runs.datasets import check_same_data, load_data, with_data
 from jaxrl.runs.evaluation import evaluate_behaviour, evaluation
@@ -311,3 +312,4 @@ class CohortRunner:
         state = jax.tree.map(lambda x: x[i], population.carry.agent)
         checkpoint.save(home / "checkpoints", last["epoch"], {"agent": state})
         write_json(home / "result.json", result)
+        publish(home)

@@ -18,7 +18,7 @@ from jaxrl import cli
 from jaxrl.agents import AGENTS
 from jaxrl.cli.flags import make as original_make
 from jaxrl.data import files
-from jaxrl.runs import config, directory, logging
+from jaxrl.runs import boards, config, directory, logging
 from jaxrl.runs.presets import preset
 from tests import tiny
 
@@ -209,7 +209,7 @@ def test_an_environment_that_exits_is_a_mistake(tmp_path, monkeypatch, capsys):
 
 def test_weights_and_biases_must_be_installed(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logging.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(boards.importlib.util, "find_spec", lambda name: None)
     argv = [*tiny.flags(whole.parent / "data.npz"), "--wandb"]
     assert mistake(argv, capsys) == "wandb is not installed: pip install 'jaxrl[wandb]'"
 

@@ -304,7 +304,7 @@ def test_a_run_without_data_says_how_to_get_them_and_finds_them(tmp_path, monkey
     with tiny.quick(), monkeypatch.context() as patch:
         patch.setattr(host, "render", unable)
         assert cli.main(["train", "bc", name, "--out=run", *small]) == 0
-    assert "no picture of an episode: no screen" in capsys.readouterr().err
+    assert "no pictures of the run: no screen" in capsys.readouterr().err
     assert '"data": "datasets/pointmaze-medium-navigate-v0.npz"' in (tmp_path / "run" / "config.json").read_text()
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxrl.runs import logging
+from jaxrl.errors import UserError
+from jaxrl.runs.boards import publish
 from jaxrl.runs.logging import Log
 
 ROWS = [
@@ -95,7 +96,26 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(log.board, "flush", full)
-        with pytest.raises(logging.UserError, match=rf"^cannot write {tmp_path}/tensorboard: No space left on device$"):
+        patch.setattr(log.boards.board, "flush", full)
+        with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/tensorboard: No space left on device$"):
             log.row(ROWS[0])
     log.close()
+
+
+def test_a_finished_run_is_published_once(tmp_path, wandb):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS).replace("NaN", "null"))
+    for _ in range(2):
+        publish(tmp_path)
+        publish(tmp_path, "ours", group="sweep")
+    assert set(events(tmp_path)["steps"]) == {(100, 0.0), (750, 640.0)}
+    assert [(asked["project"], asked["group"]) for asked in wandb.asked] == [("ours", "sweep")]
+    assert [step for step, _ in wandb.rows] == [100, 750]
+
+
+def test_a_run_stays_in_its_project(tmp_path, wandb):
+    (tmp_path / "config.json").write_text("{}")
+    Log(tmp_path, "ours").close()
+    Log(tmp_path, True).close()
+    with pytest.raises(UserError, match="--wandb-project theirs: this run's is 'ours'"):
+        Log(tmp_path, "theirs")
