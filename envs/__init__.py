@@ -10,6 +10,7 @@ import io
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 from jaxrl.errors import UserError, unknown
@@ -117,11 +118,21 @@ def _build(name: str, entry: _Entry, member: str, options: dict[str, Any]) -> An
         raise UserError(f"environment {name!r} needs the package {package!r}: pip install '{extra}'") from error
 
 
-def _own(target: str, options: dict[str, Any]) -> AnyEnv:
-    """Returns the environment built by a user's function. The working directory is put on the import path."""
-    module_name, _, attribute = target.partition(":")
+def _look_beside() -> None:
+    """Puts the working directory last on the import path, and its folder `envs`, if there is one, into this package.
+
+    So modules of a user's own folder of that name are found, and hide none of these.
+    """
     if "" not in sys.path:
-        sys.path.insert(0, "")
+        sys.path.append("")
+    if (own := Path.cwd() / "envs").is_dir() and str(own) not in __path__:
+        __path__.append(str(own))
+
+
+def _own(target: str, options: dict[str, Any]) -> AnyEnv:
+    """Returns the environment built by a user's function."""
+    module_name, _, attribute = target.partition(":")
+    _look_beside()
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -182,3 +193,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint) if hint in (bool, str, type(None)) else True
+
+
+_look_beside()  # in worker processes as well, whose simulators may come from there

@@ -7,8 +7,12 @@ horizon here. Nothing of `brax.training` is imported.
 Dict observations are kept, and the arrays that policies and critics see are selected by name:
 
     playground/Go1JoystickFlatTerrain                                 policies see "state", critics "privileged_state"
+    playground/Go1JoystickFlatTerrain?obs=state                       both see "state", and nothing else is stored
     playground/Go1JoystickFlatTerrain?critic=state                    both see "state"
     playground/Go1JoystickFlatTerrain?critic=state,privileged_state   critics see both arrays
+
+Neither declares a range of actions: all of their tasks take [-1, 1], and those whose actuators have other ranges scale
+actions themselves, so nothing is scaled here.
 """
 
 import contextlib
@@ -42,22 +46,25 @@ class Adapted:
     simulator: Any
     horizon: int
     actor: tuple[str, ...] = ()
-    """Keys that policies see; by default "state", or all keys if there is none."""
+    """Keys that policies see; by default "state", or all keys but "privileged_state" if there is none."""
     critic: tuple[str, ...] = ()
     """Keys that critics see; by default "privileged_state", or those of policies if there is none."""
+    kept: tuple[str, ...] = ()
+    """Keys that an observation keeps; by default all."""
 
     @functools.cached_property
     def spec(self) -> Spec:
         """Sizes of observation and action, traced without running the simulator. Raises UserError for unknown keys."""
         obs, action = jax.eval_shape(self.reset, jax.random.key(0)).obs, self.simulator.action_size
         if not isinstance(obs, Mapping):
-            if self.actor or self.critic:
-                raise UserError("observations are one array: there are no keys to select, omit actor= and critic=")
+            if self.actor or self.critic or self.kept:
+                raise UserError("observations are one array: there are no keys to select, omit obs=, actor=, critic=")
             return Spec(obs.shape[0], action)
         for key in (*self.actor, *self.critic):
             if key not in obs:
                 raise unknown("observation key", key, obs)
-        actor = self.actor or ((STATE,) if STATE in obs else ())
+        plain = tuple(key for key in sorted(obs) if key != PRIVILEGED) if PRIVILEGED in obs else ()
+        actor = self.actor or ((STATE,) if STATE in obs else plain)
         critic = self.critic or ((PRIVILEGED,) if PRIVILEGED in obs else actor)
         leaves = tuple(Leaf(name, leaf.shape, leaf.dtype.name) for name, leaf in sorted(obs.items()))
         return Spec(leaves, action, actor_keys=actor, critic_keys=critic)
@@ -79,13 +86,21 @@ class Adapted:
         with _quiet():
             return self._state(self.simulator.step(state.physics, action), state.steps + 1, state.success)
 
+    def _chosen(self, obs: Any) -> Any:
+        """Returns an observation with the kept keys. Raises UserError for a key that it does not have."""
+        if not self.kept or not isinstance(obs, Mapping):
+            return obs
+        if missing := [key for key in self.kept if key not in obs]:
+            raise unknown("observation key", missing[0], obs)
+        return {key: obs[key] for key in self.kept}
+
     def _state(self, physics: Any, steps: jax.Array, succeeded: jax.Array) -> EnvState:
         physics = jax.tree.map(_strong, physics)
         terminated = physics.done.astype(bool)
         success = physics.metrics.get("success", jnp.zeros(()))
         return EnvState(
             physics=physics,
-            obs=_observed(physics.obs),
+            obs=_observed(self._chosen(physics.obs)),
             reward=physics.reward.astype(jnp.float32),
             terminated=terminated,
             truncated=(steps >= self.horizon) & ~terminated,
@@ -110,12 +125,12 @@ def brax_env(
             raise UserError(f"brax/{name} cannot be built with backend {backend!r}: {error}") from error
 
 
-def playground_env(name: str, horizon: int | None = None, actor: str = "", critic: str = "") -> Adapted:
+def playground_env(name: str, horizon: int | None = None, actor: str = "", critic: str = "", obs: str = "") -> Adapted:
     """Returns MuJoCo Playground's task `name` on the JAX simulator, with Playground's own horizon unless given.
 
-    `actor` and `critic` are comma-separated keys of dict observations that policies and critics see. The tasks of its
-    dm_control suite need nothing else; locomotion and manipulation tasks clone a repository of robot models when the
-    first of them is built.
+    `actor` and `critic` are comma-separated keys of dict observations that policies and critics see, `obs` those that
+    are kept at all. The tasks of its dm_control suite need nothing else; locomotion and manipulation tasks clone a
+    repository of robot models when the first of them is built.
 
     Raises UserError for an unknown task or key.
     """
@@ -127,7 +142,8 @@ def playground_env(name: str, horizon: int | None = None, actor: str = "", criti
         config = registry.get_default_config(name)
         config.impl = "jax"  # the default, warp, is slow on a CPU and not deterministic
         simulator = registry.load(name, config=config)
-    env = Adapted(simulator, config.episode_length if horizon is None else horizon, keys_of(actor), keys_of(critic))
+    length, keys = config.episode_length if horizon is None else horizon, map(keys_of, (actor, critic, obs))
+    env = Adapted(simulator, length, *keys)
     try:
         env.spec  # noqa: B018  (raises for unknown keys)
     except UserError as error:

@@ -51,6 +51,14 @@ def check(env: Any) -> list[Finding]:
     return findings
 
 
+def before_running(env: Any) -> list[Finding]:
+    """Returns the findings that need no compiling and no worker process, for environments about to be trained in."""
+    findings = list(_sizes(env))
+    if all(finding.ok for finding in findings) and not isinstance(env, HostEnv):
+        findings += _states(env)
+    return findings
+
+
 def _sizes(env: Any) -> Iterator[Finding]:
     parts, missing = HOST_PARTS if isinstance(env, HostEnv) else PARTS, missing_parts(env)
     yield Finding(f"has {', '.join(parts[:-1])} and {parts[-1]}", f"add {', '.join(missing)}" if missing else "")

@@ -6,6 +6,8 @@ Copy this file, change what it simulates, then
     jaxrl train --env my_package.my_module:make
     jaxrl train --env "my_package.my_module:make?horizon=50"    # the arguments of `make` are options
 
+Without success to report, keep `success` false and add the field `score: str = "return"`: then runs are compared by it.
+
 `reset` and `step` are pure functions of ONE environment: jaxrl vmaps them. They are compiled, so use `jnp.where`
 instead of `if` on arrays, and take all randomness from the key.
 """

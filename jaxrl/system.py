@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+from jaxrl.errors import UserError
+
 
 def cores() -> int:
     """Returns how many processor cores this process may use."""
@@ -17,3 +19,12 @@ def jax_setting(name: str) -> Any:
     import jax  # late: worker processes, which ask for cores alone, do without
 
     return getattr(jax.config, f"jax_{name}")
+
+
+def check_precision() -> None:
+    """Raises UserError if JAX is set to 64-bit numbers, which the programs here do not support."""
+    if jax_setting("enable_x64"):
+        raise UserError(
+            "JAX_ENABLE_X64 is on: runs compute with 32-bit numbers; unset it, or call "
+            "jax.config.update('jax_enable_x64', False)"
+        )

@@ -21,7 +21,7 @@ from tests.sweeps.test_population import AGENT, dataset
 
 ENV = envs.make("point")
 SCHEDULE = Schedule(
-    offline_updates=0, online_data="both", online_steps=24, utd=0.5, warmup_steps=0, envs=4, steps_per_epoch=8
+    offline_updates=0, online_data="both", online_steps=20, utd=0.3, warmup_steps=0, envs=4, steps_per_epoch=8
 )
 
 

@@ -97,10 +97,10 @@ def compilations():
     parts: list[list[str]] = [[]]
     row = Log.row
 
-    def counted(log: Log, new: dict) -> None:
+    def counted(log: Log, new: dict, *stages: dict) -> None:
         parts[-1] += names[sum(map(len, parts)) :]
         parts.append([])
-        row(log, new)
+        row(log, new, *stages)
 
     with compiled() as names, mock.patch.object(Log, "row", counted):
         yield parts

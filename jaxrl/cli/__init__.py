@@ -46,7 +46,7 @@ def examine(args: list[str]) -> int:
     else:
         from envs.checker import check
 
-        lines = [str(finding) for finding in check(fl.make(options.env))]
+        lines = [str(finding) for finding in check(fl.made(options.env))]
     print("\n".join(lines))
     return int(any(line.startswith("FAIL") for line in lines))
 

@@ -29,4 +29,6 @@ def installation() -> list[str]:
     lines.append("ok    a compiled program gives the right number" if total == 64.0**3 else "FAIL  wrong arithmetic")
     lines.append(f"ok    compiled programs are kept in {jax_setting('compilation_cache_dir')}")
     lines.append(f"--    matmul precision {jax_setting('default_matmul_precision') or 'default'} (TF32 on recent GPUs)")
+    if jax_setting("enable_x64"):
+        lines.append("FAIL  JAX_ENABLE_X64 is on: runs compute with 32-bit numbers, unset it")
     return lines

@@ -11,6 +11,8 @@ from typing import Any, get_args
 
 import tyro
 
+import jaxrl
+from jaxrl import system
 from jaxrl.agents import AGENTS
 from jaxrl.errors import UserError
 from jaxrl.types import Env, HostEnv, Scalar
@@ -57,13 +59,43 @@ class HelpShown(Exception):  # noqa: N818  (not an error)
 
 
 def make(name: str) -> Env | HostEnv:
-    """Returns the environment with a name."""
+    """Returns the environment with a name; one of the user's own has passed the checks that compile nothing.
+
+    Raises UserError if it cannot be made or a check fails.
+    """
+    env = made(name)
+    if ":" in name:
+        from envs import checker
+
+        if failed := [finding for finding in checker.before_running(env) if not finding.ok]:
+            raise UserError(
+                f"environment {name!r}: {failed[0].rule}: {failed[0].problem}; see jaxrl doctor --env {name}"
+            )
+    return env
+
+
+def made(name: str) -> Env | HostEnv:
+    """Returns the environment with a name, unchecked. Raises UserError if its module or function fails."""
     import envs
 
+    system.check_precision()
+    ours = Path(jaxrl.__file__).resolve().parents[1] / "envs"
+    if (found := Path(next(iter(envs.__path__))).resolve()) != ours:
+        raise UserError(
+            f"the folder {found} hides jaxrl's package of the name envs: rename it, or use the command `jaxrl` instead "
+            "of `python -m`"
+        )
     try:
         return envs.make(name)
+    except UserError:
+        raise
     except SystemExit as error:
         raise UserError(f"environment {name!r}: its module called sys.exit({error.code!r})") from error
+    except Exception as error:
+        if ":" not in name:
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"environment {name!r} cannot be made: {reason}; --debug shows the trace") from error
 
 
 def positionals(args: list[str], most: int) -> tuple[list[str], list[str]]:

@@ -20,7 +20,7 @@ from jaxrl.replay.ring import Steps
 from jaxrl.rollout import device as ro
 from jaxrl.rollout.executors import OPEN_LOOP, Execution
 from jaxrl.rollout.workers import Pool
-from jaxrl.types import Agent, EnvState, HostEnv, Observation, PyTree, Recordable, Script
+from jaxrl.types import Agent, EnvState, HostEnv, Observation, PyTree, Recordable, Script, Spec
 
 FRAMES = 100  # frames rendered per episode
 EVALUATED = 8  # episodes evaluated in parallel, or two per worker if that is more
@@ -55,7 +55,23 @@ class Simulators:
         Task numbers start from 0 and wrap around at the number of tasks.
         """
         numbers = tasks % self.env.tasks + 1 if self.env.tasks else np.zeros_like(tasks)
-        return self.pool.reset(group, slots, seeds, numbers)
+        obs = self.pool.reset(group, slots, seeds, numbers)
+        check_sizes(obs, self.env.spec)
+        return obs
+
+
+def check_sizes(obs: Observation, spec: Spec) -> None:
+    """Raises UserError if simulators' observations [N, ...] are not those of the environment's spec."""
+    found, wanted = (
+        {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape[lead:])}" for path, x in jax.tree.leaves_with_path(tree)}
+        for tree, lead in ((obs, 1), (spec.example(), 0))
+    )
+    if wrong := [place for place in found | wanted if found.get(place) != wanted.get(place)]:
+        place = wrong[0]
+        raise UserError(
+            f"the simulator's observation{place} is {found.get(place, 'absent')}, its spec says "
+            f"{wanted.get(place, 'absent')}: correct one of them, `jaxrl doctor --env ...` checks both"
+        )
 
 
 def seeds_of(random: np.random.Generator, count: int) -> np.ndarray:

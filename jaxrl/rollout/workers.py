@@ -200,6 +200,13 @@ def finite(obs: Observation) -> bool:
     return all(np.isfinite(x).all() for x in (obs.values() if isinstance(obs, Mapping) else [obs]))
 
 
+def check_flags(terminated: Any, truncated: Any) -> None:
+    """Raises UserError if a step's flags are not true or false."""
+    for name, flag in (("terminated", terminated), ("truncated", truncated)):
+        if not isinstance(flag, bool | np.bool_) and not (np.ndim(flag) == 0 and flag in (0, 1)):
+            raise UserError(f"the simulator's step returned {name} = {flag!r}, must be True or False")
+
+
 def zeros(obs: Observation) -> Observation:
     """Returns an observation of zeros."""
     return {name: np.zeros_like(x) for name, x in obs.items()} if isinstance(obs, Mapping) else np.zeros_like(obs)
@@ -245,6 +252,7 @@ class Slot:
                     action if self.bounds is None else scaled(action, self.bounds)
                 )
                 obs = observed(obs)
+                check_flags(terminated, truncated)
                 self.steps += 1
                 valid = bool(self.sound and finite(obs) and np.isfinite(rewards[t]))
                 truncated = (truncated or self.steps >= self.horizon) and not terminated

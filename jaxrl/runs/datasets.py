@@ -17,6 +17,7 @@ from jaxrl.rollout import record
 from jaxrl.runs import directory
 from jaxrl.runs.config import Config, has_dataset, records
 from jaxrl.runs.jsonlines import read_json
+from jaxrl.runs.progress import announced
 from jaxrl.types import Agent, ChecksData, Env, HostEnv, NamesDataset, requirements
 
 
@@ -35,7 +36,8 @@ def load_data(config: Config, env: Env | HostEnv) -> Dataset | Shards | None:
         return shards
     else:
         path = Path(config.data)
-    dataset = files.load(path)
+    with announced(f"reading {path}"):
+        dataset = files.load(path)
     loading.check_fits(loading.sizes_of(dataset), env)
     return dataset
 
@@ -47,7 +49,8 @@ def recorded(config: Config, env: Env | HostEnv) -> Path:
     if not path.exists():
         record.behaviour_of(env, config.behaviour)  # raises for an unknown level
         print(f"recording {config.data_steps} steps of the behaviour {config.behaviour!r} as {path}", file=sys.stderr)
-        dataset = record.record(env, config.behaviour, config.data_steps, seed=0)
+        with announced("recording"):
+            dataset = record.record(env, config.behaviour, config.data_steps, seed=0)
         path.parent.mkdir(exist_ok=True)
         files.save(path, dataset)
     return path

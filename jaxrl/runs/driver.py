@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxrl import sharding
+from jaxrl import sharding, system
 from jaxrl.data.files import Dataset
 from jaxrl.errors import UserError
 from jaxrl.replay.ring import Ring
@@ -26,6 +26,7 @@ from jaxrl.runs.evaluation import animate, episodes_of, evaluate_behaviour, eval
 from jaxrl.runs.jsonlines import as_json, write_json
 from jaxrl.runs.lock import Lock, only_writer
 from jaxrl.runs.logging import Log
+from jaxrl.runs.progress import Clock, announced
 from jaxrl.runs.scores import SCORES, interval, score_of_row, scored, written
 from jaxrl.runs.signals import StopRequested, StopRequests
 from jaxrl.training import host_loop, loop
@@ -54,6 +55,7 @@ class Run:
     timeline: Timeline
     data: Ring | Stream | None  # None if no phase learns from a dataset
     simulators: host.Simulators | None = None  # for an environment that steps on the CPU
+    clock: Clock = dataclasses.field(default_factory=Clock, compare=False)  # what its time is spent on
 
     @property
     def recorded(self) -> Env | None:
@@ -97,16 +99,20 @@ class Run:
         phase, before = self.timeline.at(index)
         if before == 0:
             carry = on_devices(loop.jitted_enter(self.agent, phase, carry))
-        data = self.dataset(index) if reads_dataset(phase) else None
-        if self.simulators is not None and phase.collects:
-            envs = self.config.schedule.envs
-            carry, metrics = host_loop.epoch(self.simulators, self.agent, phase, carry, data, envs, self.execution)
-        else:
-            carry, metrics = loop.jitted_epoch(self.agent, self.env, phase, carry, data, self.execution)
-        row = row_of(index, phase, *jax.device_get((carry.updates, carry.steps, metrics)))
+        data, which = self.dataset(index) if reads_dataset(phase) else None, f"epoch {index + 1}"
+        with self.clock.stage("training", f"{phase.name}, {which} of {self.timeline.epochs}"):
+            if self.simulators is not None and phase.collects:
+                envs = self.config.schedule.envs
+                carry, metrics = host_loop.epoch(self.simulators, self.agent, phase, carry, data, envs, self.execution)
+            else:
+                carry, metrics = loop.jitted_epoch(self.agent, self.env, phase, carry, data, self.execution)
+            row = row_of(index, phase, *jax.device_get((carry.updates, carry.steps, metrics)))
         if self.timeline.evaluates(index, self.config.schedule.eval_every) and finite(carry):
-            episodes = episodes_of(self.config, self.agent, self.env, carry.agent, self.simulators)
-            row |= evaluation(episodes, score_of(self.env))
+            with self.clock.stage(
+                "evaluating", f"evaluating {self.config.schedule.eval_episodes} episodes after {which}"
+            ):
+                episodes = episodes_of(self.config, self.agent, self.env, carry.agent, self.simulators)
+                row |= evaluation(episodes, score_of(self.env))
         return carry, row
 
 
@@ -127,6 +133,7 @@ def on_devices(carry: Carry) -> Carry:
 
 def prepare(config: Config, env: Env | HostEnv, dataset: Dataset | Shards | None) -> Run:
     """Returns the run of a configuration. Raises UserError if no episode is as long as the agent's windows."""
+    system.check_precision()
     check_learning(config.agent, config.execution)
     agent, execution, timeline = loop.on_device(config.agent), loop.on_device(config.execution), timeline_of(config)
     data, simulators = in_memory(config, env, dataset, timeline.epochs), simulators_of(config, env)
@@ -167,12 +174,15 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: str | bool, lock: Loc
     If parameters become NaN or infinite, the run ends with the status "diverged", and the last finite checkpoint stays.
     """
     folder = path / "checkpoints"
-    carry, done = run.restore(folder)
+    with announced("preparing the agent and its environments"):
+        carry, done = run.restore(folder)
     checkpoint.keep_until(folder, done)
     directory.warn_of_rows(path, done, directory.rewind(path, done))
     with contextlib.closing(run), contextlib.closing(Log(path, wandb, spent(carry))) as log:
         if run.recorded is not None and not done:
-            log.row(evaluate_behaviour(run.config, run.recorded))
+            with run.clock.stage("evaluating", "evaluating the behaviour of the data"):
+                row = evaluate_behaviour(run.config, run.recorded)
+            log.row(row, run.clock.taken())
         for index in range(done, run.timeline.epochs):
             phase, before = run.timeline.at(index)
             if index == done or before == 0:
@@ -180,7 +190,7 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: str | bool, lock: Loc
             steps = int(carry.steps)
             carry, row = attempt(run, carry, index, folder)
             lock.check()
-            log.row(row)
+            log.row(row, run.clock.taken())
             if not finite(carry):
                 return diverged(run, row, path)
             check_steps(run.config.env, row, steps)
@@ -258,7 +268,8 @@ def finish(run: Run, carry: Carry, path: Path) -> dict[str, Any]:
         if rows:
             plots.curves(rows, path / "curves.png")
         if isinstance(run.env, HostEnv | Drawable):
-            animate(run.config, run.agent, run.env, carry.agent, path / "rollout.gif")
+            with announced("drawing an episode"):
+                animate(run.config, run.agent, run.env, carry.agent, path / "rollout.gif")
     except (UserError, OSError) as error:
         print(f"no pictures of the run: {error}", file=sys.stderr)
     return result

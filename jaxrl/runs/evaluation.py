@@ -14,6 +14,7 @@ from jaxrl.rollout import device as ro
 from jaxrl.rollout import host, record
 from jaxrl.runs import checkpoint, plots
 from jaxrl.runs.config import Config, timeline_of
+from jaxrl.runs.progress import announced
 from jaxrl.training import loop
 from jaxrl.training.loop import abstract_carry
 from jaxrl.types import Agent, Drawable, Env, HostEnv, Observation, PyTree, Score, score_of
@@ -66,14 +67,16 @@ def evaluate(config: Config, env: Env | HostEnv, path: Path) -> dict[str, Any]:
     agent = loop.on_device(config.agent)
     state = newest_state(config, agent, env, path)
     simulators = simulators_of(config, env)
-    with contextlib.closing(simulators) if simulators is not None else contextlib.nullcontext():
+    closing = contextlib.closing(simulators) if simulators is not None else contextlib.nullcontext()
+    with closing, announced(f"evaluating {config.schedule.eval_episodes} episodes"):
         return evaluation(episodes_of(config, agent, env, state, simulators), score_of(env))
 
 
 def render(config: Config, env: Env | HostEnv, path: Path, out: Path) -> None:
     """Writes an animation of a run's latest checkpoint: the first evaluation episode."""
     agent = loop.on_device(config.agent)
-    animate(config, agent, env, newest_state(config, agent, env, path), out)
+    with announced("drawing an episode"):
+        animate(config, agent, env, newest_state(config, agent, env, path), out)
 
 
 def animate(config: Config, agent: Agent, env: Env | HostEnv, state: PyTree, out: Path) -> None:

@@ -1,6 +1,7 @@
 """Logging of a run: terminal, metrics.jsonl, TensorBoard, optionally Weights & Biases."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,29 @@ class Log:
     def start(self, phase: Phase, done: int, chunk: int, envs: int) -> None:
         """Opens the progress bar of a phase after `done` of its epochs. It is shown only on terminals."""
         self.close_bar()
-        self.unit = phase.iterations * (chunk * envs if phase.collects else phase.updates)
+        self.phase, self.before, self.each = phase, done, int(chunk * envs if phase.collects else phase.updates)
         self.bar = tqdm(
             desc=phase.name,
-            total=phase.epochs * self.unit,
-            initial=done * self.unit,
+            total=phase.total * self.each,
+            initial=done * phase.iterations * self.each,
             unit="step" if phase.collects else "update",
             unit_scale=True,
             disable=None,
         )
 
-    def row(self, row: dict[str, Any]) -> None:
-        """Writes one epoch's metrics, and separately the seconds since the previous row."""
+    def row(self, row: dict[str, Any], stages: Mapping[str, float] | None = None) -> None:
+        """Writes one epoch's metrics, and separately the seconds since the previous row, in all and by stage."""
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         append(self.path / "metrics.jsonl", row)
-        rate = None if self.bar is None else self.unit / seconds
-        append(self.path / "timings.jsonl", {"epoch": row["epoch"], "seconds": seconds, "per_second": rate})
+        stages = stages or {}
+        made, spent = 0, stages.get("training", 0.0)
+        if self.bar is not None:
+            made, self.before = self.phase.size(self.before) * self.each, self.before + 1
+        rate = made / spent if made and spent else None  # of training alone
+        append(self.path / "timings.jsonl", {"epoch": row["epoch"], "seconds": seconds, "per_second": rate, **stages})
         self.boards.row(row)
         if self.bar is not None:
-            self.bar.update(self.unit)
+            self.bar.update(made)
         if score_of_row(row):
             with tqdm.external_write_mode():
                 print(evaluation_line(row), flush=True)

@@ -207,12 +207,14 @@ class CohortRunner:
         data = self.data(index) if reads_dataset(phase) else None
         given: dict[str, Any] = {"phase": phase, "dataset": data, "execution": self.run.execution}
         given["index"] = np.int32(index)
-        earlier = np.asarray(population.carry.steps)
-        population, metrics = self.programs.epoch(self.agents, population=population, **given)
-        schedule = self.run.config.schedule
-        due = self.run.timeline.evaluates(index, schedule.eval_every)
-        judged = self.judge(population, schedule.eval_seed) if due else [{}] * len(self.members)
-        found = jax.device_get((population.carry.updates, population.carry.steps, metrics, population.stopped))
+        earlier, which = np.asarray(population.carry.steps), f"epoch {index + 1} of program {self.cohort.number}"
+        with self.run.clock.stage("training", f"{phase.name}, {which}"):
+            population, metrics = self.programs.epoch(self.agents, population=population, **given)
+            found = jax.device_get((population.carry.updates, population.carry.steps, metrics, population.stopped))
+        schedule, judged = self.run.config.schedule, [{}] * len(self.members)
+        if due := self.run.timeline.evaluates(index, schedule.eval_every):
+            with self.run.clock.stage("evaluating", f"evaluating after {which}"):
+                judged = self.judge(population, schedule.eval_seed)
         rows = []
         for i, member in enumerate(self.members):
             updates, steps, numbers, stopped = jax.tree.map(lambda x, i=i: x[i], found)
@@ -223,12 +225,16 @@ class CohortRunner:
             elif stopped == index + 1:
                 print(f"member {member.name} diverged in epoch {stopped}: {member.values}", file=sys.stderr)
         now = time.perf_counter()
-        append(self.cohort.folder / "timings.jsonl", {"epoch": index + 1, "seconds": now - self.clock})
+        append(self.cohort.folder / "timings.jsonl", self.timing(index, now - self.clock))
         self.clock = now
         if due and rows:
             with tqdm.external_write_mode():
                 print(self.line(rows), flush=True)
         return population
+
+    def timing(self, index: int, seconds: float) -> dict[str, Any]:
+        """Returns the row of timings of the epoch with this index (from 0): its seconds in all and by stage."""
+        return {"epoch": index + 1, "seconds": seconds} | self.run.clock.taken()
 
     def judge(self, population: Population, seed: int) -> list[dict[str, float]]:
         """Returns each member's evaluation on the episodes of a seed."""

@@ -176,7 +176,7 @@ def test_a_file_system_that_refuses_is_named(tmp_path, monkeypatch, capsys):
         raise PermissionError(13, "Permission denied", "some/file")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jaxrl.cli.flags.make", refuse)
+    monkeypatch.setattr("jaxrl.cli.flags.made", refuse)
     assert mistake(["doctor", "--env=point"], capsys) == "some/file: Permission denied"
 
 
@@ -184,7 +184,7 @@ def test_what_nobody_foresaw_is_a_line_and_its_trace_is_shown_when_asked_for(mon
     def broken(name):
         raise TypeError("an odd\nmistake")
 
-    monkeypatch.setattr("jaxrl.cli.flags.make", broken)
+    monkeypatch.setattr("jaxrl.cli.flags.made", broken)
     assert cli.main(["doctor", "--env=point"]) == 70
     line = capsys.readouterr().err
     assert re.fullmatch(
@@ -409,7 +409,7 @@ def test_the_doctor_finds_nothing_wrong_here_and_a_fault_where_there_is_one(monk
     assert "ok    a compiled program gives the right number" in out and "FAIL" not in out
     assert cli.main(["doctor", "--env=point"]) == 0
     assert all(line.startswith("ok    ") for line in capsys.readouterr().out.splitlines())
-    monkeypatch.setattr("jaxrl.cli.flags.make", lambda name: object())
+    monkeypatch.setattr("jaxrl.cli.flags.made", lambda name: object())
     assert cli.main(["doctor", "--env=mine"]) == 1
     assert "FAIL  has spec, horizon, reset and step: add spec, horizon, reset, step" in capsys.readouterr().out
 

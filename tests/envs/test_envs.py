@@ -416,7 +416,7 @@ def test_a_privileged_state_is_for_critics_alone_unless_another_choice_is_made()
     assert 99.0 not in obs["state"]
     assert seen_by(Adapted(Robot("privileged_state"), 5)) == (["state"], ["state"])
     assert seen_by(Adapted(Robot("privileged_state", "state"), 5)) == (["pixels/front"], ["pixels/front"])
-    assert seen_by(Adapted(Robot("state"), 5)) == (["pixels/front", "privileged_state"], ["privileged_state"])
+    assert seen_by(Adapted(Robot("state"), 5)) == (["pixels/front"], ["privileged_state"])
     assert seen_by(Adapted(Robot(), 5, ("privileged_state", "state"))) == (
         ["privileged_state", "state"],
         ["privileged_state"],
@@ -448,6 +448,8 @@ class Flat(Robot):
         ("", ["state"], ["privileged_state"]),
         ("?actor=state&critic=state,privileged_state", ["state"], ["privileged_state", "state"]),
         ("?critic=state", ["state"], ["state"]),
+        ("?obs=state", ["state"], ["state"]),
+        ("?obs=state,privileged_state", ["state"], ["privileged_state"]),
         ("?actor=pixels/front,state", ["pixels/front", "state"], ["privileged_state"]),
     ],
 )
@@ -464,8 +466,10 @@ def test_keys_are_chosen_by_options(playground, options, actor, critic):
             "Robot?actor=sate",
             r"playground/Robot: unknown observation key 'sate': did you mean 'state'\? known are pixels",
         ),
+        ("Robot?obs=sate", "playground/Robot: unknown observation key 'sate': did you mean 'state'"),
+        ("Cart?obs=state", "playground/Cart: observations are one array: there are no keys to select"),
         ("Robot?critic=state,secret", "playground/Robot: unknown observation key 'secret'"),
-        ("Robot?obs=state", "unknown option 'obs'"),
+        ("Robot?see=state", "unknown option 'see'"),
         ("Cart?actor=state", "playground/Cart: observations are one array: there are no keys to select"),
     ],
 )

@@ -1,5 +1,6 @@
 """Facts about jaxrl.rollout.spaces: which actions of simulators are refused, and where."""
 
+import contextlib
 import dataclasses
 import functools
 from typing import ClassVar
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from envs.checker import check
-from jaxrl.rollout import spaces
+from jaxrl.errors import UserError
+from jaxrl.rollout import host, spaces
 from jaxrl.rollout.workers import Pool, SimulatorFailed, Slot
 from jaxrl.types import Spec
 from tests import walk
@@ -84,6 +86,27 @@ def test_actions_are_scaled_to_the_space_that_a_simulator_describes(space, taken
     slot.simulator.step = lambda action: received.append(float(action[0])) or (np.zeros(3), 0.0, False, False, {})
     slot.execute(np.array([[-1], [0], [0.5], [1]], np.float32), 0)
     assert received == taken
+
+
+@pytest.mark.parametrize(
+    ("flag", "fits"), [(True, True), (np.bool_(False), True), (0.0, True), (0.5, False), ("", False)]
+)
+def test_flags_of_a_step_are_true_or_false(flag, fits):
+    slot = Slot(walk.Walk(), 8)
+    slot.reset(0, 1)
+    slot.simulator.step = lambda action: (np.zeros(3), 0.0, flag, False, {})
+    with (
+        contextlib.nullcontext() if fits else pytest.raises(UserError, match=r"terminated = .*, must be True or False")
+    ):
+        slot.execute(np.zeros((1, 1), np.float32), 0)
+
+
+def test_observations_of_another_size_than_the_spec_says_are_named():
+    host.check_sizes(np.zeros((2, 3), np.float32), Spec(3, 1))
+    with pytest.raises(UserError, match=r"observation is float32\[4\], its spec says float32\[3\]"):
+        host.check_sizes(np.zeros((2, 4), np.float32), Spec(3, 1))
+    with pytest.raises(UserError, match=r"observation\['a'\] is float32\[1\], its spec says absent"):
+        host.check_sizes({"a": np.zeros((2, 1), np.float32)}, Spec(3, 1))
 
 
 def test_the_checker_says_how_actions_are_scaled():
