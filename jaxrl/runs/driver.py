@@ -198,6 +198,7 @@ def drive(run: Run, path: Path, stop: StopRequests, wandb: str | bool, lock: Loc
             stopping = stop.requested and not last
             closes = run.simulators is not None and run.timeline.closes_phase(index)
             if stopping or last or closes or (index + 1) % run.config.checkpoint_every == 0:
+                lock.check()
                 checkpoint.save(folder, index + 1, carry)
             if stopping:
                 raise StopRequested
